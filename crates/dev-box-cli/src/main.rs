@@ -1,0 +1,2 @@
+//! The `dev-box` command.
+fn main() {}

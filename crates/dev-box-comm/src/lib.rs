@@ -1,0 +1,1 @@
+//! The control channel between host and guest: frames, messages, multiplexed streams, transports.

@@ -1,0 +1,1 @@
+//! Jobs in VMs: the executor, the workspace in and out, leases and the pool.

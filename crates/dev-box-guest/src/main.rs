@@ -1,0 +1,2 @@
+//! The program inside the VM.
+fn main() {}

@@ -1,0 +1,1 @@
+//! What lies on disk: guest images, overlays, space limits, clean-up.

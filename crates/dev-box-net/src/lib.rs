@@ -1,0 +1,1 @@
+//! Egress policy and its enforcement outside the guest: libvirt network, nwfilter, nftables guard.

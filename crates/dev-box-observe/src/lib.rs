@@ -1,0 +1,1 @@
+//! What happened: Eastern-time logging, a tamper-evident audit log, metrics, anomaly detection.

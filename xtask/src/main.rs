@@ -1,0 +1,2 @@
+//! Work on dev-box itself.
+fn main() {}
