@@ -1,1 +1,17 @@
 //! What happened: Eastern-time logging, a tamper-evident audit log, metrics, anomaly detection.
+//!
+//! Everything a sandboxed agent did is known on the host, cannot be rewritten unnoticed, and odd behaviour is
+//! caught. Usable alone: it needs no libvirt and no VM.
+//!
+//! - [`audit`]: the [`AuditSink`] seam every act goes through, its closed set of [`AuditEvent`]s, and the
+//!   hash-chained log behind it.
+//!
+//! Times are US Eastern (America/New_York), ISO 8601 with the offset, wherever a person may read them.
+
+pub mod audit;
+
+pub use audit::{
+    Act, Actor, AuditError, AuditEvent, AuditSink, Entry, Evidence, NullSink, Outcome, Receipt, Subject,
+};
+#[cfg(any(test, feature = "testing"))]
+pub use audit::{Recorded, RecordingSink};
