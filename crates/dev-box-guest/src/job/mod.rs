@@ -1,0 +1,7 @@
+//! Jobs: processes started for the host, each with a tree that ends with it.
+
+mod child;
+pub mod plan;
+pub mod pty;
+pub mod report;
+pub mod spawn;
