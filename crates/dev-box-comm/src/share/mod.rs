@@ -1,0 +1,1 @@
+//! Rules of the 9p workspace.

@@ -1,0 +1,96 @@
+//! vsock(7): sockets between a host and its guests, without a network.
+
+use std::io;
+
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
+
+use super::{BoxFuture, Connection, Dial, DialError, Listen};
+use crate::VSOCK_PORT;
+
+/// The host's context id, as a guest sees it.
+pub const HOST_CID: u32 = 2;
+
+/// Dials a guest by its context id, and checks that it is the one that answered.
+#[derive(Debug, Clone, Copy)]
+pub struct VsockDial {
+    cid: u32,
+    port: u32,
+}
+
+impl VsockDial {
+    /// The agent of the guest with context id `cid`.
+    pub fn new(cid: u32) -> Self {
+        Self { cid, port: VSOCK_PORT }
+    }
+
+    /// Another port than [`VSOCK_PORT`].
+    #[must_use]
+    pub fn port(mut self, port: u32) -> Self {
+        self.port = port;
+        self
+    }
+}
+
+impl Dial for VsockDial {
+    fn dial(&self) -> BoxFuture<'_, Result<Connection, DialError>> {
+        Box::pin(async move {
+            let fail = |error| DialError::from_io(self.describe(), error);
+            let stream = VsockStream::connect(VsockAddr::new(self.cid, self.port)).await.map_err(fail)?;
+            let actual = stream.peer_addr().map_err(fail)?.cid();
+            if actual != self.cid {
+                return Err(DialError::WrongPeer { at: self.describe(), expected: self.cid, actual });
+            }
+            Ok(Box::new(stream) as Connection)
+        })
+    }
+
+    fn describe(&self) -> String {
+        format!("vsock:{}:{}", self.cid, self.port)
+    }
+}
+
+/// Listens for the host: connections from any other context id (a process in the guest has the loopback's) are closed
+/// before a byte is read.
+#[derive(Debug)]
+pub struct VsockListen {
+    listener: VsockListener,
+    peer: u32,
+    refused: u64,
+}
+
+impl VsockListen {
+    /// On `port`, for the host only.
+    ///
+    /// # Errors
+    /// No vsock in this kernel, or the port is taken.
+    pub fn bind(port: u32) -> io::Result<Self> {
+        Self::bind_for(port, HOST_CID)
+    }
+
+    /// On `port`, for context id `peer` only.
+    ///
+    /// # Errors
+    /// As [`VsockListen::bind`].
+    pub fn bind_for(port: u32, peer: u32) -> io::Result<Self> {
+        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?;
+        Ok(Self { listener, peer, refused: 0 })
+    }
+}
+
+impl Listen for VsockListen {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+        Box::pin(async move {
+            loop {
+                let (stream, address) = self.listener.accept().await?;
+                if address.cid() == self.peer {
+                    return Ok(Box::new(stream) as Connection);
+                }
+                self.refused += 1;
+            }
+        })
+    }
+
+    fn refused(&self) -> u64 {
+        self.refused
+    }
+}
