@@ -1,1 +1,24 @@
 //! Libvirt, typed: domains, snapshots, networks and filters behind small seams, with strict doubles.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`clock`], [`id`], [`size`], [`accel`] | the vocabulary: Eastern time, names and identities, amounts, accelerators |
+//! | [`spec`], [`template`] | a VM as a typed value, and as libvirt's XML (both ways) |
+//! | [`state`] | the states of a VM and the legal transitions |
+//! | [`libvirt`] | the seam: small blocking traits, the adapter (feature `libvirt`), the doubles (feature `testing`) |
+//! | [`connection`] | [`LibvirtConnection`](connection::LibvirtConnection): async, shared, reconnecting |
+//! | [`vm`] | [`Vm`](vm::Vm): one virtual machine's life |
+//!
+//! Without the feature `libvirt` nothing here needs libvirt installed.
+
+pub mod accel;
+pub mod clock;
+pub mod connection;
+pub mod id;
+pub mod libvirt;
+pub mod size;
+pub mod spec;
+pub mod state;
+pub mod template;
+pub mod vm;
+mod xml;
