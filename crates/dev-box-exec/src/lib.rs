@@ -1,1 +1,29 @@
-//! Jobs in VMs: the executor, the workspace in and out, leases and the pool.
+//! Jobs in VMs: the executor, the workspace in and out, and the seam to whatever makes VMs ready.
+//!
+//! | module | what | IO |
+//! |---|---|---|
+//! | [`job`], [`outcome`] | what is to be run, and what came of it | none |
+//! | [`provisioner`] | the seam: `Provisioner`, and the `ReadyVm` it gives | none |
+//! | [`executor`] | [`AgentExecutor`]: a job through all its phases | the VM's session |
+//! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
+//! | [`workspace`] | files into the VM's share and back out of it, hostile as they are | files |
+//!
+//! Nothing here knows libvirt, and nothing here needs it to build or to be tested.
+
+pub mod cancel;
+pub mod executor;
+pub mod job;
+pub mod outcome;
+pub mod provisioner;
+pub mod sink;
+pub mod workspace;
+
+pub use cancel::{Cancel, CancelSource};
+pub use executor::AgentExecutor;
+pub use job::{Job, OutputCaps, Stdin};
+pub use outcome::{Captured, ExecutionResult, Outcome, Phase, Timings, Usage};
+pub use provisioner::{
+    NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice, VmFacts, VmRequest,
+};
+pub use sink::{BoxFuture, DiscardSink, OutputSink, OutputStream};
+pub use workspace::{CollectTo, Collected, Limits, Owner, WorkspaceIn};

@@ -1,0 +1,183 @@
+//! The seam to whatever makes VMs ready. The executor and the pool are its consumers and so own the trait.
+
+use std::fmt::Debug;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dev_box_comm::session::Session;
+use dev_box_core::accel::{Accelerator, AcceleratorPolicy};
+use dev_box_core::id::VmName;
+use dev_box_core::size::ByteSize;
+use serde::Serialize;
+
+use crate::sink::BoxFuture;
+use crate::workspace::Owner;
+
+/// What a VM consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+pub struct Resources {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory: ByteSize,
+    /// Virtual size of the disk (sparse).
+    pub disk: ByteSize,
+}
+
+/// The network a VM gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkMode {
+    /// Outgoing DNS, HTTP, HTTPS, SSH and git to public addresses; nothing else.
+    #[default]
+    NatFiltered,
+    /// None at all.
+    Isolated,
+}
+
+/// The control channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TransportChoice {
+    /// vsock where the host has it, else virtio-serial.
+    #[default]
+    Auto,
+    /// virtio-serial.
+    Serial,
+    /// virtio-vsock.
+    Vsock,
+}
+
+/// What is wanted of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct VmRequest {
+    /// The guest image, by name.
+    pub image: String,
+    /// Its size.
+    pub resources: Resources,
+    /// Its network.
+    pub network: NetworkMode,
+    /// Whether software emulation will do.
+    pub accelerator: AcceleratorPolicy,
+    /// How it is reached.
+    pub transport: TransportChoice,
+    /// What it is for, in a word: `run`, `pool`. Ends up in the domain's metadata and the audit.
+    pub purpose: String,
+}
+
+/// What is known of a VM that is ready. Host-observed, save the agent's version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VmFacts {
+    /// How its code runs.
+    pub accelerator: Accelerator,
+    /// Why not KVM, in words, when it is not.
+    pub why_not_kvm: Option<String>,
+    /// The image's name.
+    pub image: String,
+    /// The image's digest (hex), where it has one.
+    pub image_digest: Option<String>,
+    /// How it is reached; never `Auto`.
+    pub transport: TransportChoice,
+    /// What the agent calls its version. Guest-claimed.
+    pub agent_version: String,
+    /// The steps of making it, in order, and what each took.
+    pub timings: Vec<(String, Duration)>,
+}
+
+/// A VM whose agent has answered and knows who it is.
+#[derive(Debug)]
+pub struct ReadyVm {
+    /// The domain's name.
+    pub name: VmName,
+    /// The channel to its agent.
+    pub session: Session,
+    /// The VM's 9p staging directory on the host: empty, exported with `accessmode='mapped'`, not mounted in the
+    /// guest yet.
+    pub share: PathBuf,
+    /// Whom everything beneath `share` must belong to (the user QEMU runs as). `None`: this process's own user,
+    /// and what comes back is not checked for its owner.
+    pub share_owner: Option<Owner>,
+    /// What is known of it.
+    pub facts: VmFacts,
+}
+
+/// Why a VM could not be made ready, or not be taken down.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProvisionError {
+    /// The request cannot be met on this host, now or later: no such image, KVM required and not there.
+    #[error("{what}")]
+    Unsatisfiable {
+        /// What is missing and what to do about it.
+        what: String,
+    },
+    /// The host is out of something: disk, memory, addresses.
+    #[error("not enough {resource}: {what}")]
+    Exhausted {
+        /// Of what.
+        resource: &'static str,
+        /// The figures.
+        what: String,
+    },
+    /// A step failed.
+    #[error("{step} failed")]
+    Step {
+        /// Which.
+        step: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The agent did not answer in time.
+    #[error("the guest's agent did not answer within {} s{}", waited.as_secs(), hint(console))]
+    NoAnswer {
+        /// How long it was waited for.
+        waited: Duration,
+        /// The last lines of the guest's console, terminal escapes removed; may be empty.
+        console: String,
+    },
+    /// The provisioner is shutting down.
+    #[error("shutting down: no further VMs are made")]
+    ShuttingDown,
+}
+
+fn hint(console: &str) -> String {
+    if console.is_empty() { String::new() } else { format!("; its console ends with:\n{console}") }
+}
+
+/// Makes VMs ready and takes them down. Object-safe: hold it as `Arc<dyn Provisioner>`.
+///
+/// Contract, checked for every implementation:
+/// - a [`ReadyVm`] is clean: its agent answers on `session`, its share is empty, its network filter stands;
+/// - dropping the future of [`provision`](Self::provision) at any await leaves nothing behind (what was made so far
+///   is removed in the background);
+/// - [`retire`](Self::retire) leaves nothing behind, is safe for a VM that has died, and goes on in the background
+///   when its future is dropped.
+pub trait Provisioner: Debug + Send + Sync {
+    /// Makes a VM ready.
+    ///
+    /// # Errors
+    /// [`ProvisionError`]; nothing is left behind.
+    fn provision<'a>(&'a self, request: &'a VmRequest) -> BoxFuture<'a, Result<ReadyVm, ProvisionError>>;
+
+    /// Takes a VM down and removes everything it had on the host.
+    ///
+    /// # Errors
+    /// [`ProvisionError`], when something could not be removed; a later sweep finds it.
+    fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_say_what_to_look_at() {
+        let silent = |console: &str| {
+            ProvisionError::NoAnswer { waited: Duration::from_secs(60), console: console.to_owned() }
+                .to_string()
+        };
+        assert_eq!(silent(""), "the guest's agent did not answer within 60 s");
+        assert!(silent("Kernel panic").ends_with("its console ends with:\nKernel panic"));
+    }
+}
