@@ -1,0 +1,103 @@
+//! The steps that run tests.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::{Outcome, Scope, StepError};
+use crate::coverage;
+use crate::process;
+use crate::workspace::{VM_TESTS, Workspace};
+
+/// A test that cannot run here appends a line `SKIPPED: name: reason` to the file that this variable names.
+const SKIP_LOG: &str = "DEV_BOX_SKIP_LOG";
+
+/// Every test in one instrumented run, then the coverage gate over what it left.
+pub(super) fn all(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
+    let skipped = scope.workspace.reports().join("skipped.txt");
+    std::fs::write(&skipped, "").map_err(|source| StepError::File { path: skipped.clone(), source })?;
+    let mut command = coverage::nextest(scope.workspace);
+    command.env(SKIP_LOG, &skipped);
+    if scope.options.full {
+        command.args(["--run-ignored", "all"]).env("PROPTEST_CASES", "4096");
+    }
+    scope.attempt(&mut command);
+    if let Some(line) = summary(&scope.printed()) {
+        scope.note(line);
+    }
+    for line in skips(&skipped) {
+        scope.note(line);
+    }
+    scope.run(&mut coverage::export(scope.workspace))?;
+    let coverage = coverage::read(scope.workspace)?;
+    scope.note(coverage.table());
+    if let Err(error) = coverage.gate() {
+        scope.fail(error.to_string());
+    }
+    scope.finish()
+}
+
+/// The tests that need no VM, without instrumentation, on this terminal.
+pub(super) fn fast(workspace: &Workspace, more: &[String]) -> Result<(), StepError> {
+    let mut command = workspace.cargo();
+    command.args(["nextest", "run", "--workspace", "--exclude", VM_TESTS, "--all-features"]).args(more);
+    process::run(&mut command)?;
+    Ok(())
+}
+
+/// The examples in the docs.
+pub(super) fn doc(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
+    let mut command = scope.workspace.cargo();
+    command.args(["test", "--doc", "--workspace", "--all-features", "--locked"]);
+    scope.run(&mut command)?;
+    scope.note(format!("{} examples passed", passed_by_libtest(&scope.printed())));
+    Ok(Outcome::Passed)
+}
+
+/// nextest's closing line: how many ran, passed, failed.
+fn summary(printed: &str) -> Option<&str> {
+    printed.lines().rev().map(str::trim).find(|line| line.starts_with("Summary ["))
+}
+
+/// The sum over every `test result: ok. N passed` line.
+pub(super) fn passed_by_libtest(printed: &str) -> usize {
+    let counts = printed.lines().filter_map(|line| {
+        let (_, rest) = line.split_once("test result: ")?;
+        rest.split_once(". ")?.1.split_whitespace().next()?.parse::<usize>().ok()
+    });
+    counts.sum()
+}
+
+/// How many tests said that they could not run here, and each with its reason.
+fn skips(path: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: BTreeSet<&str> = text.lines().filter(|line| line.starts_with("SKIPPED: ")).collect();
+    let mut told = vec![format!("{} test(s) could not run here and were skipped", lines.len())];
+    told.extend(lines.iter().map(|line| format!("  {line}")));
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_are_found() {
+        let printed = "x\n     Summary [   1.0s] 3 tests run: 3 passed, 0 skipped\nerror: y\n";
+        assert_eq!(summary(printed), Some("Summary [   1.0s] 3 tests run: 3 passed, 0 skipped"));
+        assert_eq!(summary("nothing"), None);
+        let printed = "test result: ok. 4 passed; 0 failed\nz\ntest result: ok. 3 passed; 0 failed;\n";
+        assert_eq!(passed_by_libtest(printed), 7);
+    }
+
+    #[test]
+    fn skipped_tests_are_counted_once_with_their_reasons() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("skipped.txt");
+        std::fs::write(&path, "SKIPPED: b: no vsock\nnoise\nSKIPPED: a: no KVM\nSKIPPED: a: no KVM\n")
+            .unwrap();
+        let told = skips(&path);
+        assert_eq!(told[0], "2 test(s) could not run here and were skipped");
+        assert_eq!(told[1..], ["  SKIPPED: a: no KVM", "  SKIPPED: b: no vsock"]);
+        assert!(skips(&dir.path().join("absent"))[0].starts_with("0 "));
+    }
+}
