@@ -1,0 +1,95 @@
+//! The benchmarks of dev-box: `cargo xtask bench`.
+//!
+//! Every figure is a distribution (p50, p95, p99), never a mean, and stands in one JSON document with the environment
+//! it was measured in: a figure without its machine, accelerator and versions says nothing.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool speaks on its terminal")]
+
+mod environment;
+mod figure;
+mod micro;
+mod registry;
+mod sampling;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use serde::Serialize;
+
+use crate::environment::Environment;
+use crate::figure::Figure;
+
+/// The layout of the document; raised when a field changes its meaning.
+const FORMAT: u32 = 1;
+
+#[derive(Debug, Parser)]
+#[command(name = "dev-box-bench", bin_name = "cargo xtask bench", about = "The benchmarks of dev-box")]
+struct Args {
+    /// Names, or beginnings of names; all when none is given
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Also write the document to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// List the benchmarks and run none
+    #[arg(long)]
+    list: bool,
+}
+
+/// What is written: where, and what.
+#[derive(Debug, Serialize)]
+struct Document {
+    format: u32,
+    environment: Environment,
+    figures: Vec<Figure>,
+    /// Benchmarks that could not run here, each with its reason.
+    not_run: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    let chosen = registry::choose(&args.names)?;
+    if args.list {
+        for benchmark in chosen {
+            println!("{:<24} {}", benchmark.name, benchmark.about);
+        }
+        return Ok(());
+    }
+    let environment = Environment::look();
+    eprintln!("{environment}");
+    let mut figures = Vec::new();
+    let mut not_run = Vec::new();
+    for benchmark in chosen {
+        eprintln!("{}: {}", benchmark.name, benchmark.about);
+        match (benchmark.run)() {
+            Ok(measured) => {
+                for figure in &measured {
+                    eprintln!("  {figure}");
+                }
+                figures.extend(measured);
+            }
+            Err(error) => {
+                eprintln!("  not run: {error}");
+                not_run.push(format!("{}: {error}", benchmark.name));
+            }
+        }
+    }
+    let failed = !not_run.is_empty();
+    let document = Document { format: FORMAT, environment, figures, not_run };
+    let json = format!("{}\n", serde_json::to_string_pretty(&document)?);
+    print!("{json}");
+    if let Some(path) = &args.json {
+        std::fs::write(path, &json).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    }
+    if failed { Err("not every benchmark could run".into()) } else { Ok(()) }
+}

@@ -1,0 +1,4 @@
+//! What needs no VM.
+
+pub(crate) mod codec;
+pub(crate) mod xml;

@@ -1,0 +1,69 @@
+//! Every benchmark by name.
+
+use std::error::Error;
+
+use crate::figure::Figure;
+use crate::micro;
+
+/// Why a benchmark could not run.
+pub(crate) type NotRun = Box<dyn Error>;
+
+/// One benchmark: it may bring several figures, each with its own name below the benchmark's.
+#[derive(Debug)]
+pub(crate) struct Benchmark {
+    pub(crate) name: &'static str,
+    pub(crate) about: &'static str,
+    pub(crate) run: fn() -> Result<Vec<Figure>, NotRun>,
+}
+
+/// All of them, cheap ones first.
+const ALL: &[Benchmark] = &[
+    Benchmark {
+        name: "codec",
+        about: "frames of 64 KiB to bytes and back, beside memcpy and CRC32 in the same run",
+        run: micro::codec::run,
+    },
+    Benchmark { name: "xml.build", about: "a VM's specification to libvirt's XML", run: micro::xml::run },
+];
+
+#[derive(Debug, thiserror::Error)]
+#[error("no benchmark's name begins with {name:?}; there are: {known}")]
+pub(crate) struct Unknown {
+    name: String,
+    known: String,
+}
+
+/// The benchmarks whose names begin with one of `names`; all when `names` is empty.
+pub(crate) fn choose(names: &[String]) -> Result<Vec<&'static Benchmark>, Unknown> {
+    // `codec.encode` asks for the benchmark that has this figure among others.
+    let fits = |benchmark: &Benchmark, name: &str| {
+        benchmark.name.starts_with(name) || name.starts_with(&format!("{}.", benchmark.name))
+    };
+    if let Some(name) = names.iter().find(|name| !ALL.iter().any(|benchmark| fits(benchmark, name))) {
+        let known: Vec<_> = ALL.iter().map(|benchmark| benchmark.name).collect();
+        return Err(Unknown { name: name.clone(), known: known.join(", ") });
+    }
+    Ok(ALL
+        .iter()
+        .filter(|benchmark| names.is_empty() || names.iter().any(|name| fits(benchmark, name)))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(chosen: &[&str]) -> Vec<&'static str> {
+        let chosen: Vec<String> = chosen.iter().map(|name| (*name).to_owned()).collect();
+        choose(&chosen).unwrap().iter().map(|benchmark| benchmark.name).collect()
+    }
+
+    #[test]
+    fn benchmarks_are_chosen_by_the_beginning_of_their_names() {
+        assert_eq!(names(&[]).len(), ALL.len());
+        assert_eq!(names(&["xml"]), ["xml.build"]);
+        assert_eq!(names(&["codec.encode.64k"]), ["codec"]);
+        let error = choose(&["nonsense".to_owned()]).unwrap_err();
+        assert!(error.to_string().contains("xml.build"));
+    }
+}
