@@ -1,0 +1,83 @@
+//! The initramfs: modules, their order, and the agent as `/init`.
+//!
+//! It is not compressed: the kernel unpacks a few MiB of plain archive faster than it decompresses them, most of
+//! all where its instructions are translated.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter};
+use std::path::Path;
+
+use super::modules::Module;
+use crate::cpio::{self, Entry, Kind};
+
+/// Where the modules lie in it.
+const DIRECTORY: &str = "lib/modules";
+
+/// Writes the initramfs of an agent and its modules.
+pub(super) fn write(path: &Path, agent: &Path, modules: &[Module]) -> io::Result<()> {
+    let mut out = BufWriter::new(File::create(path)?);
+    cpio::write(&mut out, &entries(fs::read(agent)?, modules))?;
+    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+}
+
+fn entries(agent: Vec<u8>, modules: &[Module]) -> Vec<Entry> {
+    let mut entries: Vec<Entry> =
+        ["dev", "proc", "sys", "newroot", "lib", DIRECTORY].into_iter().map(Entry::directory).collect();
+    // Without it pid 1 has no standard streams.
+    entries.push(Entry { name: "dev/console".into(), mode: 0o600, kind: Kind::Device(5, 1) });
+    let mut order = String::new();
+    for module in modules {
+        let path = format!("{DIRECTORY}/{}.ko", module.name);
+        order.push_str(&format!("/{path}\n"));
+        entries.push(Entry::file(&path, 0o444, module.content.clone()));
+    }
+    entries.push(Entry::file("modules.order", 0o444, order.into_bytes()));
+    entries.push(Entry::file("init", 0o755, agent));
+    entries
+}
+
+/// The modules in an initramfs written by [`write`], in their order.
+pub(super) fn modules_in(path: &Path) -> io::Result<Vec<Module>> {
+    let entries = cpio::read(&mut BufReader::new(File::open(path)?))?;
+    let module = |entry: Entry| {
+        let name = entry.name.strip_prefix(DIRECTORY)?.strip_prefix('/')?.strip_suffix(".ko")?.to_owned();
+        match entry.kind {
+            Kind::File(content) => Some(Module { name, content }),
+            _ => None,
+        }
+    };
+    Ok(entries.into_iter().filter_map(module).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_holds_what_pid_1_looks_for_and_gives_the_modules_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = directory.path().join("agent");
+        fs::write(&agent, "agent").unwrap();
+        let module = |name: &str| Module { name: name.into(), content: name.into() };
+        let modules = vec![module("virtio"), module("ext4")];
+        let path = directory.path().join("initramfs");
+        write(&path, &agent, &modules).unwrap();
+        assert_eq!(modules_in(&path).unwrap(), modules);
+        let entries = cpio::read(&mut File::open(&path).unwrap()).unwrap();
+        let find = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap();
+        assert_eq!(
+            find("modules.order").kind,
+            Kind::File(b"/lib/modules/virtio.ko\n/lib/modules/ext4.ko\n".to_vec())
+        );
+        assert_eq!((find("init").mode, &find("init").kind), (0o755, &Kind::File(b"agent".to_vec())));
+        assert_eq!(find("dev/console").kind, Kind::Device(5, 1));
+        // A directory comes before what is in it, or the kernel drops the file.
+        let at = |name: &str| entries.iter().position(|entry| entry.name == name).unwrap();
+        assert!(at("lib") < at("lib/modules") && at("lib/modules") < at("lib/modules/virtio.ko"));
+        let first = fs::read(&path).unwrap();
+        write(&path, &agent, &modules).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), first);
+        assert!(write(&path, &directory.path().join("none"), &modules).is_err());
+        assert!(modules_in(&agent).is_err());
+    }
+}
