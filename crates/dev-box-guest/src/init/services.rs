@@ -41,11 +41,15 @@ pub fn supervise(options: &BootOptions) -> io::Result<Ending> {
     let now = Instant::now();
     let mut agent = Service::new(Policy::AGENT, now);
     let mut qemu_ga = QemuGa::new(now + QEMU_GA_DELAY);
+    let mut restarts: u32 = 0;
     loop {
         let now = Instant::now();
         if agent.due(now) {
-            match spawn_agent(options.transport, &cgroups) {
-                Ok(pid) => agent.started(pid),
+            match spawn_agent(options.transport, restarts, &cgroups) {
+                Ok(pid) => {
+                    agent.started(pid);
+                    restarts += 1;
+                }
                 Err(error) => {
                     say(format_args!("cannot start the agent: {error}"));
                     if agent.start_failed(now) == Verdict::GiveUp {
@@ -173,9 +177,9 @@ fn spawn(command: &mut Command, cgroups: &Cgroups, group: &str, score: &str) -> 
     Ok(pid)
 }
 
-fn spawn_agent(transport: Transport, cgroups: &Cgroups) -> io::Result<i32> {
+fn spawn_agent(transport: Transport, restarts: u32, cgroups: &Cgroups) -> io::Result<i32> {
     let mut command = Command::new(OWN_PROGRAM);
-    command.arg0("dev-box-guest").arg("agent");
+    command.arg0("dev-box-guest").arg("agent").arg(restarts.to_string());
     if transport == Transport::Vsock {
         command.arg("--vsock");
     }

@@ -268,7 +268,7 @@ fn become_program(child: &Child<'_>) -> (Step, c_int) {
             libc::write(score, c"500".as_ptr().cast(), 3);
         }
         for limit in &plan.limits {
-            let value = libc::rlimit64 { rlim_cur: limit.value, rlim_max: limit.value };
+            let value = libc::rlimit64 { rlim_cur: limit.soft, rlim_max: limit.hard };
             let none = std::ptr::null_mut::<libc::rlimit64>();
             if libc::syscall(libc::SYS_prlimit64, 0, limit.resource, &raw const value, none) != 0 {
                 return (Step::Limits, errno());

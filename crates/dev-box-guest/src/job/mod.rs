@@ -4,4 +4,5 @@ mod child;
 pub mod plan;
 pub mod pty;
 pub mod report;
+pub mod run;
 pub mod spawn;

@@ -14,8 +14,10 @@ pub const MAX_STRINGS_BYTES: usize = 1 << 20;
 pub struct ResourceLimit {
     /// `RLIMIT_*`.
     pub resource: u32,
-    /// Soft and hard value.
-    pub value: u64,
+    /// The value that holds.
+    pub soft: u64,
+    /// The value up to which the process may raise it itself.
+    pub hard: u64,
 }
 
 /// What to start, as whom, and where.
@@ -102,6 +104,14 @@ impl Plan {
             limits: launch.limits.clone(),
             terminal: launch.terminal,
         })
+    }
+}
+
+impl Plan {
+    /// The user id of whoever it is to run as.
+    #[must_use]
+    pub fn owner(&self) -> u32 {
+        self.identity.uid
     }
 }
 

@@ -100,16 +100,16 @@ async fn what_cannot_be_executed_is_a_failed_step() {
     let nowhere = Launch { cwd: Some(b"/no/such/place".to_vec()), ..launch(&["true"]) };
     let nowhere = failure(&nowhere, Isolation::ProcessGroup).await;
     assert_eq!(nowhere, (Step::WorkingDirectory, libc::ENOENT));
-    let limit = ResourceLimit { resource: 9999, value: 1 };
+    let limit = ResourceLimit { resource: 9999, soft: 1, hard: 1 };
     let limit = failure(&Launch { limits: vec![limit], ..launch(&["true"]) }, Isolation::ProcessGroup).await;
     assert_eq!(limit, (Step::Limits, libc::EINVAL));
 }
 
 #[tokio::test]
 async fn resource_limits_are_set() {
-    let limit = ResourceLimit { resource: libc::RLIMIT_NOFILE, value: 33 };
-    let wanted = Launch { limits: vec![limit], ..launch(&["sh", "-c", "ulimit -n"]) };
-    assert_eq!(run(&wanted, Isolation::ProcessGroup).await.1, "33\n");
+    let limit = ResourceLimit { resource: libc::RLIMIT_NOFILE, soft: 33, hard: 44 };
+    let wanted = Launch { limits: vec![limit], ..launch(&["sh", "-c", "ulimit -Sn; ulimit -Hn"]) };
+    assert_eq!(run(&wanted, Isolation::ProcessGroup).await.1, "33\n44\n");
 }
 
 #[tokio::test]
@@ -172,7 +172,7 @@ async fn a_job_sees_only_itself_and_leaves_nothing() {
     }
     let marker = format!("{}", 100_000 + std::process::id());
     let script = format!(
-        "setsid sleep {marker} & setsid sh -c 'setsid sleep {marker} &' & ls -d /proc/[0-9]* | wc -l; echo $$; kill -TERM 1; exit 5"
+        "setsid sleep {marker} & setsid sh -c 'setsid sleep {marker} &' & echo /proc/[0-9]* | wc -w; echo $$; kill -TERM 1; exit 5"
     );
     let (ended, output) = run(&launch(&["sh", "-c", &script]), Isolation::Namespaces(None)).await;
     assert_eq!(ended.code(), Some(5));

@@ -1,0 +1,114 @@
+//! Requests that have one answer: some messages, then `Done` or `Failed`.
+
+use std::time::Duration;
+
+use dev_box_comm::message::{GuestError, GuestErrorKind, Message, Request, Shutdown};
+use dev_box_comm::session::GuestStream;
+
+use super::{Agent, configure, info, share};
+use crate::files;
+use crate::job::run::Command;
+
+/// Between the answer to a power-off and the power-off, so that the answer gets out.
+const LAST_WORDS: Duration = Duration::from_millis(30);
+
+/// Runs what blocks on a thread that may.
+///
+/// # Errors
+/// Its own; `Other` when it panicked.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, GuestError> + Send + 'static,
+) -> Result<T, GuestError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| Err(GuestError::new(GuestErrorKind::Other, "the agent failed at this")))
+}
+
+/// Ends a stream with how it went. That nobody listens any more is no news.
+pub(crate) async fn conclude(stream: &mut GuestStream, outcome: Result<(), GuestError>) {
+    let last = match outcome {
+        Ok(()) => Message::Done,
+        Err(error) => Message::Failed(error),
+    };
+    let _ = stream.send(last).await;
+}
+
+/// Answers a request whose answer is at hand.
+pub(super) async fn answer(agent: &Agent, request: Request, mut stream: GuestStream) {
+    let outcome = messages(agent, request).await;
+    let concluded = match outcome {
+        Ok(messages) => {
+            for message in messages {
+                if stream.send(message).await.is_err() {
+                    return;
+                }
+            }
+            Ok(())
+        }
+        Err(error) => Err(error),
+    };
+    conclude(&mut stream, concluded).await;
+}
+
+async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, GuestError> {
+    let none = |()| Vec::new();
+    let surroundings = agent.surroundings.clone();
+    match request {
+        Request::Configure(request) => {
+            blocking(move || configure::configure(&surroundings, &request)).await.map(none)
+        }
+        Request::Mount(request) => blocking(move || share::mount(&surroundings, &request)).await.map(none),
+        Request::Unmount(request) => {
+            blocking(move || share::unmount(&surroundings, &request)).await.map(none)
+        }
+        Request::Sync(request) => blocking(move || {
+            surroundings
+                .machine
+                .sync(request.drop_caches)
+                .map_err(|error| GuestError::from_io("sync", &error))
+        })
+        .await
+        .map(none),
+        Request::Info => Ok(vec![Message::Info(info::info(&surroundings, agent.jobs.running()))]),
+        Request::Jobs => {
+            let jobs = agent.jobs.list();
+            Ok(jobs.chunks(16).map(|jobs| Message::Jobs { jobs: jobs.to_vec() }).collect())
+        }
+        Request::Kill(request) => {
+            let job = agent.jobs.find(&request.job)?;
+            job.command(Command::Signal(request.signal)).map(none)
+        }
+        Request::Stat(request) => Ok(vec![Message::Stat(blocking(move || files::stat(&request)).await?)]),
+        Request::List(request) => {
+            let entries = blocking(move || files::list(&request)).await?;
+            let parts = entries.chunks(files::ENTRIES_PER_MESSAGE);
+            Ok(parts.map(|entries| Message::Entries { entries: entries.to_vec() }).collect())
+        }
+        Request::MakeDir(request) => blocking(move || files::make_directory(&request)).await.map(none),
+        Request::Rename(request) => blocking(move || files::rename(&request)).await.map(none),
+        Request::Remove(request) => blocking(move || files::remove(&request)).await.map(none),
+        other => {
+            let text = format!("this agent cannot answer {}", kind(&other));
+            Err(GuestError::new(GuestErrorKind::Unsupported, text))
+        }
+    }
+}
+
+/// The request's name on the wire.
+fn kind(request: &Request) -> String {
+    let value = serde_json::to_value(request).unwrap_or_default();
+    value.get("type").and_then(|kind| kind.as_str()).unwrap_or("this request").to_owned()
+}
+
+/// Stops every job, answers, and has pid 1 power off.
+pub(super) async fn shut_down(agent: &Agent, request: Shutdown, mut stream: GuestStream) {
+    let grace = Duration::from_millis(request.grace_ms);
+    agent.jobs.command_all(Command::Stop(grace));
+    if tokio::time::timeout(grace, agent.jobs.none_running()).await.is_err() {
+        agent.jobs.command_all(Command::Kill);
+    }
+    conclude(&mut stream, Ok(())).await;
+    tokio::time::sleep(LAST_WORDS).await;
+    if let Err(error) = agent.surroundings.machine.power_off() {
+        crate::console::say(format_args!("cannot power off: {error}"));
+    }
+}

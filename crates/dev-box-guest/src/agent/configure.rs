@@ -1,0 +1,203 @@
+//! Telling the guest who it is, before any user's code runs in it.
+
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+
+use dev_box_comm::message::{Configure, GuestError, GuestErrorKind, NetworkConfig};
+
+use super::Surroundings;
+use crate::network::{self, Addressing};
+
+/// Applies everything that is given: clock and randomness first, since what follows may use them.
+///
+/// # Errors
+/// `InvalidRequest` before anything is done; otherwise the first step that failed.
+pub fn configure(surroundings: &Surroundings, wanted: &Configure) -> Result<(), GuestError> {
+    let addressing = wanted.network.as_ref().map(addressing).transpose()?;
+    check(wanted)?;
+    let failed = |what: &'static str| move |error: io::Error| GuestError::from_io(what, &error);
+    if let Some(time) = wanted.unix_time_ns {
+        surroundings.machine.set_clock(time).map_err(failed("set the clock"))?;
+    }
+    if let Some(entropy) = &wanted.entropy {
+        let added = surroundings.machine.add_entropy(entropy.as_bytes());
+        added.map_err(failed("reseed the random number generator"))?;
+    }
+    let root = surroundings.root.as_path();
+    if let Some(name) = &wanted.hostname {
+        surroundings.machine.set_hostname(name).map_err(failed("set the host name"))?;
+        replace(root, "etc/hostname", &format!("{name}\n")).map_err(failed("write /etc/hostname"))?;
+        replace(root, "etc/hosts", &hosts(name)).map_err(failed("write /etc/hosts"))?;
+    }
+    if let Some(identifier) = &wanted.machine_id {
+        let line = format!("{identifier}\n");
+        replace(root, "etc/machine-id", &line).map_err(failed("write /etc/machine-id"))?;
+        // D-Bus keeps a copy, or a link to the other; a copy would be the template's.
+        let copy = root.join("var/lib/dbus/machine-id");
+        if std::fs::symlink_metadata(&copy).is_ok_and(|metadata| metadata.is_file()) {
+            std::fs::write(&copy, &line).map_err(failed("write /var/lib/dbus/machine-id"))?;
+        }
+    }
+    if let (Some(addressing), Some(network)) = (addressing, &wanted.network) {
+        network::apply(surroundings.links.as_ref(), &addressing)
+            .map_err(|error| GuestError::new(GuestErrorKind::Other, error.to_string()))?;
+        let servers: Vec<IpAddr> = network.dns.iter().copied().map(IpAddr::V4).collect();
+        let text = network::resolv_conf(&servers);
+        replace(root, "etc/resolv.conf", &text).map_err(failed("write /etc/resolv.conf"))?;
+    }
+    Ok(())
+}
+
+fn check(wanted: &Configure) -> Result<(), GuestError> {
+    let invalid = |text: String| Err(GuestError::new(GuestErrorKind::InvalidRequest, text));
+    if let Some(name) = &wanted.hostname {
+        let good =
+            name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+        if !good || !(1..=63).contains(&name.len()) || name.starts_with('-') || name.ends_with('-') {
+            return invalid(format!("`{name}` is no host name: 1 to 63 of [a-z0-9-]"));
+        }
+    }
+    if let Some(identifier) = &wanted.machine_id {
+        let good = identifier.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+        if !good || identifier.len() != 32 {
+            return invalid(format!("`{identifier}` is no machine id: 32 lower-case hexadecimal digits"));
+        }
+    }
+    if let Some(entropy) = &wanted.entropy
+        && !(32..=512).contains(&entropy.len())
+    {
+        return invalid(format!("{} bytes of entropy; 32 to 512 are wanted", entropy.len()));
+    }
+    Ok(())
+}
+
+fn addressing(network: &NetworkConfig) -> Result<Addressing, GuestError> {
+    let invalid = |text: String| GuestError::new(GuestErrorKind::InvalidRequest, text);
+    let mac = network::parse_mac(&network.mac)
+        .ok_or_else(|| invalid(format!("`{}` is no hardware address", network.mac)))?;
+    if !(1..=32).contains(&network.prefix) {
+        return Err(invalid(format!("{} is no length of a prefix", network.prefix)));
+    }
+    let gateway = (!network.gateway.is_unspecified()).then_some(network.gateway);
+    Ok(Addressing { mac, address: network.address, prefix: network.prefix, gateway })
+}
+
+fn hosts(name: &str) -> String {
+    format!(
+        "127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
+    )
+}
+
+/// Writes a file anew, never through a link: many root file systems have `/etc/resolv.conf` lead to a service's directory.
+fn replace(root: &Path, name: &str, text: &str) -> io::Result<()> {
+    let path = root.join(name);
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    if std::fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+        std::fs::remove_file(&path)?;
+    }
+    std::fs::write(&path, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use dev_box_comm::message::WireBytes;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::agent::tests::{Doubles, surroundings};
+
+    fn all() -> Configure {
+        Configure {
+            hostname: Some("job-7".into()),
+            machine_id: Some("0123456789abcdef0123456789abcdef".into()),
+            entropy: Some(WireBytes::from(vec![9; 64])),
+            unix_time_ns: Some(1_700_000_000_000_000_000),
+            network: Some(NetworkConfig {
+                mac: "02:00:00:00:00:02".into(),
+                address: Ipv4Addr::new(10, 0, 0, 9),
+                prefix: 24,
+                gateway: Ipv4Addr::new(10, 0, 0, 1),
+                dns: vec![Ipv4Addr::new(10, 0, 0, 1)],
+            }),
+        }
+    }
+
+    #[test]
+    fn everything_given_takes_effect() {
+        let Doubles { surroundings, machine, links, root, .. } = surroundings();
+        let etc = root.path().join("etc");
+        std::fs::create_dir(&etc).unwrap();
+        std::os::unix::fs::symlink("/run/elsewhere", etc.join("resolv.conf")).unwrap();
+        std::fs::create_dir_all(root.path().join("var/lib/dbus")).unwrap();
+        std::fs::write(root.path().join("var/lib/dbus/machine-id"), "the template's").unwrap();
+        configure(&surroundings, &all()).unwrap();
+        assert_eq!(machine.told(), ["clock 1700000000000000000", "entropy 64", "hostname job-7"]);
+        assert!(links.done().contains(&"eth0 10.0.0.9 255.255.255.0".to_owned()));
+        let text = |name: &str| std::fs::read_to_string(etc.join(name)).unwrap();
+        assert_eq!(text("hostname"), "job-7\n");
+        assert!(text("hosts").contains("127.0.1.1\tjob-7\n"));
+        assert_eq!(text("machine-id"), "0123456789abcdef0123456789abcdef\n");
+        assert!(text("resolv.conf").contains("nameserver 10.0.0.1\n"));
+        assert!(!std::fs::symlink_metadata(etc.join("resolv.conf")).unwrap().is_symlink());
+        let copy = std::fs::read_to_string(root.path().join("var/lib/dbus/machine-id")).unwrap();
+        assert_eq!(copy, text("machine-id"));
+    }
+
+    #[test]
+    fn nothing_given_changes_nothing() {
+        let Doubles { surroundings, machine, links, root, .. } = surroundings();
+        configure(&surroundings, &Configure::default()).unwrap();
+        assert!(machine.told().is_empty() && links.done().is_empty());
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn nonsense_is_refused_before_anything_is_done() {
+        let network = all().network.unwrap();
+        let wrong = [
+            Configure { hostname: Some("-x".into()), ..all() },
+            Configure { hostname: Some("x".repeat(64)), ..all() },
+            Configure { hostname: Some("Ä".into()), ..all() },
+            Configure { machine_id: Some("0123".into()), ..all() },
+            Configure { machine_id: Some("g".repeat(32)), ..all() },
+            Configure { entropy: Some(WireBytes::from("few")), ..all() },
+            Configure { network: Some(NetworkConfig { mac: "x".into(), ..network.clone() }), ..all() },
+            Configure { network: Some(NetworkConfig { prefix: 0, ..network }), ..all() },
+        ];
+        for wanted in wrong {
+            let Doubles { surroundings, machine, .. } = surroundings();
+            assert_eq!(configure(&surroundings, &wanted).unwrap_err().kind, GuestErrorKind::InvalidRequest);
+            assert!(machine.told().is_empty());
+        }
+    }
+
+    #[test]
+    fn the_step_that_failed_is_named() {
+        for (what, words) in [("clock", "clock"), ("entropy", "random"), ("hostname", "host name")] {
+            let mut doubles = surroundings();
+            let machine = crate::machine::fake::FakeMachine { refuse: Some(what), ..Default::default() };
+            doubles.surroundings.machine = Box::new(machine);
+            let refused = configure(&doubles.surroundings, &all()).unwrap_err();
+            assert!(refused.text.raw().contains(words), "{refused}");
+        }
+        let mut doubles = surroundings();
+        doubles.surroundings.links = Box::new(crate::network::fake::FakeLinks::default());
+        assert!(configure(&doubles.surroundings, &all()).unwrap_err().text.raw().contains("interface"));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_names_never_reach_the_machine(hostname in "\\PC{0,70}", machine_id in "\\PC{0,40}") {
+            let Doubles { surroundings, machine, .. } = surroundings();
+            let wanted = Configure { hostname: Some(hostname), machine_id: Some(machine_id), ..Configure::default() };
+            if configure(&surroundings, &wanted).is_err() {
+                prop_assert!(machine.told().is_empty());
+            }
+        }
+    }
+}

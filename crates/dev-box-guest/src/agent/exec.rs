@@ -1,0 +1,489 @@
+//! Running a command for the host, in front or in the background.
+//!
+//! ```text
+//!  Exec --failed--> Failed
+//!    '--> Started --> (output on lanes, signals, sizes) --> tree ended --> lanes drained --> Exited
+//!                         | stream reset or session closed
+//!                         v
+//!            foreground: TERM, grace, KILL      background: goes on, its output remembered
+//! ```
+
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use dev_box_comm::message::{
+    Attach, ExecRequest, ExitStatus, Exited, GuestError, GuestErrorKind, Message, PtySize, Started, Usage,
+};
+use dev_box_comm::session::{
+    GuestStream, LaneReader, LaneWriter, MessageReceiver, MessageSender, StreamError,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::answers::conclude;
+use super::jobs::{COMMANDS, Job};
+use super::{Agent, Containment, lanes};
+use crate::cgroup::{GroupLimits, JobGroup};
+use crate::descriptor::{watch as watch_descriptor, watch_nonblocking};
+use crate::job::plan::{Launch, Plan, ResourceLimit};
+use crate::job::pty::{self, Pty, Size};
+use crate::job::report::Step;
+use crate::job::run::{Command, Outcome, Rules, supervise};
+use crate::job::spawn::{Isolation, Process, SpawnError};
+use crate::passwd::{Accounts, Identity};
+
+/// How long output may take to get out before the rest of a job is cleared away without waiting for it.
+const OUTPUT_PATIENCE: Duration = Duration::from_millis(20);
+/// How long a control group may refuse to be removed.
+const GROUP_PATIENCE: Duration = Duration::from_secs(2);
+/// Open files of a job's process that asks for no other limit; it may raise it itself.
+const OPEN_FILES: u64 = 1024;
+/// The longest grace a host can ask for.
+const MAX_GRACE: Duration = Duration::from_secs(600);
+
+/// The agent's ends of a job's standard streams.
+struct Ends {
+    /// To its standard input, when it has one.
+    input: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// From its standard output; with a terminal everything.
+    output: Arc<AsyncFd<OwnedFd>>,
+    /// From its standard error; with a terminal nothing.
+    errors: Option<Arc<AsyncFd<OwnedFd>>>,
+    terminal: bool,
+}
+
+/// The job's ends.
+struct Theirs {
+    input: OwnedFd,
+    output: OwnedFd,
+    errors: Option<OwnedFd>,
+}
+
+impl Theirs {
+    fn streams(&self) -> [BorrowedFd<'_>; 3] {
+        let output = self.output.as_fd();
+        [self.input.as_fd(), output, self.errors.as_ref().map_or(output, |errors| errors.as_fd())]
+    }
+}
+
+/// A job that runs.
+struct Running {
+    job: Arc<Job>,
+    process: Process,
+    group: Option<JobGroup>,
+    ends: Ends,
+    commands: mpsc::Receiver<Command>,
+    exit: watch::Sender<Option<Exited>>,
+    rules: Rules,
+}
+
+/// Runs a command and answers along the stream.
+pub(super) async fn exec(agent: &Agent, request: ExecRequest, mut stream: GuestStream) {
+    let running = match start(agent, &request).await {
+        Ok(running) => running,
+        Err(error) => return conclude(&mut stream, Err(error)).await,
+    };
+    let started = Started { pid: running.job.pid, job: Some(running.job.id.clone()) };
+    // That nobody listens is noticed by whoever listens for messages.
+    let _ = stream.send(Message::Started(started)).await;
+    if request.background {
+        let job = running.job.clone();
+        tokio::spawn(in_background(agent.clone(), running));
+        attend(&job, 0, request.stdin, stream).await;
+    } else {
+        in_front(agent, running, stream).await;
+    }
+}
+
+/// Joins a stream to a background job.
+pub(super) async fn attach(agent: &Agent, request: &Attach, mut stream: GuestStream) {
+    match agent.jobs.find(&request.job) {
+        Ok(job) if job.background => {
+            let _ = stream.send(Message::Started(Started { pid: job.pid, job: Some(job.id.clone()) })).await;
+            let place = job.output.place(request.replay_bytes);
+            let from = (place, job.errors.place(request.replay_bytes));
+            attend_from(&job, from, request.stdin, stream).await;
+        }
+        Ok(job) => {
+            let text = format!("job {} runs in the foreground of another stream", job.id);
+            conclude(&mut stream, Err(GuestError::new(GuestErrorKind::InvalidRequest, text))).await;
+        }
+        Err(error) => conclude(&mut stream, Err(error)).await,
+    }
+}
+
+async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestError> {
+    request.validate()?;
+    let number = agent.jobs.number();
+    let id = request.job.clone().unwrap_or_else(|| format!("job-{number}"));
+    agent.jobs.admit(&id)?;
+    let identity = identity(&agent.surroundings.root, request.user.as_deref())?;
+    let plan = plan(request, identity, &agent.surroundings.containment)?;
+    let (ends, theirs) =
+        streams(request, &plan).map_err(|error| GuestError::from_io("open streams", &error))?;
+    let group = group(&agent.surroundings.containment, number, request)?;
+    let isolation = match agent.surroundings.containment {
+        Containment::None => Isolation::ProcessGroup,
+        _ => Isolation::Namespaces(group.as_ref().map(JobGroup::directory)),
+    };
+    let process = Process::spawn(&plan, theirs.streams(), isolation);
+    drop(theirs);
+    let started = match &process {
+        Ok(process) => process.started().await,
+        Err(_) => Ok(()),
+    };
+    let process = match process.and_then(|process| started.map(|()| process)) {
+        Ok(process) => process,
+        Err(error) => {
+            remove(group).await;
+            return Err(refusal(&error, request));
+        }
+    };
+    let (sender, commands) = mpsc::channel(COMMANDS);
+    let (exit, exited) = watch::channel(None);
+    let job = Arc::new(Job {
+        id,
+        argv: request.argv.clone(),
+        pid: u32::try_from(process.pid()).unwrap_or(0),
+        background: request.background,
+        started: Instant::now(),
+        commands: sender,
+        exited,
+        terminal: ends.terminal.then(|| ends.output.clone()),
+        stdin: Mutex::new(ends.input.clone().filter(|_| request.background)),
+        output: Arc::default(),
+        errors: Arc::default(),
+    });
+    agent.jobs.add(job.clone())?;
+    let rules = Rules {
+        timeout: request.timeout_ms.map(Duration::from_millis),
+        grace: Duration::from_millis(request.grace_ms).min(MAX_GRACE),
+        cpu_time: request.limits.cpu_time_ms.map(Duration::from_millis),
+    };
+    Ok(Running { job, process, group, ends, commands, exit, rules })
+}
+
+fn identity(root: &Path, user: Option<&str>) -> Result<Identity, GuestError> {
+    let Some(user) = user else { return Ok(Identity::root()) };
+    Accounts::read(root)
+        .resolve(user)
+        .map_err(|error| GuestError::new(GuestErrorKind::NotFound, error.to_string()))
+}
+
+fn plan(request: &ExecRequest, identity: Identity, containment: &Containment) -> Result<Plan, GuestError> {
+    let bytes = |bytes: &dev_box_comm::message::WireBytes| bytes.as_bytes().to_vec();
+    let mut limits = Vec::new();
+    match (request.limits.open_files, containment) {
+        (Some(files), _) => {
+            limits.push(ResourceLimit { resource: libc::RLIMIT_NOFILE, soft: files, hard: files });
+        }
+        // The agent's own soft limit is as high as the hard one, which makes some programs slow.
+        (None, Containment::Full(_)) => limits.push(ResourceLimit {
+            resource: libc::RLIMIT_NOFILE,
+            soft: OPEN_FILES,
+            hard: super::run::OPEN_FILES,
+        }),
+        _ => {}
+    }
+    if let Some(time) = request.limits.cpu_time_ms {
+        // Whole seconds, of one process: the group's watch is finer where there is one.
+        let seconds = time.div_ceil(1000).max(1);
+        limits.push(ResourceLimit { resource: libc::RLIMIT_CPU, soft: seconds, hard: seconds + 5 });
+    }
+    // Without root one keeps what one has.
+    let identity = if nix::unistd::geteuid().is_root() {
+        identity
+    } else {
+        Identity { uid: nix::unistd::geteuid().as_raw(), ..identity }
+    };
+    let launch = Launch {
+        argv: request.argv.iter().map(bytes).collect(),
+        env: request.env.iter().map(|(name, value)| (bytes(name), bytes(value))).collect(),
+        cwd: request.cwd.as_ref().map(bytes),
+        identity,
+        umask: request.umask.unwrap_or(0o022),
+        limits,
+        terminal: request.pty.is_some(),
+    };
+    Plan::new(&launch).map_err(|error| GuestError::new(GuestErrorKind::InvalidRequest, error.to_string()))
+}
+
+fn streams(request: &ExecRequest, plan: &Plan) -> io::Result<(Ends, Theirs)> {
+    if let Some(size) = request.pty {
+        let pty = Pty::open(size_of(size), plan.owner())?;
+        let both = Interest::READABLE | Interest::WRITABLE;
+        let master = Arc::new(watch_descriptor(pty.master, both)?);
+        let input = pty.slave.try_clone()?;
+        let theirs = Theirs { input, output: pty.slave, errors: None };
+        let ends = Ends { input: Some(master.clone()), output: master, errors: None, terminal: true };
+        return Ok((ends, theirs));
+    }
+    let (output, their_output) = pipe()?;
+    let (errors, their_errors) = pipe()?;
+    let (input, their_input) = if request.stdin {
+        let (theirs, ours) = pipe()?;
+        (Some(Arc::new(watch_nonblocking(ours, Interest::WRITABLE)?)), theirs)
+    } else {
+        (None, std::fs::File::open("/dev/null")?.into())
+    };
+    let output = Arc::new(watch_nonblocking(output, Interest::READABLE)?);
+    let errors = Some(Arc::new(watch_nonblocking(errors, Interest::READABLE)?));
+    let theirs = Theirs { input: their_input, output: their_output, errors: Some(their_errors) };
+    Ok((Ends { input, output, errors, terminal: false }, theirs))
+}
+
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
+}
+
+fn size_of(size: PtySize) -> Size {
+    Size { rows: size.rows, columns: size.cols }
+}
+
+fn group(
+    containment: &Containment,
+    number: u64,
+    request: &ExecRequest,
+) -> Result<Option<JobGroup>, GuestError> {
+    let limits = GroupLimits {
+        memory_bytes: request.limits.memory_bytes,
+        pids: request.limits.pids,
+        cpu_millis: None,
+    };
+    match containment {
+        Containment::Full(cgroups) => cgroups
+            .create(&number.to_string(), &limits)
+            .map(Some)
+            .map_err(|error| GuestError::new(GuestErrorKind::Other, error.to_string())),
+        _ if limits != GroupLimits::default() => {
+            let text = "limits of memory and processes need control groups";
+            Err(GuestError::new(GuestErrorKind::Unsupported, text))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Why a command did not start, in the host's terms: `NotFound` is a shell's 127, `PermissionDenied` its 126.
+fn refusal(error: &SpawnError, request: &ExecRequest) -> GuestError {
+    let SpawnError::Step { step, error: reason } = error else {
+        return GuestError::new(GuestErrorKind::Other, error.to_string());
+    };
+    let program = request.argv.first().map(|program| program.as_bytes().escape_ascii().to_string());
+    let program = program.unwrap_or_default();
+    let errno = reason.raw_os_error();
+    let (kind, text) = match (step, errno) {
+        (Step::Execute, Some(libc::ENOENT)) if !program.contains('/') => {
+            (GuestErrorKind::NotFound, format!("{program}: command not found"))
+        }
+        (Step::Execute, Some(libc::ENOENT)) => {
+            // A script whose interpreter is missing says the same.
+            (GuestErrorKind::NotFound, format!("{program}: no such file, or its interpreter is missing"))
+        }
+        (Step::Execute, Some(libc::ENOEXEC)) => {
+            (GuestErrorKind::PermissionDenied, format!("{program}: not a program this machine can execute"))
+        }
+        (Step::Execute, _) => (GuestErrorKind::from(reason.kind()), format!("{program}: {reason}")),
+        (Step::WorkingDirectory, _) => {
+            let directory = request.cwd.as_ref().map(|cwd| cwd.as_bytes().escape_ascii().to_string());
+            let directory = directory.unwrap_or_default();
+            (GuestErrorKind::from(reason.kind()), format!("working directory {directory}: {reason}"))
+        }
+        // The process limit, or memory.
+        (Step::Fork, Some(libc::EAGAIN)) => (GuestErrorKind::TooMany, error.to_string()),
+        _ => (GuestErrorKind::Other, error.to_string()),
+    };
+    GuestError { errno, ..GuestError::new(kind, text) }
+}
+
+/// Runs a job whose output goes straight to the host, at the host's pace.
+async fn in_front(agent: &Agent, running: Running, stream: GuestStream) {
+    let Running { job, process, group, ends, mut commands, exit, rules } = running;
+    let parts = stream.split();
+    let mut sender: MessageSender = parts.sender;
+    let listening = tokio::spawn(listen(parts.receiver, job.clone(), rules.grace));
+    let feeding = ends.input.map(|input| tokio::spawn(feed(parts.input, input, ends.terminal)));
+    let output = tokio::spawn(lanes::drain_to_lane(ends.output, parts.output));
+    let errors = errors_to_lane(ends.errors, parts.errors);
+    let outcome = supervise(&process, group.as_ref(), &mut commands, rules).await;
+    let exited = exited(&outcome);
+    let _ = exit.send(Some(exited.clone()));
+    if let Some(feeding) = feeding {
+        feeding.abort();
+    }
+    let drained = async {
+        let _ = output.await;
+        if let Some(errors) = errors {
+            let _ = errors.await;
+        }
+    };
+    tokio::pin!(drained);
+    // The answer first: clearing away takes longer than most commands' last words.
+    let waited = tokio::time::timeout(OUTPUT_PATIENCE, &mut drained).await;
+    if waited.is_ok() {
+        let _ = sender.send(Message::Exited(exited.clone())).await;
+    }
+    process.reap().await;
+    remove(group).await;
+    agent.jobs.ended(&job);
+    if waited.is_err() {
+        drained.await;
+        let _ = sender.send(Message::Exited(exited)).await;
+    }
+    listening.abort();
+}
+
+fn errors_to_lane(errors: Option<Arc<AsyncFd<OwnedFd>>>, mut lane: LaneWriter) -> Option<JoinHandle<()>> {
+    if errors.is_none() {
+        lane.finish();
+    }
+    errors.map(|errors| tokio::spawn(lanes::drain_to_lane(errors, lane)))
+}
+
+/// Runs a job whose output is remembered, whoever listens.
+async fn in_background(agent: Agent, running: Running) {
+    let Running { job, process, group, ends, mut commands, exit, rules } = running;
+    // Only the job's own copy is left, which an attached stream may take and close.
+    drop(ends.input);
+    let output = tokio::spawn(lanes::drain_to_replay(ends.output, job.output.clone()));
+    let errors = match ends.errors {
+        Some(errors) => Some(tokio::spawn(lanes::drain_to_replay(errors, job.errors.clone()))),
+        None => {
+            job.errors.finish();
+            None
+        }
+    };
+    let outcome = supervise(&process, group.as_ref(), &mut commands, rules).await;
+    let _ = output.await;
+    if let Some(errors) = errors {
+        let _ = errors.await;
+    }
+    if let Ok(mut stdin) = job.stdin.lock() {
+        *stdin = None;
+    }
+    let _ = exit.send(Some(exited(&outcome)));
+    process.reap().await;
+    remove(group).await;
+    agent.jobs.ended(&job);
+}
+
+/// A stream's time with a background job, from the first byte remembered of each kind.
+async fn attend(job: &Arc<Job>, replay: u64, stdin: bool, stream: GuestStream) {
+    attend_from(job, (replay, replay), stdin, stream).await;
+}
+
+async fn attend_from(job: &Arc<Job>, (output, errors): (u64, u64), stdin: bool, stream: GuestStream) {
+    let parts = stream.split();
+    let mut sender = parts.sender;
+    let terminal = job.terminal.is_some();
+    let input = job.stdin.lock().ok().and_then(|input| input.clone()).filter(|_| stdin);
+    let feeding = input.map(|input| {
+        let (job, mut lane) = (job.clone(), parts.input);
+        tokio::spawn(async move {
+            let finished = lanes::fill_from_lane(&mut lane, &input).await;
+            if finished && terminal {
+                let _ = lanes::write_all(&input, END_OF_INPUT).await;
+            } else if finished && let Ok(mut stdin) = job.stdin.lock() {
+                *stdin = None;
+            }
+        })
+    });
+    let mut exited = job.exited.clone();
+    let last = async {
+        tokio::join!(
+            lanes::follow(job.output.clone(), output, parts.output),
+            lanes::follow(job.errors.clone(), errors, parts.errors),
+        );
+        exited.wait_for(Option::is_some).await.ok().and_then(|exited| exited.clone())
+    };
+    tokio::select! {
+        exited = last => if let Some(exited) = exited {
+            let _ = sender.send(Message::Exited(exited)).await;
+        },
+        // The host has left; the job goes on.
+        () = listen_until_lost(parts.receiver, job) => {}
+    }
+    if let Some(feeding) = feeding {
+        feeding.abort();
+    }
+}
+
+/// What a terminal takes for the end of input, at the beginning of a line.
+const END_OF_INPUT: &[u8] = b"\x04";
+
+/// Passes lane 0 on to a job's standard input, and closes that with the lane.
+async fn feed(mut lane: LaneReader, input: Arc<AsyncFd<OwnedFd>>, terminal: bool) {
+    let finished = lanes::fill_from_lane(&mut lane, &input).await;
+    if finished && terminal {
+        let _ = lanes::write_all(&input, END_OF_INPUT).await;
+    }
+}
+
+/// Carries out the host's messages; stops the job when the host has given it up.
+async fn listen(mut receiver: MessageReceiver, job: Arc<Job>, grace: Duration) {
+    let command = match heed(&mut receiver, &job).await {
+        StreamError::Closed(_) => Command::Kill,
+        _ => Command::Stop(grace),
+    };
+    let _ = job.commands.send(command).await;
+}
+
+async fn listen_until_lost(mut receiver: MessageReceiver, job: &Arc<Job>) {
+    heed(&mut receiver, job).await;
+}
+
+/// Carries out the host's messages until the stream is lost.
+async fn heed(receiver: &mut MessageReceiver, job: &Arc<Job>) -> StreamError {
+    loop {
+        match receiver.recv().await {
+            Ok(Some(Message::Signal { number })) => {
+                let _ = job.commands.send(Command::Signal(number)).await;
+            }
+            Ok(Some(Message::Resize(size))) => {
+                if let Some(terminal) = &job.terminal {
+                    let _ = pty::resize(terminal.get_ref(), size_of(size));
+                }
+            }
+            Ok(Some(_)) => {}
+            // The host never says that it has nothing more to say.
+            Ok(None) => std::future::pending().await,
+            Err(error) => return error,
+        }
+    }
+}
+
+fn exited(outcome: &Outcome) -> Exited {
+    let Outcome { ended, group, timed_out, wall } = outcome;
+    let status = match (ended.code(), ended.signal()) {
+        (Some(code), _) => ExitStatus::Code(code),
+        (None, Some(signal)) => ExitStatus::Signal(signal),
+        (None, None) => ExitStatus::Signal(libc::SIGKILL),
+    };
+    // The group counts what was never waited for, too.
+    let group = group.unwrap_or_default();
+    Exited {
+        status,
+        usage: Usage {
+            user_us: ended.user_micros.max(group.user_micros),
+            system_us: ended.system_micros.max(group.system_micros),
+            wall_us: u64::try_from(wall.as_micros()).unwrap_or(u64::MAX),
+            max_rss_bytes: ended.max_rss_kib.saturating_mul(1024),
+        },
+        timed_out: *timed_out,
+        oom_killed: group.oom_kills > 0,
+    }
+}
+
+/// Removes a group as soon as the kernel lets go of it.
+async fn remove(group: Option<JobGroup>) {
+    let Some(group) = group else { return };
+    let deadline = Instant::now() + GROUP_PATIENCE;
+    while !group.remove(Duration::ZERO) && Instant::now() < deadline {
+        let _ = group.kill();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,79 @@
+//! What the guest says about itself.
+
+use std::path::Path;
+
+use dev_box_comm::message::GuestInfo;
+
+use super::Surroundings;
+
+/// Reads it afresh; what cannot be read is zero or empty.
+#[must_use]
+pub fn info(surroundings: &Surroundings, jobs: usize) -> GuestInfo {
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let disk = nix::sys::statvfs::statvfs(surroundings.root.as_path()).ok();
+    let blocks = |count: u64| disk.as_ref().map_or(0, |disk| count.saturating_mul(disk.fragment_size()));
+    GuestInfo {
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: first_line("/proc/sys/kernel/osrelease"),
+        boot_id: boot_id(),
+        hostname: first_line("/proc/sys/kernel/hostname"),
+        uptime_ms: uptime_ms(&first_line("/proc/uptime")),
+        cpus: std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1)),
+        memory_bytes: kibibytes(&memory, "MemTotal:"),
+        memory_available_bytes: kibibytes(&memory, "MemAvailable:"),
+        disk_bytes: blocks(disk.as_ref().map_or(0, |disk| disk.blocks())),
+        disk_free_bytes: blocks(disk.as_ref().map_or(0, |disk| disk.blocks_available())),
+        jobs: u32::try_from(jobs).unwrap_or(u32::MAX),
+        agent_restarts: surroundings.restarts,
+    }
+}
+
+/// This boot's identifier, which is how a host notices that a guest has started anew.
+#[must_use]
+pub fn boot_id() -> String {
+    first_line("/proc/sys/kernel/random/boot_id")
+}
+
+fn first_line(path: impl AsRef<Path>) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().next().unwrap_or_default().trim().to_owned()
+}
+
+fn kibibytes(text: &str, key: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default();
+    let number = line.trim().trim_end_matches("kB").trim();
+    number.parse::<u64>().unwrap_or(0).saturating_mul(1024)
+}
+
+fn uptime_ms(text: &str) -> u64 {
+    let (seconds, hundredths) =
+        text.split_whitespace().next().unwrap_or_default().split_once('.').unwrap_or_default();
+    let seconds = seconds.parse::<u64>().unwrap_or(0).saturating_mul(1000);
+    seconds.saturating_add(hundredths.parse::<u64>().unwrap_or(0).saturating_mul(10))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::tests::surroundings;
+
+    #[test]
+    fn a_machine_says_what_it_is() {
+        let doubles = surroundings();
+        let info = info(&doubles.surroundings, 3);
+        assert!(info.memory_bytes > info.memory_available_bytes && info.memory_available_bytes > 0);
+        assert!(info.cpus > 0 && info.uptime_ms > 0 && info.disk_bytes > 0);
+        assert_eq!((info.jobs, info.boot_id.len()), (3, 36));
+        assert!(!info.kernel.is_empty() && !info.hostname.is_empty());
+    }
+
+    #[test]
+    fn nonsense_is_zero() {
+        assert_eq!(uptime_ms("12.34 99.0"), 12_340);
+        assert_eq!(uptime_ms("x"), 0);
+        assert_eq!(uptime_ms(""), 0);
+        assert_eq!(kibibytes("A: 3 kB\n", "A:"), 3072);
+        assert_eq!(kibibytes("A: 3 kB\n", "B:"), 0);
+        assert_eq!(first_line("/nowhere"), "");
+    }
+}

@@ -1,0 +1,228 @@
+//! The virtio-serial port as a stream of bytes (drivers/char/virtio_console.c).
+//!
+//! ```text
+//!            host opens its end                      read of 0 bytes: the host's end was closed
+//!  Waiting --------------------> Connected (PortIo) ------------------------------------------> Waiting
+//! ```
+//! The device has no connections of its own: it only says whether the host's end is open. It says so as a hang-up, which a reactor takes for
+//! final; so that a closed port is watched through an edge-triggered epoll of its own, and a [`PortIo`] lives only as long as
+//! one opening of the host's end.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+
+use crate::descriptor::watch;
+
+/// A write carries no more than this, whatever the buffer; more would be copied for nothing.
+const MAX_WRITE: usize = 32 * 1024;
+
+/// An open port, whether or not the host's end is.
+#[derive(Debug)]
+pub struct Port {
+    device: OwnedFd,
+}
+
+impl Port {
+    /// Opens the device node; only one opening at a time is possible.
+    ///
+    /// # Errors
+    /// What open(2) said, `EBUSY` when somebody else has it.
+    pub fn open(node: &Path) -> io::Result<Self> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let device =
+            std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(node)?;
+        Ok(Self { device: device.into() })
+    }
+
+    /// Any descriptor that hangs up as a port does: for tests.
+    #[must_use]
+    pub fn from_descriptor(device: OwnedFd) -> Self {
+        Self { device }
+    }
+
+    /// Whether the host's end is open now.
+    fn connected(&self) -> io::Result<bool> {
+        let mut asked = [PollFd::new(self.device.as_fd(), PollFlags::POLLIN)];
+        poll(&mut asked, PollTimeout::ZERO)?;
+        let [answer] = asked;
+        Ok(!answer.revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))
+    }
+
+    /// Waits until the host's end is open, and hands out the stream for as long as it stays so.
+    ///
+    /// # Errors
+    /// What the kernel said about the device.
+    pub async fn connection(&self) -> io::Result<PortIo> {
+        if !self.connected()? {
+            self.wait().await?;
+        }
+        let io = watch(self.device.try_clone()?, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(PortIo { io: Arc::new(io) })
+    }
+
+    async fn wait(&self) -> io::Result<()> {
+        let changes = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+        changes.add(&self.device, EpollEvent::new(flags, 0))?;
+        let changes = watch(changes.0, Interest::READABLE)?;
+        loop {
+            let mut ready = changes.readable().await?;
+            // Consumes the edge; a change from here on makes the epoll readable again.
+            let drained = ready.try_io(|changes| drain(changes.get_ref()));
+            if matches!(drained, Ok(Err(_))) {
+                return drained.unwrap_or(Ok(()));
+            }
+            if self.connected()? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Takes the pending event from an epoll; `WouldBlock` when there is none.
+fn drain(epoll: &OwnedFd) -> io::Result<()> {
+    let epoll = Epoll(epoll.try_clone()?);
+    let mut events = [EpollEvent::empty()];
+    match epoll.wait(&mut events, EpollTimeout::ZERO)? {
+        0 => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Ok(()),
+    }
+}
+
+/// The stream between two openings of the host's end; reads end when it is closed.
+#[derive(Debug)]
+pub struct PortIo {
+    io: Arc<AsyncFd<OwnedFd>>,
+}
+
+impl AsyncRead for PortIo {
+    #[expect(unsafe_code, reason = "reads into memory that need not be initialised first")]
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut ready = ready!(self.io.poll_read_ready(context))?;
+            let read = ready.try_io(|io| {
+                // SAFETY: the unfilled part is ours to write, nothing is read from it, and no initialised byte is undone.
+                let (start, length) = unsafe {
+                    let free = buffer.unfilled_mut();
+                    (free.as_mut_ptr(), free.len())
+                };
+                // SAFETY: the memory is there for the whole call.
+                let read = unsafe { libc::read(io.as_raw_fd(), start.cast(), length) };
+                usize::try_from(read).map_err(|_| io::Error::last_os_error())
+            });
+            match read {
+                Ok(Ok(length)) => {
+                    // SAFETY: the kernel has written that many bytes.
+                    unsafe { buffer.assume_init(length) };
+                    buffer.advance(length);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => return Poll::Ready(Err(error)),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for PortIo {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let part = bytes.get(..MAX_WRITE).unwrap_or(bytes);
+        loop {
+            let mut ready = ready!(self.io.poll_write_ready(context))?;
+            match ready.try_io(|io| Ok(nix::unistd::write(io.get_ref(), part)?)) {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(outcome) => return Poll::Ready(outcome),
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    /// A terminal hangs up when its other end is closed and comes back when that is opened again, as a port does.
+    fn terminal() -> (Port, std::path::PathBuf) {
+        let pty = crate::job::pty::Pty::open(crate::job::pty::Size { rows: 1, columns: 1 }, 0).unwrap();
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", pty.slave.as_raw_fd())).unwrap();
+        let mut raw = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+        nix::sys::termios::cfmakeraw(&mut raw);
+        nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &raw).unwrap();
+        (Port::from_descriptor(pty.master), path)
+    }
+
+    fn open_other_end(path: &Path) -> std::fs::File {
+        std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap()
+    }
+
+    #[tokio::test]
+    async fn bytes_pass_both_ways_and_a_closed_end_ends_the_stream() {
+        let (port, path) = terminal();
+        for _ in 0..2 {
+            let mut other = open_other_end(&path);
+            let mut io = port.connection().await.unwrap();
+            std::io::Write::write_all(&mut other, b"hello").unwrap();
+            let mut bytes = [0; 5];
+            io.read_exact(&mut bytes).await.unwrap();
+            assert_eq!(&bytes, b"hello");
+            io.write_all(b"there").await.unwrap();
+            io.flush().await.unwrap();
+            std::io::Read::read_exact(&mut other, &mut bytes).unwrap();
+            assert_eq!(&bytes, b"there");
+            drop(other);
+            // A terminal says EIO where a port says 0 bytes.
+            assert!(matches!(io.read(&mut bytes).await, Ok(0) | Err(_)));
+            io.shutdown().await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_closed_end_is_waited_for() {
+        let (port, path) = terminal();
+        let waiting = tokio::time::timeout(Duration::from_millis(20), port.connection()).await;
+        assert!(waiting.is_err(), "nobody has opened the other end");
+        let opener = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            let mut other = open_other_end(&path);
+            std::io::Write::write_all(&mut other, b"late").unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+        });
+        let mut io = tokio::time::timeout(Duration::from_secs(5), port.connection()).await.unwrap().unwrap();
+        let mut bytes = [0; 4];
+        io.read_exact(&mut bytes).await.unwrap();
+        assert_eq!(&bytes, b"late");
+        opener.join().unwrap();
+    }
+
+    #[test]
+    fn a_node_that_is_not_there_is_an_error() {
+        assert_eq!(Port::open(Path::new("/dev/no-such-port")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+}
