@@ -125,7 +125,7 @@ pub struct WireLimits {
 
 impl Default for WireLimits {
     fn default() -> Self {
-        Self { streams: 256, lane_window: 64 * 1024, message_window: 512 * 1024 }
+        Self { streams: 256, lane_window: 64 * 1024, message_window: 256 * 1024 }
     }
 }
 

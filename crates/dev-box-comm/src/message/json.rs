@@ -14,9 +14,14 @@ pub const MAX_DEPTH: usize = 32;
 /// Why a payload was no message, or a message no payload.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum JsonError {
-    /// Longer than [`MAX_JSON`].
-    #[error("JSON of {0} bytes, the most is {MAX_JSON}")]
-    TooLong(usize),
+    /// Longer than it may be.
+    #[error("JSON of {len} bytes, the most is {max}")]
+    TooLong {
+        /// How long.
+        len: usize,
+        /// The most for it, in bytes.
+        max: usize,
+    },
     /// Nested deeper than [`MAX_DEPTH`].
     #[error("JSON nested deeper than {MAX_DEPTH} levels")]
     TooDeep,
@@ -34,7 +39,7 @@ pub enum JsonError {
 /// [`JsonError`]; never panics, whatever the bytes.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
     if bytes.len() > MAX_JSON {
-        return Err(JsonError::TooLong(bytes.len()));
+        return Err(JsonError::TooLong { len: bytes.len(), max: MAX_JSON });
     }
     if depth_exceeds(bytes, MAX_DEPTH) {
         return Err(JsonError::TooDeep);
@@ -49,7 +54,11 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
 /// [`JsonError::TooLong`], or [`JsonError::Malformed`] for a value that has no form on the wire.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, JsonError> {
     let bytes = serde_json::to_vec(value).map_err(|e| JsonError::Malformed(malformed(&e)))?;
-    if bytes.len() > MAX_JSON { Err(JsonError::TooLong(bytes.len())) } else { Ok(bytes) }
+    if bytes.len() > MAX_JSON {
+        Err(JsonError::TooLong { len: bytes.len(), max: MAX_JSON })
+    } else {
+        Ok(bytes)
+    }
 }
 
 /// serde quotes names from the input: shortened and escaped, since a guest may have written them.

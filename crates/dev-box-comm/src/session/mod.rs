@@ -8,15 +8,37 @@
 //! One driver task per session owns the connection; [`Session`], [`Stream`] and their halves are handles on the
 //! same state. Every handle is cancellation safe: a future that is dropped has either done all it was to do or nothing.
 
+mod driver;
+mod handshake;
+mod port;
+mod state;
 mod stream;
+#[cfg(test)]
+mod tests;
+mod wire;
 
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
 
-use crate::hello::{GuestHello, HandshakeError, HostHello};
-use crate::message::{GuestError, Message, Request};
+use crate::frame::MAX_MESSAGE;
+use crate::hello::{GuestHello, HandshakeError, HostHello, WireLimits};
+use crate::message::{GuestError, Message, Request, encode};
+use crate::mux::{MESSAGE_COST, Mux, MuxLimits, Refused, Role};
+use driver::{Carrier, Driver};
+use handshake::Identity;
+use state::{Owner, Shared};
+use stream::Core;
+use wire::Wire;
 
+pub use port::GuestPort;
 pub use stream::{
     GuestStream, GuestStreamParts, LaneEnd, LaneReader, LaneWriter, MessageReceiver, MessageSender, Stream,
     StreamParts,
@@ -58,14 +80,22 @@ impl Default for SessionConfig {
 
 /// A handle on a session; clones are handles on the same one. When the last handle (streams included) is dropped, the
 /// session closes.
-#[derive(Debug, Clone)]
-pub struct Session {}
+#[derive(Clone)]
+pub struct Session {
+    owner: Arc<Owner>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("closed", &self.close_reason()).finish_non_exhaustive()
+    }
+}
 
 impl Session {
     /// The host's side: says hello on a fresh connection and waits for the guest's.
     ///
     /// Bytes before the guest's hello (left over from an earlier conversation on a virtio-serial port) are skipped; the
-    /// hello is repeated until it is answered. Uses [`SessionConfig::default`].
+    /// hello is repeated until it is answered. Uses [`SessionConfig::default`]. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// [`HandshakeError`]; the connection is closed then.
@@ -78,11 +108,14 @@ impl Session {
     /// # Errors
     /// [`HandshakeError`].
     pub async fn connect_with(
-        _io: impl Io,
-        _hello: HostHello,
-        _config: SessionConfig,
+        io: impl Io,
+        mut hello: HostHello,
+        config: SessionConfig,
     ) -> Result<(Self, GuestHello), HandshakeError> {
-        todo!()
+        hello.limits = sane(hello.limits);
+        let (wire, guest, identity) = handshake::connect(Box::new(io), &hello, &config).await?;
+        let owner = start(wire, Role::Host, identity, (hello.limits, guest.limits), &config, None);
+        Ok((Self { owner }, guest))
     }
 
     /// The guest's side of one connection (vsock): waits for the host's hello and answers. For a virtio-serial port,
@@ -97,20 +130,48 @@ impl Session {
         GuestPort::new(io).accept(hello).await
     }
 
-    /// Host: opens a stream with a request. Waits while as many streams are open as the guest allows.
+    /// Host: opens a stream with a request. Waits while as many streams are open as the guest allows. Cancellation safe:
+    /// dropped before it returned, nothing stays open.
     ///
     /// # Errors
     /// [`StreamError::Closed`]; [`StreamError::TooLong`] for a request that does not fit a frame.
-    pub async fn open(&self, _request: Request) -> Result<Stream, StreamError> {
-        todo!()
+    pub async fn open(&self, request: Request) -> Result<Stream, StreamError> {
+        let shared = &self.owner.shared;
+        let payload = Bytes::from(encode(&request).map_err(StreamError::TooLong)?);
+        let Ok(permit) = shared.slots.acquire().await else { return Err(StreamError::Closed(self.reason())) };
+        let opened = shared.with(|state| {
+            if let Some(reason) = &state.closed {
+                return Err(StreamError::Closed(reason.clone()));
+            }
+            let id = state.mux.open(payload).map_err(|refused| match refused {
+                Refused::Reset => StreamError::Reset,
+                Refused::Full | Refused::Ended => StreamError::Ended,
+            })?;
+            // Given back when the stream is closed on the wire.
+            permit.forget();
+            state.taken += 1;
+            Ok(id)
+        })?;
+        Ok(Stream::new(Core::new(Arc::clone(&self.owner), opened)))
     }
 
     /// Host: opens a stream and collects every message to the last, which is `Done` (not among them).
     ///
     /// # Errors
     /// [`CallError`].
-    pub async fn call(&self, _request: Request) -> Result<Vec<Message>, CallError> {
-        todo!()
+    pub async fn call(&self, request: Request) -> Result<Vec<Message>, CallError> {
+        let mut stream = self.open(request).await?;
+        let mut messages = Vec::new();
+        loop {
+            match stream.recv().await? {
+                Some(Message::Done) => return Ok(messages),
+                Some(Message::Failed(error)) => return Err(error.into()),
+                Some(Message::Exited(_)) => return Err(CallError::Unexpected("exited")),
+                Some(_) if messages.len() >= MAX_CALL_MESSAGES => return Err(CallError::TooMany),
+                Some(message) => messages.push(message),
+                None => return Err(CallError::Unexpected("an unknown one")),
+            }
+        }
     }
 
     /// Asks the other side's session for a sign of life; gives the round trip's time. Set a time-out around it: a
@@ -119,76 +180,134 @@ impl Session {
     /// # Errors
     /// [`CloseReason`] when the session closed.
     pub async fn ping(&self) -> Result<Duration, CloseReason> {
-        todo!()
+        let shared = &self.owner.shared;
+        let asked = Instant::now();
+        let token = shared.with(|state| state.mux.ping());
+        loop {
+            let answered = shared.pong.notified();
+            let mut answered = std::pin::pin!(answered);
+            answered.as_mut().enable();
+            let (ponged, closed) = shared.with(|state| (state.mux.ponged(), state.closed.clone()));
+            if ponged >= token {
+                return Ok(asked.elapsed());
+            }
+            if let Some(reason) = closed {
+                return Err(reason);
+            }
+            answered.await;
+        }
     }
 
     /// Stops the clocks for frames ([`SessionConfig::gap`], [`SessionConfig::frame`]) while the guard lives: to be held
     /// while the VM is paused, which can happen in the middle of a frame.
     #[must_use]
     pub fn hold_deadlines(&self) -> DeadlineHold {
-        todo!()
+        self.owner.shared.holds.fetch_add(1, Ordering::AcqRel);
+        DeadlineHold { owner: Arc::clone(&self.owner) }
     }
 
     /// Closes the session: tells the other side, writes what is queued in front of that, and ends every stream.
     pub fn close(&self) {
-        todo!()
+        self.owner.shared.with(|state| state.closing = true);
     }
 
     /// Waits until the session is closed; gives why. Returns at once when it already is.
     pub async fn closed(&self) -> CloseReason {
-        todo!()
+        let mut closed = self.owner.shared.closed.subscribe();
+        match closed.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or(CloseReason::Local),
+            Err(_) => CloseReason::Local,
+        }
     }
 
     /// Why it closed, if it has.
     pub fn close_reason(&self) -> Option<CloseReason> {
-        todo!()
+        self.owner.shared.closed.borrow().clone()
+    }
+
+    fn reason(&self) -> CloseReason {
+        self.close_reason().unwrap_or(CloseReason::Local)
+    }
+}
+
+/// Starts a session's driver.
+fn start(
+    wire: Wire,
+    role: Role,
+    identity: Identity,
+    (own, peer): (WireLimits, WireLimits),
+    config: &SessionConfig,
+    back: Option<oneshot::Sender<Carrier>>,
+) -> Arc<Owner> {
+    let limits = MuxLimits {
+        own,
+        peer,
+        lane_window_max: config.lane_window_max,
+        window_budget: config.window_budget,
+        send_queue: config.send_queue.max(1),
+    };
+    let shared = Shared::new(Mux::new(role, limits), peer.streams);
+    tokio::spawn(Driver::new(wire, Arc::clone(&shared), identity, config).run(back));
+    Arc::new(Owner { shared })
+}
+
+/// A window in which the longest message fits twice never deadlocks on half-window credit.
+fn sane(limits: WireLimits) -> WireLimits {
+    #[expect(clippy::cast_possible_truncation, reason = "64 KiB")]
+    let message = 2 * (MAX_MESSAGE as u32 + MESSAGE_COST);
+    WireLimits {
+        streams: limits.streams.max(1),
+        lane_window: limits.lane_window.max(4096),
+        message_window: limits.message_window.max(message),
     }
 }
 
 /// Keeps a session's frame deadlines stopped. See [`Session::hold_deadlines`].
 #[derive(Debug)]
-pub struct DeadlineHold {}
+pub struct DeadlineHold {
+    owner: Arc<Owner>,
+}
 
-/// The guest's end of a port that outlives its conversations (virtio-serial).
-///
-/// After a session ended because the host said hello anew ([`CloseReason::Superseded`]), sent nonsense, or closed it,
-/// the next [`accept`](GuestPort::accept) looks for the next hello in what the port gives, half-read frames included.
-#[derive(Debug)]
-pub struct GuestPort {}
-
-impl GuestPort {
-    /// Takes the port.
-    pub fn new(io: impl Io) -> Self {
-        Self::with_config(io, SessionConfig::default())
-    }
-
-    /// As [`GuestPort::new`] with deadlines and limits.
-    pub fn with_config(_io: impl Io, _config: SessionConfig) -> Self {
-        todo!()
-    }
-
-    /// Waits for the session before this to end (it does not end it), then for the host's hello, and answers.
-    /// Cancellation safe.
-    ///
-    /// # Errors
-    /// [`HandshakeError::Eof`] and [`HandshakeError::Io`]: the port itself ended. After other errors `accept` may be called
-    /// again.
-    pub async fn accept(
-        &mut self,
-        _hello: GuestHello,
-    ) -> Result<(Session, Incoming, HostHello), HandshakeError> {
-        todo!()
+impl Drop for DeadlineHold {
+    fn drop(&mut self) {
+        self.owner.shared.hold_epoch.fetch_add(1, Ordering::AcqRel);
+        self.owner.shared.holds.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 /// Guest: the streams the host opens, in order. Requests of unknown type never show up here: the session answers them.
+/// Dropped, every stream the host opens is reset.
 #[derive(Debug)]
-pub struct Incoming {}
+pub struct Incoming {
+    owner: Arc<Owner>,
+}
 
 impl Incoming {
     /// The next request and its stream; `None` when the session is closed. Cancellation safe.
     pub async fn next(&mut self) -> Option<(Request, GuestStream)> {
-        todo!()
+        let (id, request) = std::future::poll_fn(|cx| {
+            self.owner.shared.with(|state| match state.mux.accept() {
+                _ if state.closed.is_some() => Poll::Ready(None),
+                Some(accepted) => Poll::Ready(Some(accepted)),
+                None => {
+                    state.accept = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            })
+        })
+        .await?;
+        Some((request, GuestStream::new(Core::new(Arc::clone(&self.owner), id))))
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.owner.shared.with(|state| {
+            state.incoming_gone = true;
+            while let Some((id, _)) = state.mux.accept() {
+                state.mux.release(id);
+            }
+        });
     }
 }
 

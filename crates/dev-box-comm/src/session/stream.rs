@@ -1,9 +1,84 @@
 //! A stream's handles.
 
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+
 use bytes::Bytes;
 
+use super::state::{Owner, Slot, State};
 use super::{CloseReason, StreamError};
-use crate::message::Message;
+use crate::frame::MAX_MESSAGE;
+use crate::message::{JsonError, Message, encode};
+use crate::mux::{End, Read, Refused};
+
+/// What all halves of a stream hold; the last one dropped forgets the stream.
+#[derive(Debug)]
+pub(super) struct Core {
+    owner: Arc<Owner>,
+    id: u32,
+}
+
+impl Core {
+    pub(super) fn new(owner: Arc<Owner>, id: u32) -> Arc<Self> {
+        Arc::new(Self { owner, id })
+    }
+
+    fn with<R>(&self, change: impl FnOnce(&mut State, u32) -> R) -> R {
+        self.owner.shared.with(|state| change(state, self.id))
+    }
+
+    /// Tries until the queue is not full.
+    async fn queue(
+        &self,
+        slot: Slot,
+        mut attempt: impl FnMut(&mut State, u32) -> Result<(), Refused>,
+    ) -> Result<(), StreamError> {
+        poll_fn(|cx| {
+            self.with(|state, id| {
+                if let Some(reason) = &state.closed {
+                    return Poll::Ready(Err(StreamError::Closed(reason.clone())));
+                }
+                match attempt(state, id) {
+                    Ok(()) => Poll::Ready(Ok(())),
+                    Err(Refused::Full) => {
+                        state.wait(id, slot, cx);
+                        Poll::Pending
+                    }
+                    Err(Refused::Ended) => Poll::Ready(Err(StreamError::Ended)),
+                    Err(Refused::Reset) => Poll::Ready(Err(StreamError::Reset)),
+                }
+            })
+        })
+        .await
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        self.with(|state, id| {
+            state.mux.release(id);
+            state.forget_wakers(id);
+        });
+    }
+}
+
+/// What the two message halves hold; dropped with the second, it resets a stream that has not ended.
+#[derive(Debug)]
+struct Life {
+    core: Arc<Core>,
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        self.core.with(|state, id| state.mux.reset(id));
+    }
+}
+
+fn halves(core: &Arc<Core>) -> (MessageSender, MessageReceiver) {
+    let life = Arc::new(Life { core: Arc::clone(core) });
+    (MessageSender { life: Arc::clone(&life) }, MessageReceiver { life })
+}
 
 /// Host: one request's conversation; messages both ways, and lanes of bytes.
 ///
@@ -52,6 +127,26 @@ pub struct GuestStreamParts {
     pub errors: LaneWriter,
 }
 
+impl Stream {
+    pub(super) fn new(core: Arc<Core>) -> Self {
+        let (sender, receiver) = halves(&core);
+        let input = LaneWriter { core: Arc::clone(&core), lane: 0 };
+        let output = LaneReader { core: Arc::clone(&core), lane: 1 };
+        let errors = LaneReader { core, lane: 2 };
+        Self { parts: StreamParts { sender, receiver, input, output, errors } }
+    }
+}
+
+impl GuestStream {
+    pub(super) fn new(core: Arc<Core>) -> Self {
+        let (sender, receiver) = halves(&core);
+        let input = LaneReader { core: Arc::clone(&core), lane: 0 };
+        let output = LaneWriter { core: Arc::clone(&core), lane: 1 };
+        let errors = LaneWriter { core, lane: 2 };
+        Self { parts: GuestStreamParts { sender, receiver, input, output, errors } }
+    }
+}
+
 macro_rules! stream_methods {
     ($stream:ty, $parts:ty) => {
         impl $stream {
@@ -94,12 +189,14 @@ stream_methods!(GuestStream, GuestStreamParts);
 
 /// Sends a stream's messages.
 #[derive(Debug)]
-pub struct MessageSender {}
+pub struct MessageSender {
+    life: Arc<Life>,
+}
 
 impl MessageSender {
     /// The stream's number in its session, for logs.
     pub fn id(&self) -> u32 {
-        todo!()
+        self.life.core.id
     }
 
     /// Queues a message; waits while the queue is full (the other side does not read). Dropped before it returned, nothing
@@ -110,19 +207,27 @@ impl MessageSender {
     ///
     /// # Errors
     /// [`StreamError`]: reset, ended (by an earlier last message), closed, or too long.
-    pub async fn send(&mut self, _message: Message) -> Result<(), StreamError> {
-        todo!()
+    pub async fn send(&mut self, message: Message) -> Result<(), StreamError> {
+        let payload = Bytes::from(encode(&message).map_err(StreamError::TooLong)?);
+        if payload.len() > MAX_MESSAGE {
+            return Err(StreamError::TooLong(JsonError::TooLong { len: payload.len(), max: MAX_MESSAGE }));
+        }
+        let last = message.is_last();
+        let attempt = |state: &mut State, id| state.mux.send(id, payload.clone(), last);
+        self.life.core.queue(Slot::Send, attempt).await
     }
 
     /// Resets the stream now, whatever other halves exist.
     pub fn reset(&mut self) {
-        todo!()
+        self.life.core.with(|state, id| state.mux.reset(id));
     }
 }
 
 /// Receives a stream's messages.
 #[derive(Debug)]
-pub struct MessageReceiver {}
+pub struct MessageReceiver {
+    life: Arc<Life>,
+}
 
 impl MessageReceiver {
     /// The next message; `None` after the last. Cancellation safe.
@@ -130,7 +235,22 @@ impl MessageReceiver {
     /// # Errors
     /// [`StreamError::Reset`] or [`StreamError::Closed`] after every message that came before that was handed out.
     pub async fn recv(&mut self) -> Result<Option<Message>, StreamError> {
-        todo!()
+        poll_fn(|cx| {
+            self.life.core.with(|state, id| match state.mux.receive_message(id) {
+                Read::Item(message) => Poll::Ready(Ok(Some(message))),
+                Read::End(End::Finished | End::Unfinished) => Poll::Ready(Ok(None)),
+                Read::End(End::Reset) => Poll::Ready(Err(StreamError::Reset)),
+                Read::End(End::Local) => Poll::Ready(Err(StreamError::Ended)),
+                Read::Empty => match &state.closed {
+                    Some(reason) => Poll::Ready(Err(StreamError::Closed(reason.clone()))),
+                    None => {
+                        state.wait(id, Slot::Receive, cx);
+                        Poll::Pending
+                    }
+                },
+            })
+        })
+        .await
     }
 }
 
@@ -138,7 +258,10 @@ impl MessageReceiver {
 ///
 /// Dropped without [`finish`](LaneWriter::finish) it sends nothing: the reader sees no end until the stream ends.
 #[derive(Debug)]
-pub struct LaneWriter {}
+pub struct LaneWriter {
+    core: Arc<Core>,
+    lane: u8,
+}
 
 impl LaneWriter {
     /// Queues bytes; waits while the lane's queue is full (the reader does not read, or the channel is slow). Dropped
@@ -146,8 +269,9 @@ impl LaneWriter {
     ///
     /// # Errors
     /// [`StreamError`].
-    pub async fn write(&mut self, _bytes: Bytes) -> Result<(), StreamError> {
-        todo!()
+    pub async fn write(&mut self, bytes: Bytes) -> Result<(), StreamError> {
+        let attempt = |state: &mut State, id| state.mux.write(id, self.lane, bytes.clone());
+        self.core.queue(Slot::Lane(self.lane), attempt).await
     }
 
     /// Waits until everything queued was handed to the connection.
@@ -155,12 +279,17 @@ impl LaneWriter {
     /// # Errors
     /// [`StreamError`].
     pub async fn flush(&mut self) -> Result<(), StreamError> {
-        todo!()
+        let attempt = |state: &mut State, id| match state.mux.written(id, self.lane) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Refused::Full),
+            Err(refused) => Err(refused),
+        };
+        self.core.queue(Slot::Lane(self.lane), attempt).await
     }
 
     /// Ends the lane: the reader sees the end after all that was written. Never waits; more than once is the same as once.
     pub fn finish(&mut self) {
-        todo!()
+        self.core.with(|state, id| state.mux.finish(id, self.lane));
     }
 }
 
@@ -168,18 +297,43 @@ impl LaneWriter {
 ///
 /// While it is not read, only this lane of this stream stalls. Dropped, what comes is thrown away as if it were read.
 #[derive(Debug)]
-pub struct LaneReader {}
+pub struct LaneReader {
+    core: Arc<Core>,
+    lane: u8,
+}
 
 impl LaneReader {
     /// The next bytes, at most 64 KiB, never empty; `None` at the end, and [`end`](LaneReader::end) then says which kind.
     /// Cancellation safe.
     pub async fn next(&mut self) -> Option<Bytes> {
-        todo!()
+        poll_fn(|cx| {
+            self.core.with(|state, id| match state.mux.read(id, self.lane) {
+                Read::Item(bytes) => Poll::Ready(Some(bytes)),
+                Read::End(_) => Poll::Ready(None),
+                Read::Empty if state.closed.is_some() => Poll::Ready(None),
+                Read::Empty => {
+                    state.wait(id, Slot::Lane(self.lane), cx);
+                    Poll::Pending
+                }
+            })
+        })
+        .await
     }
 
     /// How the lane ended; `None` while it has not, or while there is something to read.
     pub fn end(&self) -> Option<LaneEnd> {
-        todo!()
+        self.core.with(|state, id| match state.mux.lane_end(id, self.lane) {
+            Some(End::Finished) => Some(LaneEnd::Finished),
+            Some(End::Unfinished) => Some(LaneEnd::Unfinished),
+            Some(End::Reset | End::Local) => Some(LaneEnd::Reset),
+            None => state.closed.clone().filter(|_| state.mux.lane_empty(id, self.lane)).map(LaneEnd::Closed),
+        })
+    }
+}
+
+impl Drop for LaneReader {
+    fn drop(&mut self) {
+        self.core.with(|state, id| state.mux.discard(id, self.lane));
     }
 }
 
