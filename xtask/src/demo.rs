@@ -80,6 +80,13 @@ struct Machine {
     hostname: String,
 }
 
+/// One line of `dev-box doctor --json`.
+#[derive(Debug, Deserialize)]
+struct Check {
+    id: String,
+    detail: String,
+}
+
 /// How long each part of the demo took.
 #[derive(Debug, Default)]
 struct Steps(Vec<(&'static str, Duration)>);
@@ -203,8 +210,11 @@ fn accelerator(workspace: &Workspace, program: &Path) -> Result<String, DemoErro
         .stderr(Stdio::inherit())
         .output()
         .map_err(|source| DemoError::File { path: program.to_path_buf(), source })?;
-    let document: serde_json::Value = serde_json::from_slice(&output.stdout).map_err(DemoError::Doctor)?;
-    Ok(document.get("accelerator").and_then(serde_json::Value::as_str).unwrap_or("unknown").to_owned())
+    let checks: Vec<Check> = serde_json::from_slice(&output.stdout).map_err(DemoError::Doctor)?;
+    Ok(checks
+        .into_iter()
+        .find(|check| check.id == "accelerator")
+        .map_or_else(|| "unknown".into(), |check| check.detail))
 }
 
 #[cfg(test)]
