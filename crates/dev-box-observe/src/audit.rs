@@ -16,16 +16,38 @@
 //! Secrets are kept out by types: [`EnvNames`] cannot hold a value, [`Argv`] blanks arguments that look like
 //! credentials, and every piece of text is a bounded [`Text`].
 
+mod chain;
 mod entry;
 mod event;
+mod head;
+mod journal;
+mod keyfile;
+mod log;
+mod options;
+mod query;
+mod record;
 #[cfg(any(test, feature = "testing"))]
 mod recording;
+mod segment;
 mod sink;
+mod state;
+#[cfg(test)]
+mod tests;
 mod text;
+mod verify;
+mod volume;
 
+pub use chain::{Hash, Key, NotHex};
 pub use entry::{Actor, Entry, Evidence, Outcome, Subject};
 pub use event::{Accel, AuditEvent, ExitStatus, FileTotals, ResetMethod, ResponseAction, Transport};
+pub use head::Head;
+pub use keyfile::{FirstKey, KeyFileError};
+pub use log::{AuditLog, prune};
+pub use options::{AuditOptions, OpenError};
+pub use query::{Filter, ReadError, Tail, export, query, tail};
+pub use record::{FORMAT, MAX_LINE, Record};
 #[cfg(any(test, feature = "testing"))]
 pub use recording::{Recorded, RecordingSink};
 pub use sink::{Act, AuditError, AuditFuture, AuditSink, NullSink, Receipt};
-pub use text::{Argv, EnvNames, MAX_ARGS, MAX_ENV_NAMES, MAX_TEXT, Text};
+pub use text::{Argv, EnvNames, MAX_ARGS, MAX_ARGV_BYTES, MAX_ENV_BYTES, MAX_ENV_NAMES, MAX_TEXT, Text};
+pub use verify::{Fault, Problem, Report, VerifyError, verify};

@@ -405,6 +405,11 @@ events! {
         /// Why.
         reason: Text,
     }
+    /// The host's clock says less than it did: times before and after this record do not compare; numbers do.
+    ClockBack = "clock.back" {
+        /// By how much.
+        by_ms: u64,
+    }
     /// From here on new work is refused: only the reserve is left.
     AuditRefuse = "audit.refuse" {
         /// Why.

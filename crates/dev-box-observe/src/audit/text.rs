@@ -8,8 +8,12 @@ use serde::{Deserialize, Serialize};
 pub const MAX_TEXT: usize = 1024;
 /// The most arguments an [`Argv`] keeps.
 pub const MAX_ARGS: usize = 64;
+/// The most bytes of arguments an [`Argv`] keeps.
+pub const MAX_ARGV_BYTES: usize = 16 * 1024;
 /// The most names an [`EnvNames`] keeps.
 pub const MAX_ENV_NAMES: usize = 256;
+/// The most bytes of names an [`EnvNames`] keeps.
+pub const MAX_ENV_BYTES: usize = 8 * 1024;
 
 const CUT: char = '…';
 const BLANK: &str = "[redacted]";
@@ -159,8 +163,9 @@ impl EnvNames {
         Self::names(variables.into_iter().map(|(name, _)| name))
     }
 
-    /// These names, each cut at its first `=`, sorted, at most [`MAX_ENV_NAMES`] of them.
+    /// These names, each cut at its first `=`, sorted; of more than [`MAX_ENV_NAMES`] or [`MAX_ENV_BYTES`] the first.
     pub fn names<N: AsRef<[u8]>>(names: impl IntoIterator<Item = N>) -> Self {
+        let mut bytes = 0;
         let mut kept: Vec<Text> = names
             .into_iter()
             .take(MAX_ENV_NAMES)
@@ -168,6 +173,10 @@ impl EnvNames {
                 let name = name.as_ref();
                 let end = name.iter().position(|&byte| byte == b'=').unwrap_or(name.len());
                 Text::lossy(name.get(..end).unwrap_or_default())
+            })
+            .take_while(|name| {
+                bytes += name.as_str().len();
+                bytes <= MAX_ENV_BYTES
             })
             .collect();
         kept.sort();
@@ -211,17 +220,20 @@ pub struct Argv {
 }
 
 impl Argv {
-    /// Takes a command line; at most [`MAX_ARGS`] arguments of at most [`MAX_TEXT`] bytes are kept.
+    /// Takes a command line; of more than [`MAX_ARGS`] arguments or [`MAX_ARGV_BYTES`] the first are kept, each up to
+    /// [`MAX_TEXT`].
     pub fn of<A: AsRef<[u8]>>(argv: impl IntoIterator<Item = A>) -> Self {
         let mut args = Vec::new();
         let mut count = 0_u64;
+        let mut bytes = 0;
         let mut blank_next = false;
         for arg in argv {
             count = count.saturating_add(1);
-            if args.len() == MAX_ARGS {
+            let text = Text::lossy(arg.as_ref());
+            bytes += text.as_str().len();
+            if args.len() == MAX_ARGS || bytes > MAX_ARGV_BYTES {
                 continue;
             }
-            let text = Text::lossy(arg.as_ref());
             let is_option = text.as_str().starts_with('-');
             if blank_next && !is_option {
                 args.push(Text::new(BLANK));

@@ -1,0 +1,292 @@
+//! The log itself: a bounded queue and one writer.
+//!
+//! ```text
+//!  append ──permit──┐                      ┌─ awaited entry: at once
+//!  note ──try───────┼─> queue ─> writer ───┤
+//!     └ full: counted                      └─ notes only: when the window is over
+//! ```
+//!
+//! While the writer syncs one group, the next one gathers in the queue: that is what makes a group.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use dev_box_core::clock::{Clock, EasternTime};
+use tokio::sync::{Semaphore, oneshot};
+
+use super::{
+    AuditError, AuditFuture, AuditOptions, AuditSink, Entry, OpenError, Receipt,
+    journal::{Health, Journal},
+    volume::{Disk, Volume},
+};
+
+/// The most entries written with one sync.
+const MAX_GROUP: usize = 256;
+/// How often the writer looks whether it can write again.
+const RETRY: Duration = Duration::from_secs(1);
+
+type Waiter = oneshot::Sender<Result<Receipt, AuditError>>;
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<(Entry, Option<Waiter>)>,
+    /// Whether somebody awaits an entry in there.
+    urgent: bool,
+    dropped: u64,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: Mutex<Queue>,
+    /// Signals the writer.
+    filled: Condvar,
+    /// As many permits as the queue has places left.
+    places: Semaphore,
+    health: Mutex<Health>,
+}
+
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_health(&self, health: &Health) {
+        *self.health.lock().unwrap_or_else(PoisonError::into_inner) = health.clone();
+    }
+
+    fn push(&self, entry: Entry, waiter: Option<Waiter>) -> Result<(), AuditError> {
+        let mut queue = self.queue();
+        if queue.closed {
+            return Err(AuditError::Closed);
+        }
+        queue.urgent |= waiter.is_some();
+        queue.waiting.push_back((entry, waiter));
+        self.filled.notify_one();
+        Ok(())
+    }
+}
+
+/// The hash-chained audit log.
+///
+/// Any number of these, in any number of processes, may write to one directory. Dropping one waits until what was
+/// queued is written.
+///
+/// # Examples
+/// ```
+/// use std::sync::Arc;
+/// use dev_box_core::clock::SystemClock;
+/// use dev_box_observe::{AuditEvent, AuditSink, Entry, audit::{AuditLog, AuditOptions, verify}};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let options = AuditOptions::new(dir.path().join("audit"), dir.path().join("first.key"));
+/// let log = AuditLog::open(options, Arc::new(SystemClock))?;
+/// # tokio::runtime::Builder::new_current_thread().build()?.block_on(async {
+/// let receipt = log.append(Entry::intent(AuditEvent::VmStop {}).vm("dev-box-1a2b3c4d")).await?;
+/// assert_eq!(receipt.seq, 2); // 1 is the chain's beginning
+/// # Ok::<_, dev_box_observe::AuditError>(()) })?;
+/// drop(log);
+///
+/// let report = verify(&dir.path().join("audit"), &dir.path().join("first.key"), &[])?;
+/// assert!(report.problem.is_none());
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct AuditLog {
+    shared: Arc<Shared>,
+    writer: Option<JoinHandle<()>>,
+}
+
+impl AuditLog {
+    /// Opens the log, or begins a chain where there is none, and starts its writer. Blocks for a few file operations.
+    ///
+    /// # Errors
+    /// [`OpenError`]; in particular when the log on disk is not as it was left.
+    pub fn open(options: AuditOptions, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
+        Self::open_on(options, clock, Arc::new(Disk))
+    }
+
+    pub(crate) fn open_on(
+        options: AuditOptions,
+        clock: Arc<dyn Clock>,
+        volume: Arc<dyn Volume>,
+    ) -> Result<Self, OpenError> {
+        let places = options.queue.clamp(1, Semaphore::MAX_PERMITS);
+        let journal = Journal::open(options, clock, volume)?;
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            filled: Condvar::new(),
+            places: Semaphore::new(places),
+            health: Mutex::new(journal.health().clone()),
+        });
+        let theirs = Arc::clone(&shared);
+        let writer = std::thread::Builder::new()
+            .name("dev-box-audit".to_owned())
+            .spawn(move || write_groups(&theirs, journal))
+            .map_err(OpenError::Thread)?;
+        Ok(Self { shared, writer: Some(writer) })
+    }
+
+    /// Writes what is queued, exports a last head, and ends. Later entries fail. Blocks.
+    pub fn close(mut self) {
+        self.end();
+    }
+
+    pub(crate) fn end(&mut self) {
+        self.shared.queue().closed = true;
+        self.shared.places.close();
+        self.shared.filled.notify_one();
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!("the audit writer panicked");
+        }
+    }
+}
+
+/// Removes whole segments whose last record is older than `before`, and records that in the log first, so that
+/// [`verify`](super::verify()) knows a pruned beginning from a deleted one. The open segment stays. Returns how many
+/// went. May run beside any number of writers. Blocks.
+///
+/// # Errors
+/// [`OpenError`]; writing and removing fail as [`OpenError::Io`].
+pub fn prune(options: AuditOptions, clock: Arc<dyn Clock>, before: EasternTime) -> Result<u64, OpenError> {
+    let dir = options.dir.clone();
+    let mut journal = Journal::open(options, clock, Arc::new(Disk))?;
+    journal.prune(before.unix_nanos()).map_err(|error| match error {
+        AuditError::Tampered { what } => OpenError::Tampered { what },
+        other => OpenError::Io { path: dir, source: std::io::Error::other(other) },
+    })
+}
+
+impl Drop for AuditLog {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl AuditSink for AuditLog {
+    fn append(&self, entry: Entry) -> AuditFuture<'_> {
+        Box::pin(async move {
+            let place = self.shared.places.acquire().await.map_err(|_| AuditError::Closed)?;
+            let (done, receipt) = oneshot::channel();
+            self.shared.push(entry, Some(done))?;
+            // The writer gives it back when it takes the entry.
+            place.forget();
+            receipt.await.map_err(|_| AuditError::Closed)?
+        })
+    }
+
+    fn note(&self, entry: Entry) {
+        match self.shared.places.try_acquire() {
+            Ok(place) => {
+                if self.shared.push(entry, None).is_ok() {
+                    place.forget();
+                }
+            }
+            Err(_) => self.shared.queue().dropped += 1,
+        }
+    }
+
+    fn check(&self) -> Result<(), AuditError> {
+        if self.shared.places.is_closed() {
+            return Err(AuditError::Closed);
+        }
+        match &*self.shared.health.lock().unwrap_or_else(PoisonError::into_inner) {
+            Health::Good => Ok(()),
+            Health::Refusing(why) => Err(AuditError::Refusing { why: why.clone() }),
+            Health::Failed(error @ AuditError::Tampered { .. }) => Err(error.clone()),
+            Health::Failed(error) => {
+                let source = std::error::Error::source(error).map(|cause| format!(": {cause}"));
+                Err(AuditError::Refusing { why: format!("{error}{}", source.unwrap_or_default()) })
+            }
+        }
+    }
+}
+
+/// Closes the queue when the writer ends, however it ends, so that nobody waits for a writer that is gone.
+struct Ending<'a>(&'a Shared);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.places.close();
+        let mut queue = self.0.queue();
+        queue.closed = true;
+        queue.waiting.clear();
+    }
+}
+
+fn write_groups(shared: &Shared, mut journal: Journal) {
+    let _ending = Ending(shared);
+    let window = journal.options().group_window;
+    let head_interval = journal.options().head_interval;
+    let mut next_head = Instant::now() + head_interval;
+    let mut next_retry = Instant::now() + RETRY;
+    loop {
+        let wake = next_head.min(next_retry);
+        let (group, dropped, closed) = next_group(shared, window, wake);
+        journal.count_lost(dropped, "the queue was full");
+        let empty = group.is_empty();
+        if !empty {
+            let (entries, waiters): (Vec<_>, Vec<_>) = group.into_iter().unzip();
+            let results = journal.append(entries);
+            shared.set_health(journal.health());
+            for (waiter, result) in waiters.into_iter().zip(results) {
+                match waiter {
+                    // Who no longer waits does not want to know.
+                    Some(waiter) => drop(waiter.send(result)),
+                    None => {
+                        if let Err(error) = result {
+                            tracing::error!(%error, "an audit entry was lost");
+                        }
+                    }
+                }
+            }
+        }
+        let now = Instant::now();
+        if now >= next_retry || (closed && empty) {
+            journal.tick();
+            shared.set_health(journal.health());
+            next_retry = now + RETRY;
+        }
+        if now >= next_head || (closed && empty) {
+            journal.export_head();
+            next_head = now + head_interval;
+        }
+        if closed && empty {
+            return;
+        }
+    }
+}
+
+/// Waits for a group: until an awaited entry is there, a note has waited long enough, the queue is full of notes, the
+/// log is closed, or it is `wake`.
+fn next_group(shared: &Shared, window: Duration, wake: Instant) -> (Vec<(Entry, Option<Waiter>)>, u64, bool) {
+    let mut queue = shared.queue();
+    let mut deadline = None;
+    loop {
+        let now = Instant::now();
+        if !queue.waiting.is_empty() {
+            deadline.get_or_insert(now + window);
+        }
+        let due = deadline.is_some_and(|deadline| now >= deadline);
+        if queue.urgent || due || queue.closed || queue.waiting.len() >= MAX_GROUP || now >= wake {
+            break;
+        }
+        let until = deadline.unwrap_or(wake).min(wake);
+        let waited = shared.filled.wait_timeout(queue, until.saturating_duration_since(now));
+        queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+    }
+    let take = queue.waiting.len().min(MAX_GROUP);
+    let group: Vec<_> = queue.waiting.drain(..take).collect();
+    queue.urgent = queue.waiting.iter().any(|(_, waiter)| waiter.is_some());
+    let dropped = std::mem::take(&mut queue.dropped);
+    let closed = queue.closed;
+    drop(queue);
+    shared.places.add_permits(take);
+    (group, dropped, closed)
+}

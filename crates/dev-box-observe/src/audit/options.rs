@@ -1,0 +1,108 @@
+//! Where the log lies and how it behaves; and why it would not open.
+
+use std::{path::PathBuf, time::Duration};
+
+use super::keyfile::KeyFileError;
+
+/// How an [`AuditLog`](super::AuditLog) behaves.
+#[derive(Debug, Clone)]
+pub struct AuditOptions {
+    /// The log's directory; made with mode 0700 when it is not there.
+    pub dir: PathBuf,
+    /// Where the first key is put when a chain begins. The log never needs it again: move it off the host, and give
+    /// it to [`verify`](super::verify()).
+    pub first_key: PathBuf,
+    /// Files to append signed heads to. At least one should lie where the host cannot take it back (a share that
+    /// only takes appends); heads also go out as tracing events of the target `dev_box::audit::head`.
+    pub heads: Vec<PathBuf>,
+    /// How often a head is exported while records are written (default 60 s), besides at rotation and close.
+    pub head_interval: Duration,
+    /// A segment is closed when it has this size (default 64 MiB).
+    pub max_segment_bytes: u64,
+    /// A segment is closed when it is this old (default 24 h, by the wall clock).
+    pub max_segment_age: Duration,
+    /// Disk space set aside for the end of running work (default 4 MiB: the results of thousands of jobs). When it
+    /// cannot be set aside any more, new work is refused.
+    pub reserve_bytes: u64,
+    /// How long a note may wait for company (default 10 ms). An entry somebody awaits is written at once, with
+    /// everything queued by then.
+    pub group_window: Duration,
+    /// How many entries may wait to be written (default 1024).
+    pub queue: usize,
+    /// How long to wait for another process that writes (default 5 s).
+    pub lock_timeout: Duration,
+}
+
+impl AuditOptions {
+    /// The defaults for a log in `dir`.
+    ///
+    /// # Examples
+    /// ```
+    /// use dev_box_observe::audit::AuditOptions;
+    /// let options = AuditOptions::new("/var/lib/dev-box/audit", "/etc/dev-box/audit-first.key");
+    /// assert_eq!(options.group_window.as_millis(), 10);
+    /// ```
+    #[must_use]
+    pub fn new(dir: impl Into<PathBuf>, first_key: impl Into<PathBuf>) -> Self {
+        let dir = dir.into();
+        Self {
+            heads: vec![dir.join("heads.jsonl")],
+            dir,
+            first_key: first_key.into(),
+            head_interval: Duration::from_secs(60),
+            max_segment_bytes: 64 << 20,
+            max_segment_age: Duration::from_secs(24 * 3600),
+            reserve_bytes: 4 << 20,
+            group_window: Duration::from_millis(10),
+            queue: 1024,
+            lock_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why the log did not open.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// A file or directory could not be used.
+    #[error("cannot use {}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A key file is wrong.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
+    /// There is a first key, but the log that goes with it is gone.
+    #[error("{} is the key of an audit log that is no longer in {} (restore the log, or put the key away to begin a new chain)", key.display(), dir.display())]
+    LogGone {
+        /// The key.
+        key: PathBuf,
+        /// Where the log should be.
+        dir: PathBuf,
+    },
+    /// Segments are there, but where the chain stands is not known.
+    #[error("the audit log in {} has lost its state: verify it, then move it away to begin a new chain", dir.display())]
+    StateLost {
+        /// The log.
+        dir: PathBuf,
+    },
+    /// Another process holds the log's lock.
+    #[error("another process has held the audit log's lock for {waited:?}")]
+    Busy {
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The log is not as it was left.
+    #[error("the audit log was changed from outside: {what} (see `dev-box audit verify`)")]
+    Tampered {
+        /// What does not fit.
+        what: String,
+    },
+    /// The writer's thread could not be started.
+    #[error("cannot start the audit writer")]
+    Thread(#[source] std::io::Error),
+}

@@ -1,0 +1,151 @@
+//! Query, tail and export.
+
+use std::{fs, io::Write as _};
+
+use dev_box_core::clock::EasternTime;
+
+use super::*;
+
+fn at(text: &str) -> EasternTime {
+    text.parse().unwrap()
+}
+
+#[test]
+fn filters_pick_by_every_field() {
+    let place = Place::new();
+    let mut journal = place.journal();
+    let exec = AuditEvent::Exec {
+        argv: Argv::of(["cargo", "test"]),
+        env: EnvNames::names(["PATH"]),
+        cwd: None,
+        user: None,
+        pty: false,
+        timeout_ms: Some(1000),
+    };
+    append(
+        &mut journal,
+        Entry::intent(exec).vm("a").job("j1").lease("l1").by(Actor::user(1000, Some("alice"))),
+    )
+    .unwrap();
+    append(&mut journal, Entry::claim(AuditEvent::GuestViolation { what: "x".into() }).vm("b")).unwrap();
+    append(&mut journal, Entry::fact(AuditEvent::VmPause {}).vm("a")).unwrap();
+    let seqs = |filter: Filter| -> Vec<u64> {
+        query(&place.log_dir(), filter).map(|record| record.unwrap().seq).collect()
+    };
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!(seqs(Filter::default()), [1, 2, 3, 4]);
+    assert_eq!(seqs(Filter { vm: some("a"), ..Filter::default() }), [2, 4]);
+    assert_eq!(seqs(Filter { job: some("j1"), ..Filter::default() }), [2]);
+    assert_eq!(seqs(Filter { lease: some("l1"), ..Filter::default() }), [2]);
+    assert_eq!(seqs(Filter { action: some("exec"), ..Filter::default() }), [2]);
+    assert_eq!(seqs(Filter { action: some("exec.run"), ..Filter::default() }), [2]);
+    assert_eq!(seqs(Filter { action: some("exe"), ..Filter::default() }), [0_u64; 0]);
+    assert_eq!(seqs(Filter { status: some("intent"), ..Filter::default() }), [2]);
+    assert_eq!(seqs(Filter { evidence: Some(Evidence::Guest), ..Filter::default() }), [3]);
+    let event =
+        query(&place.log_dir(), Filter { job: some("j1"), ..Filter::default() }).next().unwrap().unwrap();
+    assert_eq!(event.actor, Actor::user(1000, Some("alice")));
+    assert!(matches!(event.event().unwrap(), AuditEvent::Exec { timeout_ms: Some(1000), .. }));
+}
+
+#[test]
+fn times_are_eastern_and_the_two_half_past_ones_differ() {
+    let place = Place::new();
+    let clock = Arc::new(FakeClock::at(at("2026-11-01T00:30:00-04:00")));
+    let mut journal = Journal::open(place.options(), clock.clone(), Arc::new(Disk)).unwrap();
+    for number in 0..3 {
+        clock.advance(std::time::Duration::from_secs(3600));
+        append(&mut journal, fact(number)).unwrap();
+    }
+    let times: Vec<_> = place.records().into_iter().map(|record| record.time).collect();
+    let expected = [
+        "2026-11-01T00:30:00.000-04:00",
+        "2026-11-01T01:30:00.000-04:00",
+        "2026-11-01T01:30:00.000-05:00",
+        "2026-11-01T02:30:00.000-05:00",
+    ];
+    assert_eq!(times, expected);
+    let between = Filter {
+        since: Some(at("2026-11-01T01:30:00-05:00")),
+        until: Some(at("2026-11-01T02:30:00-05:00")),
+        ..Filter::default()
+    };
+    let found: Vec<_> = query(&place.log_dir(), between).map(|record| record.unwrap().seq).collect();
+    assert_eq!(found, [3]);
+    assert_eq!(place.verify().problem, None);
+}
+
+#[test]
+fn a_tail_follows_across_rotation_and_half_lines() {
+    let place = Place::new();
+    let mut options = place.options();
+    options.max_segment_bytes = 1000;
+    let mut journal = place.journal_with(options);
+    append(&mut journal, fact(0)).unwrap();
+    let mut tail = tail(&place.log_dir(), Filter::default()).unwrap();
+    assert!(tail.next().is_none());
+    let mut seen = Vec::new();
+    let mut last = 0;
+    for number in 1..10 {
+        last = append(&mut journal, fact(number)).unwrap().seq;
+        if number % 3 == 0 {
+            seen.extend(tail.by_ref().map(|record| record.unwrap().seq));
+        }
+    }
+    assert!(place.segments().len() > 2);
+    assert_eq!(seen, (3..=last).collect::<Vec<_>>());
+    // Half a line is waited for.
+    let path = place.segments().pop().unwrap();
+    let mut file = fs::OpenOptions::new().append(true).open(&path).unwrap();
+    let line = lines(&place.segments()[0])[0].clone();
+    file.write_all(&line.as_bytes()[..20]).unwrap();
+    assert!(tail.next().is_none());
+    file.write_all(&line.as_bytes()[20..]).unwrap();
+    assert!(tail.next().is_none());
+    file.write_all(b"\nnonsense\n").unwrap();
+    assert_eq!(tail.next().unwrap().unwrap().seq, 1);
+    let error = tail.next().unwrap().unwrap_err();
+    assert!(matches!(error, ReadError::NotARecord { .. }), "{error}");
+    assert!(tail.next().is_none());
+}
+
+#[test]
+fn a_tail_that_begins_in_the_middle_of_a_line_waits_for_its_end() {
+    let place = Place::new();
+    let mut journal = place.journal();
+    append(&mut journal, fact(0)).unwrap();
+    drop(journal);
+    let line = lines(&place.segments()[0])[1].clone();
+    let mut file = fs::OpenOptions::new().append(true).open(&place.segments()[0]).unwrap();
+    file.write_all(&line.as_bytes()[..20]).unwrap();
+    let mut tail = tail(&place.log_dir(), Filter::default()).unwrap();
+    assert!(tail.next().is_none());
+    file.write_all(&line.as_bytes()[20..]).unwrap();
+    file.write_all(b"\n").unwrap();
+    assert_eq!(tail.next().unwrap().unwrap().seq, 2);
+}
+
+#[test]
+fn a_tail_may_wait_for_a_log_that_is_not_there_yet() {
+    let place = Place::new();
+    fs::create_dir(place.log_dir()).unwrap();
+    let mut tail = tail(&place.log_dir(), Filter::default()).unwrap();
+    assert!(tail.next().is_none());
+    drop(place.journal());
+    assert_eq!(tail.next().unwrap().unwrap().action, "audit.genesis");
+    let none = query(&place.dir.path().join("none"), Filter::default()).next().unwrap();
+    assert!(matches!(none, Err(ReadError::Io { .. })));
+}
+
+#[test]
+fn an_export_is_byte_for_byte() {
+    let place = Place::new();
+    let mut journal = place.journal();
+    append(&mut journal, fact(0)).unwrap();
+    let mut out = Vec::new();
+    assert_eq!(export(&place.log_dir(), Filter::default(), &mut out).unwrap(), 2);
+    assert_eq!(out, fs::read(&place.segments()[0]).unwrap());
+    let mut full: &mut [u8] = &mut [0; 10];
+    let error = export(&place.log_dir(), Filter::default(), &mut full).unwrap_err();
+    assert!(matches!(error, ReadError::Write(_)), "{error}");
+}

@@ -1,0 +1,137 @@
+//! The log as a sink: its queue, its groups, and several writers at once.
+
+use std::{sync::Arc, time::Duration};
+
+use super::super::volume::FailingDisk;
+use super::*;
+
+fn open(place: &Place) -> AuditLog {
+    AuditLog::open(place.options(), place.clock.clone()).unwrap()
+}
+
+#[tokio::test]
+async fn appended_entries_are_on_disk_when_the_future_resolves() {
+    let place = Place::new();
+    let log = open(&place);
+    log.check().unwrap();
+    for number in 2..6 {
+        assert_eq!(log.append(fact(number)).await.unwrap().seq, number as u64);
+        assert_eq!(place.verify().last_seq, number as u64);
+    }
+    log.note(fact(6));
+    log.close();
+    let report = place.verify();
+    assert_eq!((report.last_seq, report.heads), (6, 1), "close writes notes and a head");
+}
+
+#[tokio::test]
+async fn a_note_is_written_within_its_window_without_anyone_waiting() {
+    let place = Place::new();
+    let log = open(&place);
+    log.note(fact(1));
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    while place.actions().len() < 2 {
+        assert!(std::time::Instant::now() < deadline, "never written");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    drop(log);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_writers_make_one_chain() {
+    let place = Place::new();
+    // Two logs stand for two processes: each has its own files and locks.
+    let logs = [Arc::new(open(&place)), Arc::new(open(&place))];
+    let mut tasks = Vec::new();
+    for (which, log) in logs.iter().enumerate() {
+        for task in 0..4 {
+            let log = Arc::clone(log);
+            tasks.push(tokio::spawn(async move {
+                let mut last = 0;
+                for number in 0..10 {
+                    let seq = log.append(fact(which * 1000 + task * 100 + number)).await.unwrap().seq;
+                    assert!(seq > last, "order of one caller");
+                    last = seq;
+                }
+            }));
+        }
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    drop(logs);
+    let report = place.verify();
+    assert_eq!((report.problem, report.last_seq), (None, 81));
+}
+
+#[test]
+fn a_full_queue_counts_what_it_dropped() {
+    let place = Place::new();
+    let mut options = place.options();
+    options.queue = 4;
+    options.lock_timeout = Duration::from_secs(20);
+    let log = AuditLog::open(options, place.clock.clone()).unwrap();
+    // The writer waits for this lock meanwhile.
+    let lock = std::fs::File::open(place.log_dir().join("lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    for number in 0..200 {
+        log.note(fact(number));
+    }
+    drop(lock);
+    drop(log);
+    let records = place.records();
+    let lost: u64 = records.iter().filter_map(|record| record.details["entries"].as_u64()).sum();
+    let kept = records.iter().filter(|record| record.action == "vm.died").count() as u64;
+    assert!(lost > 0);
+    assert_eq!(lost + kept, 200);
+    assert_eq!(place.verify().problem, None);
+}
+
+#[tokio::test]
+async fn refusal_shows_in_check_and_ends_by_itself() {
+    let place = Place::new();
+    let disk = Arc::new(FailingDisk::default());
+    disk.script(|script| script.room = Some(0));
+    let log = AuditLog::open_on(place.options(), place.clock.clone(), disk.clone()).unwrap();
+    assert!(matches!(log.check(), Err(AuditError::Refusing { .. })));
+    assert!(matches!(log.append(starting()).await, Err(AuditError::Refusing { .. })));
+    log.append(fact(1)).await.unwrap();
+    disk.script(|script| script.room = None);
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while log.check().is_err() {
+        assert!(std::time::Instant::now() < deadline, "still refusing");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    log.append(starting()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_broken_disk_shows_in_check_and_a_changed_log_stays_refused() {
+    let place = Place::new();
+    let disk = Arc::new(FailingDisk::default());
+    let log = AuditLog::open_on(place.options(), place.clock.clone(), disk.clone()).unwrap();
+    disk.script(|script| script.sync_fails = true);
+    log.note(fact(1));
+    assert!(matches!(log.append(fact(2)).await, Err(AuditError::Write(_))));
+    let error = log.check().unwrap_err();
+    assert!(
+        matches!(error, AuditError::Refusing { .. }) && error.to_string().contains("scripted"),
+        "{error}"
+    );
+    disk.script(|script| script.sync_fails = false);
+    log.append(fact(3)).await.unwrap();
+    log.check().unwrap();
+    std::fs::write(&place.segments()[0], "").unwrap();
+    assert!(matches!(log.append(fact(4)).await, Err(AuditError::Tampered { .. })));
+    assert!(matches!(log.check(), Err(AuditError::Tampered { .. })));
+}
+
+#[tokio::test]
+async fn a_closed_log_says_so() {
+    let place = Place::new();
+    let mut log = open(&place);
+    log.end();
+    assert!(matches!(log.check(), Err(AuditError::Closed)));
+    assert!(matches!(log.append(fact(1)).await, Err(AuditError::Closed)));
+    log.note(fact(1));
+}
