@@ -22,7 +22,7 @@ mod types;
 pub mod contract;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
-#[cfg(any(test, feature = "testing"))]
+#[cfg(feature = "testing")]
 pub mod mock;
 #[cfg(feature = "libvirt")]
 pub mod virt;
