@@ -1,1 +1,42 @@
 //! Egress policy and its enforcement outside the guest: libvirt network, nwfilter, nftables guard.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`policy`] | [`EgressPolicy`]: what a VM may reach, read from TOML, with a digest |
+//! | [`subnet`], [`identity`], [`lease`] | subnets, addresses and what is derived from them; leases across processes |
+//! | [`xml`] | libvirt's network and its filters |
+//! | [`guard`] | the host guard: nftables rules that hold a policy by themselves |
+//! | [`vm_network`] | [`VmNetwork`]: all of that for one VM, in the right order, undone on failure |
+//!
+//! A VM's packets are judged twice: by libvirt's filter at its tap, and by the guard. Both are in place before the
+//! VM starts, because [`VmNetwork::attach`] gives the lease that its interface needs.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use dev_box_core::{id::VmName, libvirt::Libvirt};
+//! use dev_box_net::{EgressPolicy, NetSettings, NftFirewall, VmNetwork};
+//!
+//! fn start(libvirt: &dyn Libvirt, vm: &VmName) -> Result<(), dev_box_net::NetError> {
+//!     let network = VmNetwork::new(NetSettings::new("/var/lib/dev-box/net"), Arc::new(NftFirewall::default()));
+//!     if let Some(lease) = network.attach(libvirt, vm, &EgressPolicy::default())? {
+//!         let _interface = lease.interface(); // goes into the VM's specification; then the VM runs
+//!         network.detach(libvirt, lease)?; // when it is gone
+//!     }
+//!     Ok(())
+//! }
+//! ```
+
+pub mod guard;
+pub mod host;
+pub mod identity;
+pub mod lease;
+pub mod network;
+pub mod policy;
+pub mod subnet;
+pub mod vm_network;
+pub mod xml;
+
+pub use guard::{Firewall, FirewallError, NftFirewall, Traffic};
+pub use policy::{EgressPolicy, PolicyDigest, PolicyError};
+pub use subnet::Subnet;
+pub use vm_network::{GuardState, NetError, NetLease, NetSettings, Verification, VmNetwork};

@@ -1,0 +1,127 @@
+//! A [`Firewall`] in memory, as strict as nft: what it holds is what was applied, until something flushes it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::Ipv4Addr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use sha2::{Digest, Sha256};
+
+use super::{Fingerprint, Firewall, FirewallError, Traffic, VmGuard, render_apply};
+
+/// A call of the seam.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// [`Firewall::apply`]
+    Apply,
+    /// [`Firewall::remove`]
+    Remove,
+    /// [`Firewall::list`], [`Firewall::inspect`] and [`Firewall::traffic`]
+    List,
+    /// [`Firewall::clear`]
+    Clear,
+}
+
+/// The fake.
+#[derive(Debug, Default)]
+pub struct FakeFirewall {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    rules: BTreeMap<Ipv4Addr, VmGuard>,
+    traffic: BTreeMap<Ipv4Addr, Traffic>,
+    faults: VecDeque<Call>,
+}
+
+impl FakeFirewall {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self, call: Call) -> Result<MutexGuard<'_, State>, FirewallError> {
+        let mut state = self.state();
+        if let Some(place) = state.faults.iter().position(|fault| *fault == call) {
+            state.faults.remove(place);
+            return Err(FirewallError::Refused {
+                what: format!("{call:?}"),
+                message: "scripted fault".to_owned(),
+            });
+        }
+        Ok(state)
+    }
+
+    /// Makes the next such call fail.
+    pub fn fail_next(&self, call: Call) {
+        self.state().faults.push_back(call);
+    }
+
+    /// What someone does who flushes the whole firewall.
+    pub fn flush(&self) {
+        self.state().rules.clear();
+    }
+
+    /// The rules that hold for an address.
+    pub fn rules_of(&self, address: Ipv4Addr) -> Option<VmGuard> {
+        self.state().rules.get(&address).cloned()
+    }
+
+    /// Sets what [`Firewall::traffic`] reports for an address that has rules.
+    pub fn set_traffic(&self, address: Ipv4Addr, traffic: Traffic) {
+        self.state().traffic.insert(address, traffic);
+    }
+}
+
+fn fingerprint(guard: &VmGuard) -> Fingerprint {
+    Fingerprint(format!("sha256:{}", hex::encode(Sha256::digest(render_apply(guard)))))
+}
+
+impl Firewall for FakeFirewall {
+    fn apply(&self, guard: &VmGuard) -> Result<Fingerprint, FirewallError> {
+        let mut state = self.enter(Call::Apply)?;
+        state.rules.insert(guard.address(), guard.clone());
+        state.traffic.entry(guard.address()).or_default();
+        Ok(fingerprint(guard))
+    }
+
+    fn remove(&self, address: Ipv4Addr) -> Result<(), FirewallError> {
+        let mut state = self.enter(Call::Remove)?;
+        state.rules.remove(&address);
+        state.traffic.remove(&address);
+        Ok(())
+    }
+
+    fn list(&self) -> Result<Vec<Ipv4Addr>, FirewallError> {
+        Ok(self.enter(Call::List)?.rules.keys().copied().collect())
+    }
+
+    fn inspect(&self, addresses: &[Ipv4Addr]) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
+        let state = self.enter(Call::List)?;
+        Ok(addresses
+            .iter()
+            .filter_map(|address| state.rules.get(address).map(|guard| (*address, fingerprint(guard))))
+            .collect())
+    }
+
+    fn traffic(&self) -> Result<BTreeMap<Ipv4Addr, Traffic>, FirewallError> {
+        let state = self.enter(Call::List)?;
+        Ok(state
+            .traffic
+            .iter()
+            .filter(|(address, _)| state.rules.contains_key(address))
+            .map(|(a, t)| (*a, t.clone()))
+            .collect())
+    }
+
+    fn clear(&self) -> Result<(), FirewallError> {
+        let mut state = self.enter(Call::Clear)?;
+        state.rules.clear();
+        state.traffic.clear();
+        Ok(())
+    }
+}

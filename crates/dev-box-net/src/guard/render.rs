@@ -1,0 +1,489 @@
+//! The rules as nft's input text. Everything in it comes from typed values, so nothing can break out of it.
+
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+
+use super::{DropReason, VmGuard};
+use crate::identity::{TAP_PREFIX, tap_of};
+use crate::policy::{Destinations, EgressPolicy, PortRule, Protocol, special_ranges};
+
+/// The name of both tables.
+pub(super) const TABLE: &str = "dev_box";
+
+/// Drops logged a second by VM and reason; as many again in one burst.
+const LOGGED_PER_SECOND: u32 = 5;
+
+/// The drops that each half of a VM's rules can make.
+const BRIDGE_REASONS: [DropReason; 9] = [
+    DropReason::Spoofed,
+    DropReason::Protocol,
+    DropReason::Gateway,
+    DropReason::Neighbour,
+    DropReason::Denied,
+    DropReason::Special,
+    DropReason::Destination,
+    DropReason::Port,
+    DropReason::Unsolicited,
+];
+const INET_REASONS: [DropReason; 10] = [
+    DropReason::Gateway,
+    DropReason::Host,
+    DropReason::Neighbour,
+    DropReason::Denied,
+    DropReason::Special,
+    DropReason::Destination,
+    DropReason::Port,
+    DropReason::Rate,
+    DropReason::Connections,
+    DropReason::Unsolicited,
+];
+
+const BRIDGE_CHAINS: [&str; 5] = ["in", "in-ports", "out", "out-ports", "host"];
+const INET_CHAINS: [&str; 8] = ["pre", "input", "output", "out", "out-ports", "open", "in", "in-ports"];
+const BRIDGE_COUNTERS: [&str; 2] = ["sent", "received"];
+const INET_COUNTERS: [&str; 1] = ["connections"];
+
+/// Dispatch maps: name, key type, the chain a VM's element jumps to.
+const BRIDGE_MAPS: [(&str, &str, &str); 3] =
+    [("from-guest", "ifname", "out"), ("to-guest", "ifname", "in"), ("to-host", "ifname", "host")];
+const INET_MAPS: [(&str, &str, &str); 5] = [
+    ("prerouting-by", "ipv4_addr", "pre"),
+    ("input-by", "ipv4_addr", "input"),
+    ("output-by", "ipv4_addr", "output"),
+    ("from-guest", "ipv4_addr", "out"),
+    ("to-guest", "ipv4_addr", "in"),
+];
+
+/// One family's part of the text.
+struct Script<'a> {
+    family: &'static str,
+    text: &'a mut String,
+}
+
+impl Script<'_> {
+    fn line(&mut self, verb: &str, object: &str, rest: std::fmt::Arguments<'_>) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(self.text, "{verb} {object} {} {TABLE} {rest}", self.family);
+    }
+
+    fn rule(&mut self, chain: &str, rule: std::fmt::Arguments<'_>) {
+        self.line("add", "rule", format_args!("{chain} {rule}"));
+    }
+
+    fn table(&mut self) {
+        let _ = writeln!(self.text, "add table {} {TABLE}", self.family);
+    }
+
+    fn base(&mut self, name: &str, hook: &str, priority: i32) {
+        self.line(
+            "add",
+            "chain",
+            format_args!("{name} {{ type filter hook {hook} priority {priority}; policy accept; }}"),
+        );
+        self.line("flush", "chain", format_args!("{name}"));
+    }
+}
+
+/// One transaction that puts a VM's rules in place, whatever stood there before.
+pub fn render_apply(guard: &VmGuard) -> String {
+    let mut text = String::with_capacity(16 * 1024);
+    bridge_base(&mut Script { family: "bridge", text: &mut text });
+    inet_base(&mut Script { family: "inet", text: &mut text });
+    let mut inet = Script { family: "inet", text: &mut text };
+    inet.line("add", "element", format_args!("bridges {{ \"{}\" }}", guard.network().bridge()));
+    let rules = Rules::new(guard);
+    rules.bridge(&mut Script { family: "bridge", text: &mut text });
+    rules.inet(&mut Script { family: "inet", text: &mut text });
+    text
+}
+
+/// One transaction that removes the rules of an address, whether or not there are any.
+pub fn render_remove(address: Ipv4Addr) -> String {
+    let tap = tap_of(address);
+    let mut text = String::with_capacity(8 * 1024);
+    for (family, maps, key, chains, reasons, counters) in [
+        (
+            "bridge",
+            &BRIDGE_MAPS[..],
+            format!("\"{tap}\""),
+            &BRIDGE_CHAINS[..],
+            &BRIDGE_REASONS[..],
+            &BRIDGE_COUNTERS[..],
+        ),
+        (
+            "inet",
+            &INET_MAPS[..],
+            address.to_string(),
+            &INET_CHAINS[..],
+            &INET_REASONS[..],
+            &INET_COUNTERS[..],
+        ),
+    ] {
+        let mut script = Script { family, text: &mut text };
+        // What is added here and deleted below never fails to be deleted.
+        script.table();
+        skeleton(&mut script, &tap, maps, chains, reasons, counters);
+        for (map, _, chain) in maps {
+            script.line("add", "element", format_args!("{map} {{ {key} : jump {tap}.{chain} }}"));
+            script.line("delete", "element", format_args!("{map} {{ {key} }}"));
+        }
+        for chain in chains {
+            script.line("delete", "chain", format_args!("{tap}.{chain}"));
+        }
+        for reason in reasons {
+            script.line("delete", "chain", format_args!("{tap}.drop.{reason}"));
+            script.line("delete", "counter", format_args!("{tap}.drop.{reason}"));
+        }
+        for counter in counters {
+            script.line("delete", "counter", format_args!("{tap}.{counter}"));
+        }
+    }
+    text
+}
+
+/// One transaction that removes both tables.
+pub fn render_clear() -> String {
+    ["bridge", "inet"]
+        .map(|family| format!("add table {family} {TABLE}\ndelete table {family} {TABLE}\n"))
+        .concat()
+}
+
+/// Maps, and a VM's chains (emptied) and counters.
+fn skeleton(
+    script: &mut Script<'_>,
+    tap: &str,
+    maps: &[(&str, &str, &str)],
+    chains: &[&str],
+    reasons: &[DropReason],
+    counters: &[&str],
+) {
+    for (map, key, _) in maps {
+        script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
+    }
+    for counter in counters {
+        script.line("add", "counter", format_args!("{tap}.{counter}"));
+    }
+    for reason in reasons {
+        script.line("add", "counter", format_args!("{tap}.drop.{reason}"));
+        script.line("add", "chain", format_args!("{tap}.drop.{reason}"));
+        script.line("flush", "chain", format_args!("{tap}.drop.{reason}"));
+    }
+    for chain in chains {
+        script.line("add", "chain", format_args!("{tap}.{chain}"));
+        script.line("flush", "chain", format_args!("{tap}.{chain}"));
+    }
+}
+
+fn bridge_base(script: &mut Script<'_>) {
+    script.table();
+    for (map, key, _) in BRIDGE_MAPS {
+        script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
+    }
+    // Before br_netfilter (0) and ebtables' filter (-200); frames to a link-local group skip prerouting and reach
+    // the host by way of input alone.
+    for (chain, hook, priority, direction, map) in [
+        ("prerouting", "prerouting", -290, "iifname", "from-guest"),
+        ("input", "input", -290, "iifname", "to-host"),
+        ("postrouting", "postrouting", 290, "oifname", "to-guest"),
+    ] {
+        script.base(chain, hook, priority);
+        script.rule(chain, format_args!("{direction} vmap @{map}"));
+        script.rule(chain, format_args!("{direction} \"{TAP_PREFIX}*\" drop"));
+    }
+}
+
+fn inet_base(script: &mut Script<'_>) {
+    script.table();
+    script.line("add", "set", format_args!("bridges {{ type ifname; }}"));
+    for (map, key, _) in INET_MAPS {
+        script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
+    }
+    // A packet of a VM's comes by its bridge. By the tap itself comes only what the bridge handed up unbridged.
+    script.base("prerouting", "prerouting", -290);
+    script.rule("prerouting", format_args!("iifname \"{TAP_PREFIX}*\" drop"));
+    script.rule("prerouting", format_args!("iifname @bridges ip saddr vmap @prerouting-by"));
+    script.rule("prerouting", format_args!("iifname @bridges drop"));
+    script.base("input", "input", -10);
+    script.rule("input", format_args!("iifname @bridges ip saddr vmap @input-by"));
+    script.rule("input", format_args!("iifname @bridges drop"));
+    script.base("output", "output", -10);
+    script.rule("output", format_args!("oifname @bridges ip daddr vmap @output-by"));
+    script.rule("output", format_args!("oifname @bridges drop"));
+    script.base("forward", "forward", -10);
+    // From one VM to another by way of the gateway: the sender's chain judges it, and drops it.
+    script.rule("forward", format_args!("iifname @bridges ip saddr vmap @from-guest"));
+    script.rule("forward", format_args!("iifname @bridges drop"));
+    script.rule("forward", format_args!("oifname @bridges ip daddr vmap @to-guest"));
+    script.rule("forward", format_args!("oifname @bridges drop"));
+}
+
+/// Which end of a packet is the other side.
+#[derive(Clone, Copy)]
+enum Direction {
+    Out,
+    In,
+}
+
+impl Direction {
+    fn chain(self) -> &'static str {
+        match self {
+            Self::Out => "out",
+            Self::In => "in",
+        }
+    }
+
+    fn address(self) -> &'static str {
+        match self {
+            Self::Out => "daddr",
+            Self::In => "saddr",
+        }
+    }
+
+    fn port(self) -> &'static str {
+        match self {
+            Self::Out => "dport",
+            Self::In => "sport",
+        }
+    }
+}
+
+struct Rules<'a> {
+    guard: &'a VmGuard,
+    tap: String,
+}
+
+impl<'a> Rules<'a> {
+    fn new(guard: &'a VmGuard) -> Self {
+        Self { guard, tap: guard.tap() }
+    }
+
+    fn policy(&self) -> &EgressPolicy {
+        self.guard.policy()
+    }
+
+    fn drop_to(&self, reason: DropReason) -> String {
+        format!("goto {}.drop.{reason}", self.tap)
+    }
+
+    fn drops(&self, script: &mut Script<'_>, reasons: &[DropReason]) {
+        let tap = &self.tap;
+        for reason in reasons {
+            let chain = format!("{tap}.drop.{reason}");
+            script.rule(&chain, format_args!("counter name \"{chain}\""));
+            script.rule(
+                &chain,
+                format_args!(
+                    "limit rate {LOGGED_PER_SECOND}/second burst {LOGGED_PER_SECOND} packets \
+                     log prefix \"dev-box drop {tap} {reason}: \" level info"
+                ),
+            );
+            script.rule(&chain, format_args!("drop"));
+        }
+    }
+
+    fn bridge(&self, script: &mut Script<'_>) {
+        let tap = &self.tap;
+        skeleton(script, tap, &[], &BRIDGE_CHAINS, &BRIDGE_REASONS, &BRIDGE_COUNTERS);
+        self.drops(script, &BRIDGE_REASONS);
+        self.bridge_out(script);
+        self.bridge_in(script);
+        // To the host itself: what prerouting let through, and nothing addressed to a group but ARP's broadcast.
+        let chain = format!("{tap}.host");
+        script.rule(&chain, format_args!("ether daddr {} accept", self.guard.network().gateway_mac()));
+        script.rule(&chain, format_args!("ether daddr ff:ff:ff:ff:ff:ff ether type arp accept"));
+        script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Protocol)));
+        for (map, _, chain) in BRIDGE_MAPS {
+            script.line("add", "element", format_args!("{map} {{ \"{tap}\" : jump {tap}.{chain} }}"));
+        }
+    }
+
+    fn bridge_out(&self, script: &mut Script<'_>) {
+        let (guard, network) = (self.guard, self.guard.network());
+        let (mac, address, gateway) = (guard.mac(), guard.address(), network.gateway());
+        let (spoofed, protocol) = (self.drop_to(DropReason::Spoofed), self.drop_to(DropReason::Protocol));
+        let chain = format!("{}.out", self.tap);
+        script.rule(&chain, format_args!("counter name \"{}.sent\"", self.tap));
+        script.rule(&chain, format_args!("ether saddr != {mac} {spoofed}"));
+        script.rule(&chain, format_args!("ether type 8021q {protocol}"));
+        script.rule(
+            &chain,
+            format_args!(
+                "ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp operation {{ request, reply }} \
+                 arp saddr ether {mac} arp saddr ip {address} arp daddr ip {{ {gateway}, {address} }} accept"
+            ),
+        );
+        script.rule(&chain, format_args!("ether type arp {spoofed}"));
+        script.rule(&chain, format_args!("ether type != ip {protocol}"));
+        script.rule(&chain, format_args!("ip version != 4 {protocol}"));
+        script.rule(&chain, format_args!("ip saddr != {address} {spoofed}"));
+        script.rule(&chain, format_args!("ip hdrlength != 5 {protocol}"));
+        script.rule(&chain, format_args!("ip frag-off & 0x3fff != 0 {protocol}"));
+        script.rule(
+            &chain,
+            format_args!("ether daddr != {} {}", network.gateway_mac(), self.drop_to(DropReason::Neighbour)),
+        );
+        script
+            .rule(&chain, format_args!("ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 accept"));
+        self.classes(script, Direction::Out);
+        self.ports(script, Direction::Out, "accept");
+    }
+
+    fn bridge_in(&self, script: &mut Script<'_>) {
+        let (guard, network) = (self.guard, self.guard.network());
+        let (mac, address, gateway) = (guard.mac(), guard.address(), network.gateway());
+        let gateway_mac = network.gateway_mac();
+        let (neighbour, unsolicited) =
+            (self.drop_to(DropReason::Neighbour), self.drop_to(DropReason::Unsolicited));
+        let chain = format!("{}.in", self.tap);
+        script.rule(&chain, format_args!("counter name \"{}.received\"", self.tap));
+        script.rule(&chain, format_args!("ether saddr != {gateway_mac} {neighbour}"));
+        script.rule(&chain, format_args!("ether type 8021q {}", self.drop_to(DropReason::Protocol)));
+        script.rule(
+            &chain,
+            format_args!(
+                "ether type arp ether daddr {{ {mac}, ff:ff:ff:ff:ff:ff }} arp saddr ether {gateway_mac} \
+                 arp saddr ip {gateway} arp daddr ip {address} accept"
+            ),
+        );
+        script.rule(&chain, format_args!("ether type != ip {}", self.drop_to(DropReason::Protocol)));
+        script.rule(&chain, format_args!("ether daddr != {mac} {neighbour}"));
+        script.rule(&chain, format_args!("ip daddr != {address} {unsolicited}"));
+        script
+            .rule(&chain, format_args!("ip saddr {gateway} meta l4proto {{ tcp, udp }} th sport 53 accept"));
+        self.classes(script, Direction::In);
+        // The host put these together and took them apart again; connection tracking judged the whole.
+        let ports = format!("{}.in-ports", self.tap);
+        script.rule(&ports, format_args!("ip frag-off & 0x1fff != 0 accept"));
+        self.ports(script, Direction::In, "accept");
+    }
+
+    /// The address of the other side: gateway, neighbours, denied, allowed, special, public, in this order.
+    fn classes(&self, script: &mut Script<'_>, direction: Direction) {
+        let (policy, network) = (self.policy(), self.guard.network());
+        let (chain, side) = (format!("{}.{}", self.tap, direction.chain()), direction.address());
+        let ports = format!("goto {}.{}-ports", self.tap, direction.chain());
+        let mut rule = |ranges: &str, verdict: &str| {
+            script.rule(&chain, format_args!("ip {side} {ranges} {verdict}"));
+        };
+        rule(&network.gateway().to_string(), &self.drop_to(DropReason::Gateway));
+        rule(&network.subnet().to_string(), &self.drop_to(DropReason::Neighbour));
+        if let Some(deny) = ranges(policy.deny().iter().copied()) {
+            rule(&deny, &self.drop_to(DropReason::Denied));
+        }
+        if let Some(allow) = ranges(policy.allow().iter().copied()) {
+            rule(&allow, &ports);
+        }
+        if let Some(special) = ranges(special_ranges()) {
+            rule(&special, &self.drop_to(DropReason::Special));
+        }
+        let last = match policy.destinations() {
+            Destinations::Public => ports,
+            Destinations::Listed => self.drop_to(DropReason::Destination),
+        };
+        script.rule(&chain, format_args!("{last}"));
+    }
+
+    fn ports(&self, script: &mut Script<'_>, direction: Direction, verdict: &str) {
+        let (policy, side) = (self.policy(), direction.port());
+        let chain = format!("{}.{}-ports", self.tap, direction.chain());
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            if let Some(set) = ports(policy.ports(), protocol) {
+                script.rule(&chain, format_args!("{protocol} {side} {set} {verdict}"));
+            }
+        }
+        script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Port)));
+    }
+
+    fn inet(&self, script: &mut Script<'_>) {
+        let tap = &self.tap;
+        let (address, gateway) = (self.guard.address(), self.guard.network().gateway());
+        skeleton(script, tap, &[], &INET_CHAINS, &INET_REASONS, &INET_COUNTERS);
+        self.drops(script, &INET_REASONS);
+
+        // Before anyone's DNAT: none of the host's addresses, on whatever interface, but the gateway's resolver.
+        let (host, rate) = (self.drop_to(DropReason::Host), self.drop_to(DropReason::Rate));
+        let chain = format!("{tap}.pre");
+        script
+            .rule(&chain, format_args!("ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 accept"));
+        script.rule(&chain, format_args!("ip daddr {gateway} {}", self.drop_to(DropReason::Gateway)));
+        script.rule(&chain, format_args!("fib daddr type != unicast {host}"));
+        script.rule(&chain, format_args!("accept"));
+
+        let chain = format!("{tap}.input");
+        let new = self.policy().limits().new_connections_per_second;
+        let limit = format!("limit rate over {new}/second burst {} packets", new.get().saturating_mul(2));
+        script.rule(&chain, format_args!("ip daddr != {gateway} {host}"));
+        script.rule(&chain, format_args!("meta l4proto udp {limit} {rate}"));
+        script.rule(&chain, format_args!("ct state new meta l4proto tcp {limit} {rate}"));
+        script.rule(&chain, format_args!("meta l4proto {{ tcp, udp }} th dport 53 accept"));
+        script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Gateway)));
+
+        let chain = format!("{tap}.output");
+        script.rule(
+            &chain,
+            format_args!(
+                "ip saddr {gateway} meta l4proto {{ tcp, udp }} th sport 53 ct state established \
+                 ct direction reply accept"
+            ),
+        );
+        script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Unsolicited)));
+
+        self.forward(script, &limit);
+        for (map, _, chain) in INET_MAPS {
+            script.line("add", "element", format_args!("{map} {{ {address} : jump {tap}.{chain} }}"));
+        }
+    }
+
+    fn forward(&self, script: &mut Script<'_>, limit: &str) {
+        let tap = &self.tap;
+        let limits = self.policy().limits();
+        let unsolicited = self.drop_to(DropReason::Unsolicited);
+        let chain = format!("{tap}.out");
+        script.rule(&chain, format_args!("ct state != {{ new, established }} {unsolicited}"));
+        script.rule(&chain, format_args!("ct direction reply {unsolicited}"));
+        self.classes(script, Direction::Out);
+        self.ports(script, Direction::Out, &format!("goto {tap}.open"));
+
+        let chain = format!("{tap}.open");
+        let rate = self.drop_to(DropReason::Rate);
+        if let Some(bytes) = limits.egress_bytes_per_second {
+            // A burst of a fifth of a second, and never less than a full-sized packet.
+            let burst = (bytes.get() / 5).max(64 * 1024);
+            script.rule(
+                &chain,
+                format_args!("limit rate over {bytes} bytes/second burst {burst} bytes {rate}"),
+            );
+        }
+        script.rule(&chain, format_args!("ct state established accept"));
+        script.rule(&chain, format_args!("{limit} {rate}"));
+        script.rule(
+            &chain,
+            format_args!("ct count over {} {}", limits.connections, self.drop_to(DropReason::Connections)),
+        );
+        script.rule(&chain, format_args!("counter name \"{tap}.connections\""));
+        script.rule(&chain, format_args!("accept"));
+
+        let chain = format!("{tap}.in");
+        script.rule(&chain, format_args!("ct state != established {unsolicited}"));
+        script.rule(&chain, format_args!("ct direction original {unsolicited}"));
+        self.classes(script, Direction::In);
+        self.ports(script, Direction::In, "accept");
+    }
+}
+
+/// `{ a, b }`; `None` for no range, because nft has no empty anonymous set.
+fn ranges(ranges: impl Iterator<Item = Ipv4Net>) -> Option<String> {
+    let list: Vec<String> = ranges.map(|range| range.to_string()).collect();
+    (!list.is_empty()).then(|| format!("{{ {} }}", list.join(", ")))
+}
+
+fn ports(rules: &[PortRule], protocol: Protocol) -> Option<String> {
+    let list: Vec<String> =
+        rules.iter().filter(|rule| rule.protocol() == protocol).map(|rule| rule.ports()).collect();
+    (!list.is_empty()).then(|| format!("{{ {} }}", list.join(", ")))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,59 @@
+//! What is read from the host: routes, interfaces, and the two sysctls that matter.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use ipnet::Ipv4Net;
+
+use crate::subnet::parse_routes;
+
+/// Where the kernel tells these things; other paths in tests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostPaths {
+    /// `/proc/net/route`
+    pub routes: PathBuf,
+    /// `/sys/class/net`
+    pub interfaces: PathBuf,
+    /// `/proc/sys/net/ipv4/ip_forward`
+    pub ip_forward: PathBuf,
+    /// `/proc/sys/net/bridge/bridge-nf-call-iptables`
+    pub bridge_nf_call_iptables: PathBuf,
+}
+
+impl Default for HostPaths {
+    fn default() -> Self {
+        Self {
+            routes: "/proc/net/route".into(),
+            interfaces: "/sys/class/net".into(),
+            ip_forward: "/proc/sys/net/ipv4/ip_forward".into(),
+            bridge_nf_call_iptables: "/proc/sys/net/bridge/bridge-nf-call-iptables".into(),
+        }
+    }
+}
+
+impl HostPaths {
+    /// Ranges that the host has routes to, those by `bridge` left out.
+    pub(crate) fn routes(&self, bridge: &str) -> io::Result<Vec<Ipv4Net>> {
+        Ok(parse_routes(&fs::read_to_string(&self.routes)?, Some(bridge)))
+    }
+
+    /// Whether there is an interface of that name.
+    pub(crate) fn has_interface(&self, name: &str) -> bool {
+        self.interfaces.join(name).exists()
+    }
+
+    /// Whether the host forwards IPv4.
+    pub(crate) fn forwards(&self) -> bool {
+        switch(&self.ip_forward) == Some(true)
+    }
+
+    /// Whether bridged frames pass iptables too; `None` while the module `br_netfilter` is not loaded.
+    pub(crate) fn bridge_nf(&self) -> Option<bool> {
+        switch(&self.bridge_nf_call_iptables)
+    }
+}
+
+fn switch(path: &Path) -> Option<bool> {
+    fs::read_to_string(path).ok().map(|text| text.trim() != "0")
+}

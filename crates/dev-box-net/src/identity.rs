@@ -1,0 +1,59 @@
+//! A VM's Ethernet address and tap name, both derived from its IPv4 address: distinct as long as addresses are, and
+//! the same when an address is used again, so that no neighbour table goes stale.
+
+use std::net::Ipv4Addr;
+
+use dev_box_core::spec::MacAddress;
+
+/// What every tap's name begins with. libvirt keeps `vnet`, `vif`, `macvtap` and `macvlan` for names it makes up.
+pub const TAP_PREFIX: &str = "dbt";
+
+/// The Ethernet address of the interface with that IPv4 address: locally administered, unicast.
+pub fn mac_of(address: Ipv4Addr) -> MacAddress {
+    let [a, b, c, d] = address.octets();
+    MacAddress::new([0x02, 0xdb, a, b, c, d])
+}
+
+/// The tap's name: 11 characters (an interface's name has at most 15).
+pub fn tap_of(address: Ipv4Addr) -> String {
+    format!("{TAP_PREFIX}{:08x}", u32::from(address))
+}
+
+/// The address that a tap's name stands for; `None` for names that are not ours.
+pub fn address_of_tap(name: &str) -> Option<Ipv4Addr> {
+    let digits = name.strip_prefix(TAP_PREFIX).filter(|digits| digits.len() == 8)?;
+    let address = Ipv4Addr::from(u32::from_str_radix(digits, 16).ok()?);
+    (tap_of(address) == name).then_some(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_have_their_form() {
+        let address = Ipv4Addr::new(10, 213, 0, 2);
+        assert_eq!(tap_of(address), "dbt0ad50002");
+        assert_eq!(mac_of(address).to_string(), "02:db:0a:d5:00:02");
+        for other in ["vnet0", "dbt", "dbt0ad5000", "dbt0AD50002", "dbt+ad50002", "dbt0ad500020"] {
+            assert_eq!(address_of_tap(other), None, "{other}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn tap_and_mac_are_valid_and_unique(one in any::<u32>(), other in any::<u32>()) {
+            let (one, other) = (Ipv4Addr::from(one), Ipv4Addr::from(other));
+            let tap = tap_of(one);
+            prop_assert!(tap.len() <= 15 && tap.is_ascii());
+            prop_assert!(!["vnet", "vif", "macvtap", "macvlan"].iter().any(|prefix| tap.starts_with(prefix)));
+            prop_assert_eq!(address_of_tap(&tap), Some(one));
+            let mac = mac_of(one).bytes();
+            prop_assert_eq!(mac[0] & 0b11, 0b10, "locally administered and unicast");
+            prop_assert_eq!(one == other, tap == tap_of(other));
+            prop_assert_eq!(one == other, mac_of(one) == mac_of(other));
+        }
+    }
+}

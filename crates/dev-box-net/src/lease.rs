@@ -1,0 +1,256 @@
+//! Which VM has which address, across processes.
+//!
+//! ```text
+//!   free --acquire: lock the address's file, write the record--> held --release: delete, unlock--> free
+//!                                                                 |
+//!                                          owner dies: the kernel unlocks; the record stays
+//!                                                                 v
+//!   held <--acquire: lock obtained, record replaced------------ abandoned --sweep--> free
+//! ```
+//!
+//! One file an address, `DIR/10.213.0.2.lease`, locked with flock(2) by the process that holds the lease: two
+//! processes never have one address, and a dead owner's is free at once, without anyone's clean-up.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use dev_box_core::id::VmName;
+use serde::{Deserialize, Serialize};
+
+use crate::guard::Fingerprint;
+use crate::policy::EgressPolicy;
+use crate::subnet::Subnet;
+
+/// Largest record that is read, in bytes: larger than any policy makes one.
+const MAX_RECORD_BYTES: u64 = 256 * 1024;
+
+/// What is on record of a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LeaseRecord {
+    /// The VM.
+    pub vm: VmName,
+    /// Its policy.
+    pub policy: EgressPolicy,
+    /// The nwfilter its interface refers to.
+    pub filter: String,
+    /// The rules that were put in place; `None` before that.
+    pub fingerprint: Option<Fingerprint>,
+}
+
+/// The addresses of a subnet, leased.
+#[derive(Debug, Clone)]
+pub struct AddressLeases {
+    dir: PathBuf,
+    subnet: Subnet,
+}
+
+/// A held lease. Dropping it leaves the record and frees the address, as the owner's death would.
+#[derive(Debug)]
+pub struct AddressLease {
+    file: File,
+    path: PathBuf,
+    address: Ipv4Addr,
+}
+
+/// Whether a lease's owner lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// Some process holds the lock.
+    Alive,
+    /// Nobody does.
+    Dead,
+}
+
+/// Why there is no lease.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseError {
+    /// every address is taken
+    #[error(
+        "all {capacity} addresses of {subnet} are in use: wait for a VM to end, or configure a larger subnet"
+    )]
+    Exhausted {
+        /// The subnet.
+        subnet: Subnet,
+        /// How many addresses it has.
+        capacity: usize,
+    },
+    /// a file could not be used
+    #[error("the address lease {path} cannot be {what}")]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> LeaseError {
+    move |source| LeaseError::Io { path: path.to_owned(), what, source }
+}
+
+impl AddressLeases {
+    /// Leases of `subnet`, kept in `dir`, which is made when it is not there.
+    ///
+    /// # Errors
+    /// [`LeaseError::Io`].
+    pub fn open(dir: impl Into<PathBuf>, subnet: Subnet) -> Result<Self, LeaseError> {
+        let dir = dir.into();
+        fs::create_dir_all(&dir).map_err(failed(&dir, "made"))?;
+        Ok(Self { dir, subnet })
+    }
+
+    /// The subnet.
+    pub fn subnet(&self) -> Subnet {
+        self.subnet
+    }
+
+    /// Takes the lowest free address for which `usable` holds (a tap of an orphaned VM may still have one).
+    ///
+    /// # Errors
+    /// [`LeaseError::Exhausted`], [`LeaseError::Io`].
+    pub fn acquire(
+        &self,
+        record: &LeaseRecord,
+        usable: impl Fn(Ipv4Addr) -> bool,
+    ) -> Result<AddressLease, LeaseError> {
+        for address in self.subnet.guests().filter(|address| usable(*address)) {
+            if let Some(mut lease) = self.try_lock(address, true)? {
+                lease.write(record)?;
+                return Ok(lease);
+            }
+        }
+        Err(LeaseError::Exhausted { subnet: self.subnet, capacity: self.subnet.capacity() })
+    }
+
+    /// Every lease on record, with its owner's state. A record that cannot be read is `None`: it was being written.
+    ///
+    /// # Errors
+    /// [`LeaseError::Io`].
+    pub fn list(&self) -> Result<BTreeMap<Ipv4Addr, (Owner, Option<LeaseRecord>)>, LeaseError> {
+        let mut leases = BTreeMap::new();
+        for address in self.addresses()? {
+            let path = self.path(address);
+            let record = match File::open(&path) {
+                Ok(file) => read(file),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(&path, "read")(error)),
+            };
+            // The lock is let go at once; a process that looks for an address in this moment takes the next one.
+            let owner = if self.try_lock(address, false)?.is_some() { Owner::Dead } else { Owner::Alive };
+            leases.insert(address, (owner, record));
+        }
+        Ok(leases)
+    }
+
+    /// Takes a lease whose owner is dead, so that what belongs to it can be removed before it is released.
+    ///
+    /// # Errors
+    /// [`LeaseError::Io`].
+    pub fn adopt(&self, address: Ipv4Addr) -> Result<Option<AddressLease>, LeaseError> {
+        self.try_lock(address, false)
+    }
+
+    fn addresses(&self) -> Result<Vec<Ipv4Addr>, LeaseError> {
+        let entries = fs::read_dir(&self.dir).map_err(failed(&self.dir, "listed"))?;
+        let mut addresses = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(failed(&self.dir, "listed"))?.file_name();
+            let address = name.to_str().and_then(|name| name.strip_suffix(".lease")?.parse().ok());
+            addresses.extend(address.filter(|address| self.subnet.is_guest(*address)));
+        }
+        addresses.sort_unstable();
+        Ok(addresses)
+    }
+
+    fn path(&self, address: Ipv4Addr) -> PathBuf {
+        self.dir.join(format!("{address}.lease"))
+    }
+
+    fn try_lock(&self, address: Ipv4Addr, create: bool) -> Result<Option<AddressLease>, LeaseError> {
+        let path = self.path(address);
+        loop {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(create)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path);
+            let file = match file {
+                Ok(file) => file,
+                Err(error) if !create && error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(failed(&path, "opened")(error)),
+            };
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(error)) => return Err(failed(&path, "locked")(error)),
+            }
+            // Released between our open and our lock: the name now belongs to nobody, or to another file.
+            if same_file(&file, &path)? {
+                return Ok(Some(AddressLease { file, path, address }));
+            }
+        }
+    }
+}
+
+fn same_file(file: &File, path: &Path) -> Result<bool, LeaseError> {
+    let locked = file.metadata().map_err(failed(path, "examined"))?;
+    match fs::metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (locked.dev(), locked.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed(path, "examined")(error)),
+    }
+}
+
+fn read(file: File) -> Option<LeaseRecord> {
+    let mut text = String::new();
+    file.take(MAX_RECORD_BYTES).read_to_string(&mut text).ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+impl AddressLease {
+    /// The address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// What is on record.
+    pub fn record(&self) -> Option<LeaseRecord> {
+        read(File::open(&self.path).ok()?)
+    }
+
+    /// Replaces the record.
+    ///
+    /// # Errors
+    /// [`LeaseError::Io`].
+    pub fn write(&mut self, record: &LeaseRecord) -> Result<(), LeaseError> {
+        let text = serde_json::to_vec(record).map_err(|error| failed(&self.path, "written")(error.into()))?;
+        let mut write = || {
+            self.file.rewind()?;
+            self.file.set_len(0)?;
+            self.file.write_all(&text)
+        };
+        write().map_err(failed(&self.path, "written"))
+    }
+
+    /// Ends the lease: the record is deleted, the address free.
+    ///
+    /// # Errors
+    /// [`LeaseError::Io`]; the address is free even then.
+    pub fn release(self) -> Result<(), LeaseError> {
+        // Deleted while locked: nobody can have opened this file and still find it under its name.
+        fs::remove_file(&self.path).map_err(failed(&self.path, "removed"))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,106 @@
+//! The shape of a network of VMs: name, bridge, subnet; everything else follows from these.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use dev_box_core::spec::MacAddress;
+
+use crate::identity::{TAP_PREFIX, mac_of};
+use crate::subnet::Subnet;
+
+/// A libvirt network of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkShape {
+    name: String,
+    bridge: String,
+    subnet: Subnet,
+}
+
+/// A name that a network or a bridge cannot have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("\"{name}\" cannot name a {what}: {rule}")]
+pub struct InvalidName {
+    what: &'static str,
+    name: String,
+    rule: &'static str,
+}
+
+impl NetworkShape {
+    /// Checks the names: `name` 1 to 32 of `a-z 0-9 -`, `bridge` 1 to 15 of the same and no tap's name.
+    ///
+    /// # Errors
+    /// [`InvalidName`].
+    pub fn new(name: &str, bridge: &str, subnet: Subnet) -> Result<Self, InvalidName> {
+        check("network", name, 32, "use 1 to 32 of a-z, 0-9 and -, starting with a letter")?;
+        check("bridge", bridge, 15, "use 1 to 15 of a-z, 0-9 and -, starting with a letter")?;
+        if bridge.starts_with(TAP_PREFIX) {
+            let rule = "names of taps begin like that";
+            return Err(InvalidName { what: "bridge", name: bridge.to_owned(), rule });
+        }
+        Ok(Self { name: name.to_owned(), bridge: bridge.to_owned(), subnet })
+    }
+
+    /// libvirt's name for it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The bridge's interface name.
+    pub fn bridge(&self) -> &str {
+        &self.bridge
+    }
+
+    /// The VMs' subnet.
+    pub fn subnet(&self) -> Subnet {
+        self.subnet
+    }
+
+    /// The bridge's address, where the resolver answers.
+    pub fn gateway(&self) -> Ipv4Addr {
+        self.subnet.gateway()
+    }
+
+    /// The bridge's Ethernet address.
+    pub fn gateway_mac(&self) -> MacAddress {
+        mac_of(self.gateway())
+    }
+}
+
+impl fmt::Display for NetworkShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (bridge {}, {})", self.name, self.bridge, self.subnet)
+    }
+}
+
+fn check(what: &'static str, name: &str, max: usize, rule: &'static str) -> Result<(), InvalidName> {
+    let characters =
+        name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+    let first = name.bytes().next().is_some_and(|byte| byte.is_ascii_lowercase());
+    if characters && first && name.len() <= max {
+        return Ok(());
+    }
+    Err(InvalidName { what, name: name.chars().take(64).collect(), rule })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        let subnet: Subnet = "10.213.0.0/24".parse().unwrap();
+        let shape = NetworkShape::new("dev-box", "devbox0", subnet).unwrap();
+        assert_eq!(shape.to_string(), "dev-box (bridge devbox0, 10.213.0.0/24)");
+        assert_eq!(shape.gateway_mac().to_string(), "02:db:0a:d5:00:01");
+        for (name, bridge, part) in [
+            ("", "devbox0", "cannot name a network"),
+            ("a'b", "devbox0", "cannot name a network"),
+            ("dev-box", "0box", "cannot name a bridge"),
+            ("dev-box", "a-bridge-too-long", "cannot name a bridge"),
+            ("dev-box", "dbt0", "names of taps"),
+        ] {
+            let error = NetworkShape::new(name, bridge, subnet).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Address ranges with a meaning, after the IANA IPv4 special-purpose address registry (RFC 6890).
+
+use std::fmt;
+
+use ipnet::Ipv4Net;
+
+/// Why an address is not a public one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AddressClass {
+    /// 0.0.0.0/8, RFC 1122.
+    ThisNetwork,
+    /// 10/8, 172.16/12, 192.168/16, RFC 1918.
+    Private,
+    /// 100.64/10, RFC 6598: the carrier's own network.
+    Shared,
+    /// 127/8, RFC 1122.
+    Loopback,
+    /// 169.254/16, RFC 3927; clouds serve credentials at 169.254.169.254.
+    LinkLocal,
+    /// 198.18/15, RFC 2544.
+    Benchmark,
+    /// 224/4, RFC 5771.
+    Multicast,
+    /// 240/4 with the limited broadcast, the protocol and documentation ranges, and 6to4's relays.
+    Reserved,
+}
+
+/// Whether an administrator may open a class in a custom policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overridable {
+    /// By naming the range in `allow`.
+    ByName,
+    /// By no policy.
+    Never,
+}
+
+const fn net(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(std::net::Ipv4Addr::new(a, b, c, d), prefix)
+}
+
+/// Every range that is not public, sorted and disjoint.
+pub(crate) const SPECIAL: [(Ipv4Net, AddressClass); 15] = [
+    (net(0, 0, 0, 0, 8), AddressClass::ThisNetwork),
+    (net(10, 0, 0, 0, 8), AddressClass::Private),
+    (net(100, 64, 0, 0, 10), AddressClass::Shared),
+    (net(127, 0, 0, 0, 8), AddressClass::Loopback),
+    (net(169, 254, 0, 0, 16), AddressClass::LinkLocal),
+    (net(172, 16, 0, 0, 12), AddressClass::Private),
+    (net(192, 0, 0, 0, 24), AddressClass::Reserved),
+    (net(192, 0, 2, 0, 24), AddressClass::Reserved),
+    (net(192, 88, 99, 0, 24), AddressClass::Reserved),
+    (net(192, 168, 0, 0, 16), AddressClass::Private),
+    (net(198, 18, 0, 0, 15), AddressClass::Benchmark),
+    (net(198, 51, 100, 0, 24), AddressClass::Reserved),
+    (net(203, 0, 113, 0, 24), AddressClass::Reserved),
+    (net(224, 0, 0, 0, 4), AddressClass::Multicast),
+    (net(240, 0, 0, 0, 4), AddressClass::Reserved),
+];
+
+impl AddressClass {
+    /// Whether a custom policy can open this class.
+    pub fn overridable(self) -> Overridable {
+        match self {
+            Self::Private | Self::Shared | Self::Benchmark => Overridable::ByName,
+            Self::ThisNetwork | Self::Loopback | Self::LinkLocal | Self::Multicast | Self::Reserved => {
+                Overridable::Never
+            }
+        }
+    }
+
+    /// The class of the special range that contains `address`; `None` for a public address.
+    pub fn of(address: std::net::Ipv4Addr) -> Option<Self> {
+        SPECIAL.iter().find(|(range, _)| range.contains(&address)).map(|(_, class)| *class)
+    }
+}
+
+impl fmt::Display for AddressClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ThisNetwork => "\"this network\" (0.0.0.0/8)",
+            Self::Private => "private (RFC 1918)",
+            Self::Shared => "shared by carriers (100.64.0.0/10)",
+            Self::Loopback => "loopback (127.0.0.0/8)",
+            Self::LinkLocal => "link-local (169.254.0.0/16, where clouds serve credentials)",
+            Self::Benchmark => "for benchmarks (198.18.0.0/15)",
+            Self::Multicast => "multicast (224.0.0.0/4)",
+            Self::Reserved => "reserved",
+        })
+    }
+}
+
+/// The ranges that nft and nwfilter drop.
+pub(crate) fn special_ranges() -> impl Iterator<Item = Ipv4Net> {
+    SPECIAL.iter().map(|(range, _)| *range)
+}

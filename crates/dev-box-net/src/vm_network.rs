@@ -1,0 +1,624 @@
+//! From a VM and its policy to an interface that is safe to start with: [`VmNetwork`].
+//!
+//! ```text
+//!   attach: network -> address -> filter -> rules -> NetLease      (VM starts, runs, is destroyed)      detach: back
+//!              |          |          |        |
+//!              +----------+----------+--------+--> on failure: what was made is undone, in reverse
+//! ```
+//!
+//! The calls block (libvirt, nft, file locks): from async code, make them where blocking is allowed, such as
+//! `tokio::task::spawn_blocking`.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use dev_box_core::id::VmName;
+use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
+use dev_box_core::spec::{FilterRef, Interface, MacAddress};
+
+use crate::guard::{Fingerprint, Firewall, FirewallError, GuardError, Traffic, VmGuard};
+use crate::host::HostPaths;
+use crate::identity::{mac_of, tap_of};
+use crate::lease::{AddressLease, AddressLeases, LeaseError, LeaseRecord, Owner};
+use crate::network::{InvalidName, NetworkShape};
+use crate::policy::{EgressPolicy, PolicyDigest};
+use crate::subnet::{Subnet, SubnetError};
+use crate::xml::network::{FoundNetwork, UnreadableNetwork, network_xml};
+use crate::xml::nwfilter::{name_prefix, nwfilter};
+
+/// What a host's network of VMs is called and where its leases lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetSettings {
+    /// Directory for leases, `net/` of the state root; made when it is not there.
+    pub dir: PathBuf,
+    /// libvirt's name for the network.
+    pub name: String,
+    /// The bridge's interface name.
+    pub bridge: String,
+    /// The subnet; `None` finds one that no route of the host overlaps.
+    pub subnet: Option<Subnet>,
+    /// Where the host's state is read.
+    pub host: HostPaths,
+}
+
+impl NetSettings {
+    /// The network `dev-box` on bridge `devbox0`, subnet found, leases in `dir`.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: dir.into(),
+            name: "dev-box".to_owned(),
+            bridge: "devbox0".to_owned(),
+            subnet: None,
+            host: HostPaths::default(),
+        }
+    }
+}
+
+/// The network of a host's VMs: hands out interfaces whose rules stand before a VM uses them.
+#[derive(Debug, Clone)]
+pub struct VmNetwork {
+    settings: NetSettings,
+    firewall: Arc<dyn Firewall>,
+}
+
+/// A VM's interface. Held by the process that owns the VM: when it dies, or drops this, the address is free again
+/// once the VM's tap is gone.
+#[derive(Debug)]
+pub struct NetLease {
+    /// The VM.
+    pub vm: VmName,
+    /// The interface's Ethernet address.
+    pub mac: MacAddress,
+    /// The VM's address; the agent sets it.
+    pub address: Ipv4Addr,
+    /// Prefix length of the subnet.
+    pub prefix: u8,
+    /// The gateway.
+    pub gateway: Ipv4Addr,
+    /// Resolvers: the gateway's.
+    pub dns: Vec<Ipv4Addr>,
+    /// The name the tap must have on the host, since the rules go by it.
+    pub tap: String,
+    /// libvirt's network.
+    pub network: String,
+    /// The network's bridge.
+    pub bridge: String,
+    /// The nwfilter the interface must refer to.
+    pub filter: String,
+    /// The policy that holds.
+    pub policy: EgressPolicy,
+    shape: NetworkShape,
+    fingerprint: Fingerprint,
+    lock: AddressLease,
+}
+
+impl NetLease {
+    /// The policy's digest, for the audit.
+    pub fn policy_digest(&self) -> PolicyDigest {
+        self.policy.digest()
+    }
+
+    /// The interface as the VM's specification has it.
+    pub fn interface(&self) -> Interface {
+        Interface {
+            network: self.network.clone(),
+            mac: self.mac,
+            ip: Some(self.address),
+            target_dev: Some(self.tap.clone()),
+            filter: Some(FilterRef::named(&self.filter)),
+            port_isolated: true,
+        }
+    }
+}
+
+/// What verification found. See [`Verification::is_sound`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verification {
+    /// The guard's rules.
+    pub guard: GuardState,
+    /// Whether libvirt's network runs.
+    pub network_active: bool,
+    /// Whether libvirt still has the VM's filter.
+    pub filter_defined: bool,
+    /// Whether the host forwards IPv4: without, nothing gets out.
+    pub forwarding: bool,
+    /// `bridge-nf-call-iptables`; `None` while br_netfilter is not loaded. For information: neither the guard nor the
+    /// filter needs it.
+    pub bridge_nf_call_iptables: Option<bool>,
+}
+
+impl Verification {
+    /// Whether every layer stands and packets can flow.
+    pub fn is_sound(&self) -> bool {
+        self.guard == GuardState::Intact && self.network_active && self.filter_defined && self.forwarding
+    }
+}
+
+/// The state of a VM's rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuardState {
+    /// As applied.
+    Intact,
+    /// Someone changed them, or the base rules.
+    Changed,
+    /// Someone removed them.
+    Missing,
+}
+
+/// What [`VmNetwork::sweep`] removed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Swept {
+    /// VMs whose owner died without giving its lease back.
+    pub leases: Vec<(Ipv4Addr, Option<VmName>)>,
+    /// Addresses that had rules and no lease.
+    pub rules: Vec<Ipv4Addr>,
+    /// Filters nobody referred to.
+    pub filters: Vec<String>,
+}
+
+/// A lease on record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseSummary {
+    /// The VM's address.
+    pub address: Ipv4Addr,
+    /// Whether the owning process lives.
+    pub owner: Owner,
+    /// The record; `None` when it cannot be read.
+    pub record: Option<LeaseRecord>,
+    /// Traffic, where there are rules.
+    pub traffic: Option<Traffic>,
+}
+
+/// Why a VM has no network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// the configured names
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// no subnet
+    #[error(transparent)]
+    Subnet(#[from] SubnetError),
+    /// a libvirt network has our name but is not as we make it
+    #[error(
+        "libvirt has a network \"{name}\" that is not as dev-box makes it ({difference}): remove it with \
+         `virsh net-destroy {name}; virsh net-undefine {name}`, or configure another name"
+    )]
+    ForeignNetwork {
+        /// Its name.
+        name: String,
+        /// What is different.
+        difference: String,
+    },
+    /// libvirt's XML
+    #[error(transparent)]
+    Unreadable(#[from] UnreadableNetwork),
+    /// libvirt refused
+    #[error("libvirt could not {what}")]
+    Libvirt {
+        /// What was asked.
+        what: String,
+        /// Why not.
+        #[source]
+        source: LibvirtError,
+    },
+    /// no address
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// the rules
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// the firewall
+    #[error("the firewall rules could not be changed")]
+    Firewall(#[from] FirewallError),
+    /// domains in a policy
+    #[error(
+        "the policy allows {count} domain(s), the first being \"{first}\", and no resolver that enforces domains is \
+         set up: list addresses in `allow`, or set `destinations = \"public\"` and leave `domains` out"
+    )]
+    DomainsUnsupported {
+        /// How many.
+        count: usize,
+        /// The first.
+        first: String,
+    },
+    /// the host does not tell
+    #[error("{path} cannot be {what}")]
+    Host {
+        /// What was read or written.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// VMs are still there
+    #[error("{0} VM(s) still have a network: end them first")]
+    InUse(usize),
+}
+
+impl VmNetwork {
+    /// Nothing is made yet; [`VmNetwork::ensure`] and [`VmNetwork::attach`] do that.
+    pub fn new(settings: NetSettings, firewall: Arc<dyn Firewall>) -> Self {
+        Self { settings, firewall }
+    }
+
+    /// Has libvirt's network defined and running. Idempotent; safe from several processes at once.
+    ///
+    /// # Errors
+    /// [`NetError`]: foreign network of that name, no free subnet, libvirt refuses.
+    pub fn ensure<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<NetworkShape, NetError> {
+        let _lock = self.lock()?;
+        self.ensure_locked(libvirt)
+    }
+
+    /// Gives a VM an interface under `policy`, its rules and filter in place. `None` under `isolated`: the VM is to
+    /// have no interface.
+    ///
+    /// # Errors
+    /// [`NetError`]; nothing of this VM is left then.
+    pub fn attach<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+        policy: &EgressPolicy,
+    ) -> Result<Option<NetLease>, NetError> {
+        if policy.is_isolated() {
+            return Ok(None);
+        }
+        refuse_domains(policy)?;
+        let lock = self.lock()?;
+        let shape = self.ensure_locked(libvirt)?;
+        let filter = nwfilter(&shape, policy);
+        let record = LeaseRecord {
+            vm: vm.clone(),
+            policy: policy.clone(),
+            filter: filter.name.clone(),
+            fingerprint: None,
+        };
+        let mut lease = self
+            .leases(&shape)?
+            .acquire(&record, |address| !self.settings.host.has_interface(&tap_of(address)))?;
+        let made = ensure_filter(libvirt, &filter.name, &filter.xml);
+        // The lease is on record and names the filter, so nobody collects it from here on.
+        drop(lock);
+        match made.and_then(|()| self.apply(&shape, record, &mut lease)) {
+            Ok(fingerprint) => Ok(Some(NetLease {
+                vm: vm.clone(),
+                mac: mac_of(lease.address()),
+                address: lease.address(),
+                prefix: shape.subnet().prefix(),
+                gateway: shape.gateway(),
+                dns: vec![shape.gateway()],
+                tap: tap_of(lease.address()),
+                network: shape.name().to_owned(),
+                bridge: shape.bridge().to_owned(),
+                filter: filter.name,
+                policy: policy.clone(),
+                shape,
+                fingerprint,
+                lock: lease,
+            })),
+            Err(error) => {
+                let address = lease.address();
+                if let Err(undo) = self.end(libvirt, lease, &shape, &filter.name) {
+                    tracing::warn!(%vm, %address, error = %undo, "what a failed attach left is for the next sweep");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Changes what a VM may do, at once and for established connections too. The nwfilter of its interface stays as
+    /// it was when the VM started, so that a policy can be narrowed by this, and widened only as far as that filter.
+    ///
+    /// # Errors
+    /// [`NetError`]; the old rules hold then.
+    pub fn change_policy(&self, lease: &mut NetLease, policy: &EgressPolicy) -> Result<(), NetError> {
+        refuse_domains(policy)?;
+        let record = LeaseRecord {
+            vm: lease.vm.clone(),
+            policy: policy.clone(),
+            filter: lease.filter.clone(),
+            fingerprint: None,
+        };
+        lease.fingerprint = self.apply(&lease.shape, record, &mut lease.lock)?;
+        lease.policy = policy.clone();
+        Ok(())
+    }
+
+    /// Puts a VM's rules back as they were, after [`VmNetwork::verify`] found them changed.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn restore(&self, lease: &mut NetLease) -> Result<(), NetError> {
+        let policy = lease.policy.clone();
+        self.change_policy(lease, &policy)
+    }
+
+    /// Whether every layer of a VM's network stands. Two runs of nft and two calls of libvirt: some 10 ms.
+    ///
+    /// # Errors
+    /// [`NetError`] when that cannot be found out.
+    pub fn verify<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        lease: &NetLease,
+    ) -> Result<Verification, NetError> {
+        let found = self.firewall.inspect(&[lease.address])?;
+        let guard = match found.get(&lease.address) {
+            None => GuardState::Missing,
+            Some(fingerprint) if *fingerprint == lease.fingerprint => GuardState::Intact,
+            Some(_) => GuardState::Changed,
+        };
+        let network = libvirt.find_network(&lease.network).map_err(libvirt_failed("look for the network"))?;
+        let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
+        Ok(Verification {
+            guard,
+            network_active: network.is_some_and(|network| network.active),
+            filter_defined: filters.contains(&lease.filter),
+            forwarding: self.settings.host.forwards(),
+            bridge_nf_call_iptables: self.settings.host.bridge_nf(),
+        })
+    }
+
+    /// What the VM's packets did so far.
+    ///
+    /// # Errors
+    /// [`NetError::Firewall`].
+    pub fn traffic(&self, lease: &NetLease) -> Result<Traffic, NetError> {
+        Ok(self.firewall.traffic()?.remove(&lease.address).unwrap_or_default())
+    }
+
+    /// Takes everything of a VM's network away. To be called when the VM is gone: its filter cannot be removed
+    /// before.
+    ///
+    /// # Errors
+    /// [`NetError`]; what is left is found by [`VmNetwork::sweep`].
+    pub fn detach<L: NwFilters + ?Sized>(&self, libvirt: &L, lease: NetLease) -> Result<(), NetError> {
+        let NetLease { shape, filter, lock, .. } = lease;
+        self.end(libvirt, lock, &shape, &filter)
+    }
+
+    /// All leases on record, of this process and others.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn list<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<Vec<LeaseSummary>, NetError> {
+        let Some(shape) = self.find(libvirt)? else { return Ok(Vec::new()) };
+        let mut traffic = self.firewall.traffic()?;
+        let summary = |(address, (owner, record))| LeaseSummary {
+            address,
+            owner,
+            record,
+            traffic: traffic.remove(&address),
+        };
+        Ok(self.leases(&shape)?.list()?.into_iter().map(summary).collect())
+    }
+
+    /// Removes what dead owners left. An address whose tap still exists is left alone, its rules standing: the VM
+    /// runs, and must be ended first.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn sweep<L: Networks + NwFilters + ?Sized>(&self, libvirt: &L) -> Result<Swept, NetError> {
+        let Some(shape) = self.find(libvirt)? else { return Ok(Swept::default()) };
+        let _lock = self.lock()?;
+        let leases = self.leases(&shape)?;
+        let mut swept = Swept::default();
+        for (address, (owner, record)) in leases.list()? {
+            if owner == Owner::Dead
+                && !self.settings.host.has_interface(&tap_of(address))
+                && let Some(lease) = leases.adopt(address)?
+            {
+                self.firewall.remove(address)?;
+                lease.release()?;
+                swept.leases.push((address, record.map(|record| record.vm)));
+            }
+        }
+        let held = leases.list()?;
+        for address in self.firewall.list()? {
+            let ours = shape.subnet().is_guest(address) && !held.contains_key(&address);
+            if ours && !self.settings.host.has_interface(&tap_of(address)) {
+                self.firewall.remove(address)?;
+                swept.rules.push(address);
+            }
+        }
+        swept.filters = collect_filters(libvirt, &shape, &leases)?;
+        Ok(swept)
+    }
+
+    /// Removes the network, its filters, and all rules of ours on this host.
+    ///
+    /// # Errors
+    /// [`NetError::InUse`] while VMs have leases; other [`NetError`]s.
+    pub fn remove<L: Networks + NwFilters + ?Sized>(&self, libvirt: &L) -> Result<(), NetError> {
+        self.sweep(libvirt)?;
+        let _lock = self.lock()?;
+        if let Some(shape) = self.find(libvirt)? {
+            let leases = self.leases(&shape)?;
+            let held = leases.list()?.len();
+            if held > 0 {
+                return Err(NetError::InUse(held));
+            }
+            collect_filters(libvirt, &shape, &leases)?;
+            let name = shape.name();
+            if libvirt.find_network(name).is_ok_and(|network| network.is_some_and(|network| network.active)) {
+                libvirt.stop_network(name).map_err(libvirt_failed(format!("stop the network {name}")))?;
+            }
+            libvirt.undefine_network(name).map_err(libvirt_failed(format!("undefine the network {name}")))?;
+        }
+        Ok(self.firewall.clear()?)
+    }
+
+    fn apply(
+        &self,
+        shape: &NetworkShape,
+        mut record: LeaseRecord,
+        lease: &mut AddressLease,
+    ) -> Result<Fingerprint, NetError> {
+        let guard = VmGuard::new(record.vm.clone(), shape.clone(), lease.address(), record.policy.clone())?;
+        let fingerprint = self.firewall.apply(&guard)?;
+        record.fingerprint = Some(fingerprint.clone());
+        lease.write(&record)?;
+        Ok(fingerprint)
+    }
+
+    /// Rules, then the filter, then the address, so that nobody gets an address whose rules are going away. An
+    /// address whose rules could not be removed stays on record.
+    fn end<L: NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        lease: AddressLease,
+        shape: &NetworkShape,
+        filter: &str,
+    ) -> Result<(), NetError> {
+        self.firewall.remove(lease.address())?;
+        let _lock = self.lock()?;
+        lease.release()?;
+        let held = self.leases(shape)?.list()?;
+        if !held.values().any(|(_, record)| record.as_ref().is_none_or(|record| record.filter == filter)) {
+            forget_filter(libvirt, filter)?;
+        }
+        Ok(())
+    }
+
+    fn leases(&self, shape: &NetworkShape) -> Result<AddressLeases, NetError> {
+        Ok(AddressLeases::open(self.settings.dir.join(shape.name()), shape.subnet())?)
+    }
+
+    /// Held while network, leases and filters are changed together. Freed when dropped.
+    fn lock(&self) -> Result<File, NetError> {
+        let failed = |path: &PathBuf, what| {
+            let path = path.clone();
+            move |source| NetError::Host { path, what, source }
+        };
+        let dir = &self.settings.dir;
+        std::fs::create_dir_all(dir).map_err(failed(dir, "made"))?;
+        let path = dir.join(format!("{}.lock", self.settings.name));
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = file.map_err(failed(&path, "opened"))?;
+        file.lock().map_err(failed(&path, "locked"))?;
+        Ok(file)
+    }
+
+    /// The network as it is, when there is one.
+    fn find<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<Option<NetworkShape>, NetError> {
+        let name = &self.settings.name;
+        if libvirt.find_network(name).map_err(libvirt_failed("look for the network"))?.is_none() {
+            return Ok(None);
+        }
+        let xml =
+            libvirt.network_xml(name).map_err(libvirt_failed(format!("describe the network {name}")))?;
+        let found = FoundNetwork::read(&xml)?;
+        let foreign = |difference| NetError::ForeignNetwork { name: name.clone(), difference };
+        let subnet = found.subnet().map_err(foreign)?;
+        let shape = NetworkShape::new(name, &self.settings.bridge, subnet)?;
+        let expected = [
+            ("bridge", found.bridge.as_deref(), shape.bridge().to_owned()),
+            ("Ethernet address", found.mac.as_deref(), shape.gateway_mac().to_string()),
+        ];
+        for (what, is, should) in expected {
+            if is != Some(should.as_str()) {
+                return Err(foreign(format!(
+                    "its {what} is {} rather than {should}",
+                    is.unwrap_or("absent")
+                )));
+            }
+        }
+        match self.settings.subnet {
+            Some(wanted) if wanted != subnet => {
+                Err(foreign(format!("its subnet is {subnet}, and {wanted} is configured")))
+            }
+            _ => Ok(Some(shape)),
+        }
+    }
+
+    fn ensure_locked<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<NetworkShape, NetError> {
+        let shape = match self.find(libvirt)? {
+            Some(shape) => shape,
+            None => self.define(libvirt)?,
+        };
+        let name = shape.name();
+        let active = libvirt.find_network(name).map_err(libvirt_failed("look for the network"))?;
+        if !active.is_some_and(|network| network.active) {
+            libvirt.start_network(name).map_err(libvirt_failed(format!("start the network {shape}")))?;
+        }
+        Ok(shape)
+    }
+
+    fn define<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<NetworkShape, NetError> {
+        let settings = &self.settings;
+        let subnet = match settings.subnet {
+            Some(subnet) => subnet,
+            None => {
+                let routes = settings.host.routes(&settings.bridge).map_err(|source| NetError::Host {
+                    path: settings.host.routes.clone(),
+                    what: "read",
+                    source,
+                })?;
+                Subnet::choose(Subnet::candidates(), &routes)?
+            }
+        };
+        let shape = NetworkShape::new(&settings.name, &settings.bridge, subnet)?;
+        let what = format!("define the network {shape}");
+        libvirt.define_network(&network_xml(&shape)).map_err(libvirt_failed(what))?;
+        Ok(shape)
+    }
+}
+
+fn libvirt_failed(what: impl Into<String>) -> impl FnOnce(LibvirtError) -> NetError {
+    let what = what.into();
+    move |source| NetError::Libvirt { what, source }
+}
+
+fn refuse_domains(policy: &EgressPolicy) -> Result<(), NetError> {
+    match policy.domains() {
+        [] => Ok(()),
+        [first, ..] => {
+            Err(NetError::DomainsUnsupported { count: policy.domains().len(), first: first.to_string() })
+        }
+    }
+}
+
+/// A filter's name says what is in it, so that one that is there is the right one.
+fn ensure_filter<L: NwFilters + ?Sized>(libvirt: &L, name: &str, xml: &str) -> Result<(), NetError> {
+    let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
+    if filters.iter().any(|filter| filter == name) {
+        return Ok(());
+    }
+    libvirt.define_filter(xml).map_err(libvirt_failed(format!("define the filter {name}")))
+}
+
+/// Forgets a filter; one that a VM still uses, or that is gone, stays as it is.
+fn forget_filter<L: NwFilters + ?Sized>(libvirt: &L, name: &str) -> Result<bool, NetError> {
+    match libvirt.undefine_filter(name) {
+        Ok(()) => Ok(true),
+        Err(LibvirtError::InUse { .. } | LibvirtError::NoSuchFilter { .. }) => Ok(false),
+        Err(source) => Err(libvirt_failed(format!("undefine the filter {name}"))(source)),
+    }
+}
+
+fn collect_filters<L: NwFilters + ?Sized>(
+    libvirt: &L,
+    shape: &NetworkShape,
+    leases: &AddressLeases,
+) -> Result<Vec<String>, NetError> {
+    let held = leases.list()?;
+    let mut gone = Vec::new();
+    for name in libvirt.filters().map_err(libvirt_failed("list its filters"))? {
+        let referred =
+            held.values().any(|(_, record)| record.as_ref().is_none_or(|record| record.filter == name));
+        if name.starts_with(&name_prefix(shape)) && !referred && forget_filter(libvirt, &name)? {
+            gone.push(name);
+        }
+    }
+    Ok(gone)
+}
+
+#[cfg(test)]
+mod tests;
