@@ -11,7 +11,11 @@ pub(super) fn consumer(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
     let (from, to) = (root.join("Cargo.lock"), dir.join("Cargo.lock"));
     std::fs::copy(&from, &to).map_err(|source| StepError::File { path: to, source })?;
     let mut command = scope.workspace.cargo();
-    command.current_dir(&dir).env("CARGO_TARGET_DIR", scope.workspace.target()).args(["test", "--workspace"]);
+    command.current_dir(&dir).env("CARGO_TARGET_DIR", scope.workspace.target()).args([
+        "test",
+        "--workspace",
+        "--lib",
+    ]);
     scope.run(&mut command)?;
     scope.note(format!(
         "{} tests of strangers' crates passed",
