@@ -23,6 +23,7 @@ use super::{
     journal::{Health, Journal},
     volume::{Disk, Volume},
 };
+use crate::metrics;
 
 /// The most entries written with one sync.
 const MAX_GROUP: usize = 256;
@@ -56,6 +57,7 @@ impl Shared {
     }
 
     fn set_health(&self, health: &Health) {
+        metrics::AUDIT_REFUSING.set(if matches!(health, Health::Good) { 0.0 } else { 1.0 }, &[]);
         *self.health.lock().unwrap_or_else(PoisonError::into_inner) = health.clone();
     }
 
@@ -233,7 +235,10 @@ fn write_groups(shared: &Shared, mut journal: Journal) {
         let empty = group.is_empty();
         if !empty {
             let (entries, waiters): (Vec<_>, Vec<_>) = group.into_iter().unzip();
+            let start = Instant::now();
             let results = journal.append(entries);
+            metrics::AUDIT_GROUP_SECONDS.record(start.elapsed(), &[]);
+            count(&results, dropped);
             shared.set_health(journal.health());
             for (waiter, result) in waiters.into_iter().zip(results) {
                 match waiter {
@@ -259,6 +264,24 @@ fn write_groups(shared: &Shared, mut journal: Journal) {
         }
         if closed && empty {
             return;
+        }
+    }
+}
+
+fn count(results: &[Result<Receipt, AuditError>], dropped: u64) {
+    let (mut written, mut refused, mut failed) = (0, 0, 0);
+    for result in results {
+        match result {
+            Ok(_) => written += 1,
+            Err(AuditError::Refusing { .. }) => refused += 1,
+            Err(_) => failed += 1,
+        }
+    }
+    for (number, outcome) in
+        [(written, "written"), (refused, "refused"), (failed, "failed"), (dropped, "dropped")]
+    {
+        if number > 0 {
+            metrics::AUDIT_RECORDS.add(number, &[outcome]);
         }
     }
 }

@@ -1,0 +1,231 @@
+//! Numbers for Prometheus: every metric once, with its unit, its help and every value its labels may have.
+//!
+//! A metric is a constant here; recording goes through it, so a label value that is not in its list is counted as
+//! `other` and the number of series is bounded whatever a guest does. Names follow Prometheus's conventions: base
+//! units, unit as suffix, `_total` for counters.
+//!
+//! ```
+//! use std::time::Duration;
+//! use dev_box_observe::metrics::{EXEC_SECONDS, EXECS, Exporter};
+//!
+//! let exporter = Exporter::local();
+//! exporter.with(|| {
+//!     EXECS.add(1, &["ok"]);
+//!     EXEC_SECONDS.record(Duration::from_millis(120), &["ok"]);
+//! });
+//! assert!(exporter.render().contains("dev_box_execs_total{outcome=\"ok\"} 1"));
+//! ```
+
+mod catalogue;
+mod exporter;
+
+pub use catalogue::*;
+pub use exporter::{BUCKETS, Exporter, MetricsError};
+
+use std::time::Duration;
+
+use ::metrics::{Key, KeyName, Label as KeyLabel, Level, Metadata, SharedString, Unit, with_recorder};
+
+/// What a label value becomes that is not in its list.
+pub const OTHER: &str = "other";
+
+static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
+
+/// A label and all its values, besides [`OTHER`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Label {
+    /// The label's name.
+    pub name: &'static str,
+    /// Its values.
+    pub values: &'static [&'static str],
+}
+
+/// What kind of number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// A distribution.
+    Histogram,
+}
+
+/// What is known about a metric.
+#[derive(Debug, Clone, Copy)]
+pub struct Description {
+    /// Its full name.
+    pub name: &'static str,
+    /// Its kind.
+    pub kind: Kind,
+    /// Its unit.
+    pub unit: Unit,
+    /// What it says, for `# HELP`.
+    pub help: &'static str,
+    /// Its labels, in the order in which values are given.
+    pub labels: &'static [Label],
+}
+
+impl Description {
+    /// The most series it can have.
+    #[must_use]
+    pub fn max_series(&self) -> usize {
+        self.labels.iter().map(|label| label.values.len() + 1).product()
+    }
+
+    fn key(&self, values: &[&str]) -> Key {
+        let mut given = values.iter();
+        let labels: Vec<KeyLabel> = self
+            .labels
+            .iter()
+            .map(|label| {
+                let known = given.next().and_then(|value| label.values.iter().find(|known| *known == value));
+                KeyLabel::from_static_parts(label.name, known.copied().unwrap_or(OTHER))
+            })
+            .collect();
+        Key::from_parts(KeyName::from_const_str(self.name), labels)
+    }
+
+    fn describe(&self) {
+        let (name, unit) = (KeyName::from_const_str(self.name), Some(self.unit));
+        let help = SharedString::const_str(self.help);
+        with_recorder(|recorder| match self.kind {
+            Kind::Counter => recorder.describe_counter(name, unit, help),
+            Kind::Gauge => recorder.describe_gauge(name, unit, help),
+            Kind::Histogram => recorder.describe_histogram(name, unit, help),
+        });
+    }
+}
+
+/// A number that only grows.
+#[derive(Debug, Clone, Copy)]
+pub struct Counter(pub Description);
+
+impl Counter {
+    /// Adds to the series of these label values.
+    pub fn add(&self, count: u64, values: &[&str]) {
+        let key = self.0.key(values);
+        with_recorder(|recorder| recorder.register_counter(&key, &METADATA).increment(count));
+    }
+}
+
+/// A number that goes up and down.
+#[derive(Debug, Clone, Copy)]
+pub struct Gauge(pub Description);
+
+impl Gauge {
+    /// Sets the series of these label values.
+    pub fn set(&self, value: f64, values: &[&str]) {
+        let key = self.0.key(values);
+        with_recorder(|recorder| recorder.register_gauge(&key, &METADATA).set(value));
+    }
+
+    /// Moves the series of these label values up, or (negative) down.
+    pub fn change(&self, by: f64, values: &[&str]) {
+        let key = self.0.key(values);
+        with_recorder(|recorder| recorder.register_gauge(&key, &METADATA).increment(by));
+    }
+}
+
+/// A distribution of times.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing(pub Description);
+
+impl Timing {
+    /// Records a time in the series of these label values.
+    pub fn record(&self, took: Duration, values: &[&str]) {
+        let key = self.0.key(values);
+        with_recorder(|recorder| recorder.register_histogram(&key, &METADATA).record(took.as_secs_f64()));
+    }
+}
+
+/// Gives the installed recorder every metric's unit and help. [`Exporter::install`] does it.
+pub fn describe_all() {
+    for description in ALL {
+        description.describe();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_follow_the_conventions() {
+        let mut names = BTreeSet::new();
+        for metric in ALL {
+            let Description { name, kind, unit, help, labels } = metric;
+            assert!(names.insert(name), "{name} is there twice");
+            assert!(name.starts_with("dev_box_"), "{name}");
+            assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
+            assert_eq!(*kind == Kind::Counter, name.ends_with("_total"), "{name}");
+            let base = name.trim_end_matches("_total");
+            match unit {
+                Unit::Seconds => assert!(base.ends_with("_seconds"), "{name}"),
+                Unit::Bytes => assert!(base.ends_with("_bytes"), "{name}"),
+                _ => assert!(!base.ends_with("_seconds") && !base.ends_with("_bytes"), "{name}"),
+            }
+            assert_eq!(*kind == Kind::Histogram, *unit == Unit::Seconds, "{name}");
+            assert!(help.ends_with('.') && help.len() > 15, "{name}: {help}");
+            assert!(metric.max_series() <= 64, "{name} may have {} series", metric.max_series());
+            for label in *labels {
+                assert!(
+                    !["le", "quantile", "job", "instance"].contains(&label.name),
+                    "{name}: {}",
+                    label.name
+                );
+                assert!(!label.values.contains(&OTHER), "{name}: `other` is always there");
+            }
+        }
+    }
+
+    #[test]
+    fn every_metric_can_be_recorded_and_rendered() {
+        let exporter = Exporter::local();
+        exporter.with(|| {
+            for metric in ALL {
+                let values: Vec<_> = metric.labels.iter().map(|label| label.values[0]).collect();
+                match metric.kind {
+                    Kind::Counter => Counter(**metric).add(3, &values),
+                    Kind::Gauge => {
+                        Gauge(**metric).set(5.0, &values);
+                        Gauge(**metric).change(-3.0, &values);
+                    }
+                    Kind::Histogram => Timing(**metric).record(Duration::from_micros(30), &values),
+                }
+            }
+        });
+        let text = exporter.render();
+        for metric in ALL {
+            let kind = format!("{:?}", metric.kind).to_lowercase();
+            assert!(text.contains(&format!("# TYPE {} {kind}\n", metric.name)), "{}\n{text}", metric.name);
+            assert!(text.contains(&format!("# HELP {} {}\n", metric.name, metric.help)), "{}", metric.name);
+        }
+        assert!(text.contains("dev_box_vms{state=\"starting\"} 2\n"), "{text}");
+        assert!(text.contains("dev_box_exec_seconds_bucket{outcome=\"ok\",le=\"0.00005\"} 1\n"), "{text}");
+        assert!(text.contains("dev_box_exec_seconds_bucket{outcome=\"ok\",le=\"0.000025\"} 0\n"), "{text}");
+        exporter.upkeep();
+        let sorted = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+        assert_eq!(sorted(&exporter.render()), sorted(&text), "upkeep changes no numbers");
+    }
+
+    proptest! {
+        #[test]
+        fn no_guest_makes_series(values in proptest::collection::vec(".{0,12}", 0..64)) {
+            let exporter = Exporter::local();
+            exporter.with(|| {
+                for value in &values {
+                    EXECS.add(1, &[value]);
+                    EXECS.add(1, &[]);
+                }
+            });
+            let text = exporter.render();
+            let series = text.lines().filter(|line| line.starts_with("dev_box_execs_total{")).count();
+            prop_assert!(series <= EXECS.0.max_series());
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Every metric there is.
+
+use ::metrics::Unit;
+
+use super::{Counter, Description, Gauge, Kind, Label, Timing};
+
+macro_rules! catalogue {
+    ($( $constant:ident: $type:ident = $name:literal, $kind:ident, $unit:ident, $help:literal,
+        { $($label:ident: [$($value:literal),* $(,)?]),* } )*) => {
+        $(
+            #[doc = $help]
+            pub const $constant: $type = $type(Description {
+                name: concat!("dev_box_", $name),
+                kind: Kind::$kind,
+                unit: Unit::$unit,
+                help: $help,
+                labels: &[$(Label { name: stringify!($label), values: &[$($value),*] }),*],
+            });
+        )*
+
+        /// Every metric.
+        pub const ALL: &[&Description] = &[$(&$constant.0),*];
+    };
+}
+
+catalogue! {
+    VMS: Gauge = "vms", Gauge, Count, "VMs of this process, by state.",
+        { state: ["starting", "running", "paused", "quarantined", "ending"] }
+    VM_STARTS: Counter = "vm_starts_total", Counter, Count, "VMs that were to be made, by how that ended.",
+        { accelerator: ["kvm", "tcg"], outcome: ["ok", "failed"] }
+    VM_DEATHS: Counter = "vm_deaths_total", Counter, Count, "VMs that ended though nobody here ended them.",
+        { cause: ["crash", "panic", "poweroff", "killed"] }
+    VM_BOOT_SECONDS: Timing = "vm_boot_seconds", Histogram, Seconds,
+        "Time from the start of a domain to its agent's answer.", { accelerator: ["kvm", "tcg"] }
+    VM_CLONE_SECONDS: Timing = "vm_clone_seconds", Histogram, Seconds,
+        "Time to clone a VM from a template.", { accelerator: ["kvm", "tcg"] }
+    VM_RESET_SECONDS: Timing = "vm_reset_seconds", Histogram, Seconds,
+        "Time to make a VM clean for its next lease.", { method: ["replace", "rewind"] }
+    VM_DESTROY_SECONDS: Timing = "vm_destroy_seconds", Histogram, Seconds,
+        "Time to take a VM away with everything it had.", { outcome: ["ok", "failed"] }
+    VM_SWEPT: Counter = "vm_swept_total", Counter, Count,
+        "Leftovers of dead processes that were removed.", {}
+    POOL_VMS: Gauge = "pool_vms", Gauge, Count, "VMs in the pool, by state.",
+        { state: ["filling", "ready", "leased", "retiring"] }
+    LEASE_ACQUIRE_SECONDS: Timing = "lease_acquire_seconds", Histogram, Seconds,
+        "Time from asking for a VM to having it.", { outcome: ["hit", "miss", "timeout", "failed"] }
+    EXECS: Counter = "execs_total", Counter, Count, "Commands run, by how they ended.",
+        { outcome: ["ok", "nonzero", "signal", "timeout", "cancelled", "lost", "refused"] }
+    EXEC_SECONDS: Timing = "exec_seconds", Histogram, Seconds, "Time from a command's request to its end.",
+        { outcome: ["ok", "nonzero", "signal", "timeout", "cancelled", "lost"] }
+    EXEC_OUTPUT_BYTES: Counter = "exec_output_bytes_total", Counter, Bytes, "Output received from commands.",
+        { stream: ["stdout", "stderr"] }
+    WORKSPACE_FILES: Counter = "workspace_files_total", Counter, Count,
+        "Workspace files copied, or refused on the way out.", { direction: ["in", "out", "refused"] }
+    WORKSPACE_BYTES: Counter = "workspace_bytes_total", Counter, Bytes, "Workspace bytes copied.",
+        { direction: ["in", "out"] }
+    NET_DROPPED_PACKETS: Counter = "net_dropped_packets_total", Counter, Count,
+        "Packets of guests that the guard dropped, by reason.",
+        { reason: ["host", "private", "metadata", "peer", "spoofed", "port", "ipv6", "isolated"] }
+    NET_GUARD_LOST: Counter = "net_guard_lost_total", Counter, Count,
+        "Times the rules in the kernel were not those put there.", {}
+    GUEST_VIOLATIONS: Counter = "guest_violations_total", Counter, Count,
+        "Times a guest broke the protocol; its VM is destroyed.", {}
+    AUDIT_RECORDS: Counter = "audit_records_total", Counter, Count, "Audit entries, by what became of them.",
+        { outcome: ["written", "refused", "failed", "dropped"] }
+    AUDIT_GROUP_SECONDS: Timing = "audit_group_seconds", Histogram, Seconds,
+        "Time to write and sync a group of audit records.", {}
+    AUDIT_REFUSING: Gauge = "audit_refusing", Gauge, Count,
+        "Whether the audit log refuses new work, 1 or 0.", {}
+    FINDINGS: Counter = "findings_total", Counter, Count, "Anomalies found, by rule.",
+        { rule: ["metadata_contact", "private_contact", "port_scan", "fan_out", "dns_tunnel", "beaconing",
+                 "egress_volume", "mining", "mass_change", "fork_rate", "memory_pressure", "output_flood",
+                 "clock_jump", "statistical"] }
+    RESPONSES: Counter = "responses_total", Counter, Count, "What was done about anomalies, by action.",
+        { action: ["log", "alert", "throttle", "pause", "snapshot", "kill"], outcome: ["ok", "failed"] }
+    ERRORS: Counter = "errors_total", Counter, Count, "Errors, by the layer they came from.",
+        { layer: ["libvirt", "channel", "guest", "network", "image", "workspace", "audit", "config"] }
+}
