@@ -6,6 +6,7 @@
 //! | [`provisioner`] | the seam: `Provisioner`, and the `ReadyVm` it gives | none |
 //! | [`executor`] | [`AgentExecutor`]: a job through all its phases | the VM's session |
 //! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
+//! | [`terminal`] | what of a guest's output a person may see | none |
 //! | [`workspace`] | files into the VM's share and back out of it, hostile as they are | files |
 //!
 //! Nothing here knows libvirt, and nothing here needs it to build or to be tested.
@@ -16,6 +17,7 @@ pub mod job;
 pub mod outcome;
 pub mod provisioner;
 pub mod sink;
+pub mod terminal;
 pub mod workspace;
 
 pub use cancel::{Cancel, CancelSource};

@@ -30,6 +30,27 @@ use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 
+mod apply;
+mod attributes;
+mod beneath;
+mod copy;
+#[cfg(test)]
+mod fixture;
+mod ignored;
+mod limits;
+mod manifest;
+mod place;
+mod result_file;
+mod scan;
+mod stage;
+
+pub use apply::{CollectError, Destination, apply};
+pub use limits::Stop;
+pub use manifest::Manifest;
+pub use result_file::{MAX_RESULT_FILE, ResultFileError, read_json};
+pub use scan::{HostileShare, Scan, scan};
+pub use stage::{StageError, Staged, stage};
+
 /// A user and group, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct Owner {
