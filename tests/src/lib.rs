@@ -1,1 +1,269 @@
-//! The harness of the whole-system tests.
+//! The harness of the whole-system tests: a state root of its own for each test, the `dev-box` program as a user
+//! would call it, and a look at the host afterwards for anything left behind.
+
+use std::ffi::OsStr;
+use std::fs::{self, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// Where `cargo xtask setup` puts the guest image that all tests share.
+const SHARED_IMAGES: &str = "/var/lib/dev-box/images";
+
+/// Longer than any test's VM lives: the limit that keeps a hanging test from hanging the suite.
+const PATIENCE: Duration = Duration::from_secs(110);
+
+/// Says that a test cannot run here; the gate counts these by the file named in `DEV_BOX_SKIP_LOG`.
+pub fn skip(test: &str, reason: &str) {
+    let line = format!("SKIPPED: {test}: {reason}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(path) = std::env::var_os("DEV_BOX_SKIP_LOG")
+        && let Ok(mut log) = OpenOptions::new().append(true).create(true).open(path)
+    {
+        let _ = log.write_all(line.as_bytes());
+    }
+}
+
+/// The `dev-box` program that was built with these tests.
+pub fn program() -> PathBuf {
+    if let Some(path) = std::env::var_os("DEV_BOX_BIN") {
+        return path.into();
+    }
+    let mut path = std::env::current_exe().expect("the test's own path");
+    path.pop(); // deps/
+    path.pop();
+    path.join("dev-box")
+}
+
+/// What a finished program left.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// All of its standard output.
+    pub stdout: Vec<u8>,
+    /// All of its standard error, as text.
+    pub stderr: String,
+    /// How long it ran.
+    pub elapsed: Duration,
+}
+
+impl Finished {
+    /// Its exit code; panics with its output when a signal ended it.
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or_else(|| panic!("ended by a signal: {self:#?}"))
+    }
+
+    /// Its standard output as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Panics, showing everything, unless it ended with this code.
+    #[track_caller]
+    pub fn expect_code(self, code: i32) -> Self {
+        assert_eq!(self.status.code(), Some(code), "stdout:\n{}\nstderr:\n{}", self.text(), self.stderr);
+        self
+    }
+}
+
+/// A program that runs.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    started: Instant,
+}
+
+impl Running {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
+        nix::sys::signal::kill(pid, signal).expect("the program is there");
+    }
+
+    /// Reads its standard output until `text` has come; panics when it ends first.
+    pub fn wait_for_output(&mut self, text: &str) -> Duration {
+        let stdout = self.child.stdout.as_mut().expect("piped");
+        let mut seen = Vec::new();
+        let mut byte = [0];
+        while !String::from_utf8_lossy(&seen).contains(text) {
+            match stdout.read(&mut byte) {
+                Ok(1) => seen.push(byte[0]),
+                _ => panic!("ended before `{text}`: {}", String::from_utf8_lossy(&seen)),
+            }
+        }
+        self.started.elapsed()
+    }
+
+    /// Closes our end of its standard output.
+    pub fn close_output(&mut self) {
+        drop(self.child.stdout.take());
+    }
+
+    /// Its standard input.
+    pub fn stdin(&mut self) -> std::process::ChildStdin {
+        self.child.stdin.take().expect("piped")
+    }
+
+    /// Waits for its end; kills it and panics after [`PATIENCE`].
+    pub fn finish(mut self) -> Finished {
+        drop(self.child.stdin.take());
+        let drain = |pipe: Option<Box<dyn Read + Send>>| {
+            std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                if let Some(mut pipe) = pipe {
+                    let _ = pipe.read_to_end(&mut bytes);
+                }
+                bytes
+            })
+        };
+        let stdout = drain(self.child.stdout.take().map(|pipe| Box::new(pipe) as _));
+        let stderr = drain(self.child.stderr.take().map(|pipe| Box::new(pipe) as _));
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("a child of ours") {
+                break status;
+            }
+            if self.started.elapsed() > PATIENCE {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                let text = |thread: std::thread::JoinHandle<Vec<u8>>| {
+                    String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned()
+                };
+                panic!(
+                    "still running after {PATIENCE:?}\nstdout:\n{}\nstderr:\n{}",
+                    text(stdout),
+                    text(stderr)
+                );
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        Finished {
+            status,
+            stdout: stdout.join().expect("reader"),
+            stderr: String::from_utf8_lossy(&stderr.join().expect("reader")).into_owned(),
+            elapsed: self.started.elapsed(),
+        }
+    }
+}
+
+/// A host as one test sees it: state of its own, the shared guest image, the real libvirt.
+///
+/// Dropping it checks that nothing is left behind.
+#[derive(Debug)]
+pub struct Host {
+    root: TempDir,
+}
+
+impl Host {
+    /// None, said aloud, where real VMs cannot run.
+    pub fn new(test: &str) -> Option<Self> {
+        if !nix::unistd::Uid::effective().is_root() {
+            skip(test, "needs root");
+            return None;
+        }
+        if !Path::new(SHARED_IMAGES).join("default/manifest.json").exists() {
+            skip(test, "no guest image: cargo xtask setup");
+            return None;
+        }
+        let root = tempfile::Builder::new().prefix("dev-box-it-").tempdir().expect("a temporary directory");
+        // QEMU's user passes through it.
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o711)).expect("our own directory");
+        symlink(SHARED_IMAGES, root.path().join("images")).expect("our own directory");
+        Some(Self { root })
+    }
+
+    /// This test's state root.
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// `dev-box` with this host's state, ready for arguments.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(program());
+        command
+            .env("DEV_BOX_HOST__STATE_ROOT", self.root.path())
+            .env("DEV_BOX_VM__MEMORY", "256MiB")
+            .env("DEV_BOX_VM__CPUS", "1")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Starts `dev-box` with these arguments.
+    pub fn start<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Running {
+        self.spawn(self.command().args(args))
+    }
+
+    /// Starts a command made by [`Host::command`].
+    pub fn spawn(&self, command: &mut Command) -> Running {
+        let child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", program().display()));
+        Running { child, started: Instant::now() }
+    }
+
+    /// Runs `dev-box` with these arguments to its end.
+    pub fn dev_box<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Finished {
+        self.start(args).finish()
+    }
+
+    /// `dev-box run ARGS`.
+    pub fn run(&self, args: &[&str]) -> Finished {
+        self.dev_box(["run"].iter().chain(args))
+    }
+
+    /// The names of this host's VMs, by their directories.
+    pub fn vms(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.root.path().join("vms")) else { return Vec::new() };
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    /// Process ids of the QEMUs that use this host's state.
+    pub fn qemu_pids(&self) -> Vec<u32> {
+        let needle = self.root.path().to_string_lossy().into_owned();
+        let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter(|pid: &u32| {
+                let cmdline = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let cmdline = String::from_utf8_lossy(&cmdline);
+                cmdline.starts_with("/usr/bin/qemu") && cmdline.contains(&needle)
+            })
+            .collect()
+    }
+
+    /// Panics when anything of this host's is left: VM directories, QEMU processes, domains.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        assert_eq!(self.vms(), Vec::<String>::new(), "VM directories are left");
+        assert_eq!(self.qemu_pids(), Vec::<u32>::new(), "QEMU processes are left");
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        assert!(!mounts.contains(&*self.root.path().to_string_lossy()), "mounts are left");
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Say no more, but do not let a failed test spoil the others.
+            let _ = self.command().args(["gc"]).stdin(Stdio::null()).output();
+        } else {
+            self.assert_clean();
+        }
+    }
+}
+
+/// Polls until `condition` holds; panics with `what` after `limit`.
+#[track_caller]
+pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < limit, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

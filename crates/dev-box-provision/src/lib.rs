@@ -1,1 +1,24 @@
 //! Makes VMs ready: boot, identity, network, share; and takes them away again without a trace.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`provisioner`] | [`LibvirtProvisioner`]: a VM for a request, step by step, undone when a step fails |
+//! | [`reach`] | the way to the agent of a VM that may still be starting |
+//! | [`vm_dir`] | a VM's directory on the host, and who owns it |
+//! | [`blocking`] | calls that block, where they do no harm |
+//! | [`sweep`] | what owners that died have left |
+//! | [`doctor`] | what this host offers, and what really guards a running VM |
+
+pub mod blocking;
+mod console;
+pub mod doctor;
+mod identity;
+mod machine;
+pub mod provisioner;
+pub mod reach;
+mod stopwatch;
+pub mod sweep;
+pub mod vm_dir;
+
+pub use machine::TearDownError;
+pub use provisioner::{LibvirtProvisioner, Settings};

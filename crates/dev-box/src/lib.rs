@@ -1,1 +1,246 @@
 //! Run CLI coding agents, and the code they write, in disposable KVM virtual machines.
+//!
+//! This crate wires the layers together and has no logic of its own; each layer is a crate that can be taken alone and
+//! is re-exported here: [`core`], [`comm`], [`net`], [`image`], [`exec`], [`provision`], [`observe`].
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use dev_box::exec::{Cancel, DiscardSink, Job};
+//! use dev_box::{Config, DevBox};
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let dev_box = DevBox::open(Config::load(None)?).await?;
+//! let job = Job::new(["python3", "-c", "print(6 * 7)"]);
+//! let result = dev_box.run(&dev_box.request("example"), job, Arc::new(DiscardSink), Cancel::never()).await;
+//! assert_eq!(result.stdout.text(), "42\n");
+//! dev_box.close().await;
+//! # Ok(()) }
+//! ```
+
+mod check;
+mod config;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub use check::{check_host, check_vm};
+pub use config::{Config, ConfigError, HostConfig, Limits, Timeouts, VmConfig};
+pub use dev_box_comm as comm;
+pub use dev_box_core as core;
+pub use dev_box_exec as exec;
+pub use dev_box_image as image;
+pub use dev_box_net as net;
+pub use dev_box_observe as observe;
+pub use dev_box_provision as provision;
+
+use dev_box_core::clock::{Clock, SystemClock};
+use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::libvirt::LibvirtError;
+use dev_box_exec::{
+    AgentExecutor, Cancel, ExecutionResult, Job, NetworkMode, OutputSink, Provisioner, Resources,
+    TransportChoice, VmRequest,
+};
+use dev_box_image::{ImageStore, SpaceLimits, StoreError};
+use dev_box_net::network::NetworkShape;
+use dev_box_net::{NetError, NetSettings, NftFirewall, VmNetwork};
+use dev_box_observe::{AuditSink, NullSink};
+use dev_box_provision::blocking::{self, BlockingError};
+use dev_box_provision::sweep::{self, Leftover};
+use dev_box_provision::vm_dir::{QemuUser, VmDirError};
+use dev_box_provision::{LibvirtProvisioner, Settings, reach::Transports};
+
+/// Why dev-box cannot work here.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// libvirt does not answer, or not us.
+    #[error("cannot use libvirt at {uri}")]
+    Libvirt {
+        /// Where.
+        uri: String,
+        /// Why.
+        source: LibvirtError,
+    },
+    /// The state root cannot be used.
+    #[error("cannot use the state root")]
+    Images(#[from] StoreError),
+    /// The user QEMU runs as does not exist here.
+    #[error(
+        "there is no user `{0}` on this host: install libvirt, or set host.qemu_user to the user QEMU runs as"
+    )]
+    NoQemuUser(String),
+    /// Leftovers could not be looked for.
+    #[error("cannot look for what earlier runs left")]
+    Sweep(#[from] VmDirError),
+}
+
+/// dev-box on this host: libvirt, images, network, and what makes VMs of them.
+#[derive(Debug)]
+pub struct DevBox {
+    config: Config,
+    connection: LibvirtConnection,
+    images: ImageStore,
+    network: VmNetwork,
+    provisioner: LibvirtProvisioner,
+    executor: AgentExecutor,
+}
+
+impl DevBox {
+    /// Connects to libvirt and opens the state root.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub async fn open(config: Config) -> Result<Self, OpenError> {
+        let qemu = qemu_user(&config.host.qemu_user)?;
+        let connection = connect(&config).await?;
+        let images = ImageStore::open(&config.host.state_root)?;
+        let network = network(&config);
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let audit: Arc<dyn AuditSink> = Arc::new(NullSink);
+        let settings = Settings {
+            state_root: images.root().to_owned(),
+            qemu,
+            owner: owner(),
+            boot_timeout: config.timeouts.boot(),
+            space: SpaceLimits::default(),
+        };
+        let provisioner = LibvirtProvisioner::new(
+            settings,
+            connection.clone(),
+            images.clone(),
+            network.clone(),
+            Arc::new(Transports),
+            Arc::clone(&clock),
+        );
+        Ok(Self {
+            config,
+            connection,
+            images,
+            network,
+            provisioner,
+            executor: AgentExecutor::new(clock, audit),
+        })
+    }
+
+    /// The configuration it was opened with.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The guest images.
+    #[must_use]
+    pub fn images(&self) -> &ImageStore {
+        &self.images
+    }
+
+    /// Has the VMs' network defined and running.
+    ///
+    /// # Errors
+    /// [`NetError`]: a foreign network of that name, no free subnet, libvirt refuses.
+    pub async fn ensure_network(&self) -> Result<NetworkShape, BlockingError<NetError>> {
+        let network = self.network.clone();
+        blocking::with_libvirt(&self.connection, move |libvirt| network.ensure(libvirt)).await
+    }
+
+    /// Removes the VMs' network, its filters and all firewall rules of dev-box's.
+    ///
+    /// # Errors
+    /// [`NetError::InUse`] while VMs have leases.
+    pub async fn remove_network(&self) -> Result<(), BlockingError<NetError>> {
+        let network = self.network.clone();
+        blocking::with_libvirt(&self.connection, move |libvirt| network.remove(libvirt)).await
+    }
+
+    /// A request for a VM as the configuration describes it, with the default network.
+    #[must_use]
+    pub fn request(&self, purpose: &str) -> VmRequest {
+        let vm = &self.config.vm;
+        VmRequest {
+            image: vm.image.clone(),
+            resources: Resources { cpus: vm.cpus, memory: vm.memory, disk: vm.disk },
+            network: NetworkMode::NatFiltered,
+            accelerator: vm.accelerator,
+            transport: TransportChoice::Auto,
+            purpose: purpose.to_owned(),
+        }
+    }
+
+    /// Runs a job in a VM of its own. See [`AgentExecutor::execute_once`].
+    pub async fn run(
+        &self,
+        request: &VmRequest,
+        job: Job,
+        sink: Arc<dyn OutputSink>,
+        cancel: Cancel,
+    ) -> ExecutionResult {
+        let provisioner: Arc<dyn Provisioner> = Arc::new(self.provisioner.clone());
+        self.executor.execute_once(&provisioner, request, job, sink, cancel).await
+    }
+
+    /// What makes VMs ready, for those who hold them longer than a job.
+    #[must_use]
+    pub fn provisioner(&self) -> &LibvirtProvisioner {
+        &self.provisioner
+    }
+
+    /// Removes what owners that died have left.
+    ///
+    /// # Errors
+    /// The state root cannot be read. What could not be removed is in the list, with the reason.
+    pub async fn sweep(&self) -> Result<Vec<Leftover>, OpenError> {
+        Ok(sweep::sweep(self.images.root(), &self.connection, &self.network).await?)
+    }
+
+    /// Waits until every VM given up is gone. Call it before the process ends.
+    pub async fn close(&self) {
+        self.provisioner.drain().await;
+        self.connection.close().await;
+    }
+}
+
+fn network(config: &Config) -> VmNetwork {
+    VmNetwork::new(NetSettings::new(&config.host.run_root), Arc::new(NftFirewall::default()))
+}
+
+async fn connect(config: &Config) -> Result<LibvirtConnection, OpenError> {
+    let uri = config.host.uri.clone();
+    LibvirtConnection::open(&uri).await.map_err(|source| OpenError::Libvirt { uri, source })
+}
+
+/// The invoking user, for the domains' metadata: under sudo the one behind it.
+fn owner() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .into_iter()
+        .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+        .unwrap_or_else(|| "root".to_owned())
+}
+
+/// Reads `/etc/passwd`; the user a package made is always local.
+fn qemu_user(name: &str) -> Result<QemuUser, OpenError> {
+    let passwd = std::fs::read_to_string(PathBuf::from("/etc/passwd")).unwrap_or_default();
+    passwd
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split(':');
+            (fields.next()? == name).then_some(())?;
+            Some(QemuUser { uid: fields.nth(1)?.parse().ok()?, gid: fields.next()?.parse().ok()? })
+        })
+        .ok_or_else(|| OpenError::NoQemuUser(name.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_qemu_user_is_looked_up() {
+        assert_eq!(qemu_user("root").unwrap(), QemuUser { uid: 0, gid: 0 });
+        let error = qemu_user("no-such-user").unwrap_err();
+        assert!(error.to_string().contains("no-such-user"));
+    }
+
+    #[test]
+    fn a_vm_has_an_owner() {
+        assert!(!owner().is_empty());
+    }
+}

@@ -1,0 +1,319 @@
+//! The command line, as clap reads it.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use dev_box::core::size::ByteSize;
+
+/// Run CLI coding agents, and the code they write, in disposable KVM virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "dev-box", version, propagate_version = true, after_help = EXAMPLES, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// Read this configuration file instead of the usual ones.
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Say more on stderr; twice for debugging. `RUST_LOG` overrides it.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  dev-box image build                             make the default guest image, once
+  dev-box run -- python3 -c 'print(6 * 7)'        run a command in a fresh VM
+  dev-box run --workspace . --output out -- make  give it this directory, bring changes back
+  dev-box doctor                                  check this host";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a fresh VM, and remove the VM.
+    Run(RunArgs),
+    /// Guest images: build, list, inspect, remove.
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// The network of the VMs.
+    #[command(subcommand)]
+    Net(NetCommand),
+    /// Check this host, one line a check, with a fix for what is wrong.
+    Doctor(DoctorArgs),
+    /// Remove what runs that were killed have left behind.
+    Gc(GcArgs),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  dev-box completions bash > /etc/bash_completion.d/dev-box")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+const RUN_EXAMPLES: &str = "\
+Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable,
+127 not found, 128+N killed by signal N.
+
+Examples:
+  dev-box run -- sh -c 'exit 7'; echo $?
+  dev-box run --workspace . --write-back -- cargo fmt
+  dev-box run --workspace . --output /tmp/out --timeout 10m -- sh ./job.sh
+  dev-box run --net isolated --memory 512MiB --cpus 1 -- python3 untrusted.py";
+
+#[derive(Debug, Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub(crate) struct RunArgs {
+    /// Copy this directory into the VM, where it is the working directory.
+    #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) workspace: Option<PathBuf>,
+
+    /// Leave out of the copy what `.gitignore` names.
+    #[arg(long, requires = "workspace")]
+    pub(crate) git: bool,
+
+    /// Write changed and new files of the workspace to this directory.
+    #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Write changed and new files back into the workspace.
+    #[arg(long, requires = "workspace", conflicts_with = "output")]
+    pub(crate) write_back: bool,
+
+    /// With --write-back: delete here what the command deleted there.
+    #[arg(long, requires = "write_back")]
+    pub(crate) delete: bool,
+
+    /// End the command after this time: 90s, 10m, 2h.
+    #[arg(short, long, value_name = "TIME", value_parser = duration)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Set a variable in the command's environment.
+    #[arg(short, long = "env", value_name = "K=V", value_parser = variable)]
+    pub(crate) env: Vec<(String, String)>,
+
+    /// Pass a variable of this environment on, by name; its value is never logged.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) env_from_host: Vec<String>,
+
+    /// The network the VM gets.
+    #[arg(long, value_enum, default_value_t = Net::NatFiltered)]
+    pub(crate) net: Net,
+
+    /// Virtual CPUs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) cpus: Option<u32>,
+
+    /// Guest memory: 512MiB, 4GiB.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<ByteSize>,
+
+    /// Guest image.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) image: Option<String>,
+
+    /// Run as this user of the image [default: root].
+    #[arg(short, long, value_name = "USER")]
+    pub(crate) user: Option<String>,
+
+    /// Directory to run in [default: the workspace].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cwd: Option<PathBuf>,
+
+    /// Give the command this process's standard input.
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+
+    /// Refuse to run where KVM does not work, instead of emulating.
+    #[arg(long)]
+    pub(crate) require_kvm: bool,
+
+    /// The control channel.
+    #[arg(long, value_enum, default_value_t = ChannelChoice::Auto)]
+    pub(crate) channel: ChannelChoice,
+
+    /// Print the result as one JSON object on stdout when done; the command's own output is in it, not streamed.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Say nothing of dev-box's own on stderr, errors aside.
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+
+    /// The command and its arguments; no shell is put between.
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD", value_hint = ValueHint::CommandWithArguments)]
+    pub(crate) argv: Vec<OsString>,
+}
+
+/// The network a VM gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Net {
+    /// Out: DNS, HTTP, HTTPS, SSH, git, to public addresses only. In: nothing.
+    NatFiltered,
+    /// No network interface at all.
+    Isolated,
+}
+
+/// The control channel between host and guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ChannelChoice {
+    /// vsock where the host has it, else virtio-serial.
+    Auto,
+    /// virtio-serial.
+    Serial,
+    /// virtio-vsock.
+    Vsock,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Build an image; nothing is done when an unchanged one is there.
+    #[command(after_help = "\
+Examples:
+  dev-box image build
+  dev-box image build --name node --packages nodejs,npm
+  dev-box image build --name mine --from-tar rootfs.tar")]
+    Build(ImageBuildArgs),
+    /// List the images.
+    #[command(visible_alias = "ls")]
+    List {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print an image's manifest.
+    Inspect {
+        /// The image.
+        name: String,
+    },
+    /// Remove images.
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// The images.
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImageBuildArgs {
+    /// The image's name.
+    #[arg(long, default_value = "default")]
+    pub(crate) name: String,
+
+    /// Debian packages besides the usual ones, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "PACKAGE,...")]
+    pub(crate) packages: Vec<String>,
+
+    /// Take the root filesystem from this tar archive.
+    #[arg(long, value_name = "FILE", conflicts_with = "packages", value_hint = ValueHint::FilePath)]
+    pub(crate) from_tar: Option<PathBuf>,
+
+    /// The guest agent [default: dev-box-guest beside this program].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) agent: Option<PathBuf>,
+
+    /// Build even when nothing has changed.
+    #[arg(long)]
+    pub(crate) force: bool,
+
+    /// As JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetCommand {
+    /// Make the libvirt network, its filter and the host guard, where they are missing.
+    Ensure,
+    /// Remove what `ensure` made; refused while a VM uses it.
+    Rm,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit code: 0 when nothing failed, else 1.\n\nExamples:\n  dev-box doctor\n  dev-box doctor --json | jq '.[] | select(.status == \"fail\")'"
+)]
+pub(crate) struct DoctorArgs {
+    /// As JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Verify the layers of defence of this running VM instead.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GcArgs {
+    /// Say what would be removed, and remove nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+
+    /// As JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("must be longer than nothing".to_owned()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(format!("{error}; expected a number and a unit, such as 90s or 10m")),
+    }
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE (to pass a variable on from here: --env-from-host NAME)".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(duration("90s").unwrap(), Duration::from_secs(90));
+        assert_eq!(duration("1500ms").unwrap(), Duration::from_millis(1500));
+        assert_eq!(duration("2h").unwrap(), Duration::from_secs(7200));
+        for bad in ["", "s", "-1s", "0s", "90", "99999999999999999999s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn variables() {
+        assert_eq!(variable("A=b=c").unwrap(), ("A".to_owned(), "b=c".to_owned()));
+        assert_eq!(variable("A=").unwrap(), ("A".to_owned(), String::new()));
+        assert!(variable("A").is_err());
+        assert!(variable("=b").is_err());
+    }
+
+    #[test]
+    fn a_command_keeps_its_own_options() {
+        let cli = Cli::try_parse_from(["dev-box", "run", "--cpus", "2", "--", "ls", "--cpus", "-v"]).unwrap();
+        let Command::Run(run) = cli.command else { panic!("not run") };
+        assert_eq!(run.argv, ["ls", "--cpus", "-v"]);
+        assert_eq!(run.cpus, Some(2));
+    }
+
+    #[test]
+    fn options_that_exclude_each_other() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["dev-box", "run"], args].concat());
+        assert!(parse(&["--write-back", "--", "true"]).is_err(), "needs a workspace");
+        assert!(parse(&["--workspace", ".", "--write-back", "--output", "o", "--", "true"]).is_err());
+        assert!(parse(&["--memroy", "1GiB", "true"]).is_err(), "an unknown option is not the command");
+        assert!(parse(&["true", "-x"]).is_ok(), "after the command, options are its own");
+    }
+}

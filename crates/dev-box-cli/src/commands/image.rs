@@ -1,0 +1,122 @@
+//! `dev-box image`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use dev_box::Config;
+use dev_box::image::{Build, BuildSource, Builder, Cancel, ImageName, ImageStore, Manifest, Outcome};
+use serde_json::json;
+
+use crate::args::{ImageBuildArgs, ImageCommand};
+use crate::exit::Failure;
+use crate::progress::BuildProgress;
+use crate::{interrupt, output};
+
+pub(crate) async fn run(config: Config, command: ImageCommand) -> Result<ExitCode, Failure> {
+    let store = ImageStore::open(&config.host.state_root).map_err(Failure::new)?;
+    match command {
+        ImageCommand::Build(args) => build(store, args).await,
+        ImageCommand::List { json } => list(&store, json),
+        ImageCommand::Inspect { name } => inspect(&store, &name),
+        ImageCommand::Rm { names } => remove(&store, &names),
+    }
+}
+
+async fn build(store: ImageStore, args: ImageBuildArgs) -> Result<ExitCode, Failure> {
+    let agent = match args.agent {
+        Some(path) => path,
+        None => agent_beside_us()?,
+    };
+    let name: ImageName = args.name.parse().map_err(Failure::new)?;
+    let mut build = match args.from_tar {
+        Some(tarball) => Build::tar(name, agent, tarball),
+        None => Build::packages(name, agent),
+    };
+    if let BuildSource::Packages { extra, .. } = &mut build.source {
+        *extra = args.packages;
+    }
+    build.force = args.force;
+
+    let stop = interrupt::listen().map_err(Failure::new)?.token();
+    let cancel = Cancel::default();
+    let theirs = cancel.clone();
+    tokio::spawn(async move {
+        stop.reached(dev_box::exec::cancel::Urgency::Graceful).await;
+        theirs.cancel();
+    });
+    let building = tokio::task::spawn_blocking(move || {
+        let progress = BuildProgress::new();
+        let outcome = Builder::system().cancelled_by(&cancel).build(&store, &build, &progress);
+        progress.done();
+        outcome
+    });
+    let outcome = building.await.map_err(Failure::new)?.map_err(Failure::new)?;
+    let manifest = outcome.manifest();
+    let built = matches!(outcome, Outcome::Built(_));
+    if args.json {
+        output::json(&json!({ "built": built, "manifest": manifest }))?;
+    } else if built {
+        output::line(&format!("built {}", summary(manifest)))?;
+    } else {
+        output::line(&format!("unchanged: {}", summary(manifest)))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn agent_beside_us() -> Result<PathBuf, Failure> {
+    let ourselves = std::env::current_exe().map_err(Failure::new)?;
+    let agent = ourselves.with_file_name("dev-box-guest");
+    if agent.is_file() {
+        return Ok(agent);
+    }
+    Err(Failure::new(format!("there is no guest agent at {}: name it with --agent FILE", agent.display())))
+}
+
+fn summary(manifest: &Manifest) -> String {
+    let (name, kernel, created) = (&manifest.name, &manifest.kernel.version, &manifest.created);
+    format!("{name}: Linux {kernel}, {} packages, {}, {created}", manifest.packages.len(), manifest.size)
+}
+
+fn list(store: &ImageStore, json: bool) -> Result<ExitCode, Failure> {
+    let mut sound = true;
+    let mut manifests = Vec::new();
+    for (name, image) in store.entries().map_err(Failure::new)? {
+        match image {
+            Ok(image) => manifests.push(image.manifest),
+            Err(error) => {
+                sound = false;
+                output::note(format_args!("{name}: {error}"));
+            }
+        }
+    }
+    if json {
+        output::json(&manifests)?;
+    } else {
+        for manifest in &manifests {
+            output::line(&summary(manifest))?;
+        }
+    }
+    Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn inspect(store: &ImageStore, name: &str) -> Result<ExitCode, Failure> {
+    let name = name.parse().map_err(Failure::new)?;
+    output::json(&store.get(&name).map_err(Failure::new)?.manifest)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn remove(store: &ImageStore, names: &[String]) -> Result<ExitCode, Failure> {
+    let mut code = ExitCode::SUCCESS;
+    for name in names {
+        let removed =
+            name.parse().map_err(Failure::new).and_then(|name| store.remove(&name).map_err(Failure::new));
+        match removed {
+            Ok(()) => output::line(&format!("removed {name}"))?,
+            Err(error) => {
+                output::error(&error);
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}

@@ -1,0 +1,200 @@
+//! `dev-box run`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dev_box::core::accel::{self, Accelerator, AcceleratorPolicy};
+use dev_box::exec::{
+    CollectTo, DiscardSink, ExecutionResult, Job, NetworkMode, Outcome, OutputCaps, OutputSink, Owner, Stdin,
+    TransportChoice, VmRequest, WorkspaceIn,
+};
+use dev_box::{Config, DevBox};
+
+use crate::args::{ChannelChoice, Net, RunArgs};
+use crate::exit::Failure;
+use crate::live::Live;
+use crate::{interrupt, output};
+
+/// Kept of each stream for `--json`.
+const KEPT_FOR_JSON: usize = 16 << 20;
+
+pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failure> {
+    let cancel = interrupt::listen().map_err(Failure::new)?;
+    let job = job(&config, &args)?;
+    if !args.quiet {
+        warn_of_emulation(&config, &args);
+    }
+    let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
+    for leftover in dev_box.sweep().await.map_err(Failure::new)? {
+        match leftover.error {
+            None => tracing::info!(vm = %leftover.name, "removed what a killed run had left"),
+            Some(error) => {
+                tracing::warn!(vm = %leftover.name, error, "cannot remove what a killed run has left")
+            }
+        }
+    }
+    let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { Arc::new(Live::new()) };
+    let request = request(&dev_box, &args);
+    let result = dev_box.run(&request, job, sink, cancel.token()).await;
+    dev_box.close().await;
+    report(&args, &result)?;
+    Ok(ExitCode::from(result.process_exit_code()))
+}
+
+fn request(dev_box: &DevBox, args: &RunArgs) -> VmRequest {
+    let mut request = dev_box.request("run");
+    if let Some(image) = &args.image {
+        request.image.clone_from(image);
+    }
+    request.resources.cpus = args.cpus.unwrap_or(request.resources.cpus);
+    request.resources.memory = args.memory.unwrap_or(request.resources.memory);
+    request.network = match args.net {
+        Net::NatFiltered => NetworkMode::NatFiltered,
+        Net::Isolated => NetworkMode::Isolated,
+    };
+    request.transport = match args.channel {
+        ChannelChoice::Auto => TransportChoice::Auto,
+        ChannelChoice::Serial => TransportChoice::Serial,
+        ChannelChoice::Vsock => TransportChoice::Vsock,
+    };
+    if args.require_kvm {
+        request.accelerator = AcceleratorPolicy::Kvm;
+    }
+    request
+}
+
+fn job(config: &Config, args: &RunArgs) -> Result<Job, Failure> {
+    let mut job = Job::new(args.argv.iter().cloned());
+    for (name, value) in &args.env {
+        job.env.push((name.into(), value.into()));
+    }
+    for name in &args.env_from_host {
+        let value = std::env::var_os(name)
+            .ok_or_else(|| Failure::new(format!("--env-from-host {name}: there is no such variable here")))?;
+        job.env.push((name.into(), value));
+    }
+    job.cwd.clone_from(&args.cwd);
+    job.user.clone_from(&args.user);
+    job.timeout = Some(args.timeout.unwrap_or(Duration::from_secs(config.timeouts.job_s)));
+    job.grace = Duration::from_secs(config.timeouts.grace_s);
+    job.caps = OutputCaps {
+        streamed: config.limits.output.as_bytes(),
+        kept: if args.json { KEPT_FOR_JSON } else { 0 },
+    };
+    job.workspace = Some(workspace(config, args)?);
+    if args.interactive {
+        job.stdin = Stdin::Reader(Box::new(tokio::io::stdin()));
+    }
+    Ok(job)
+}
+
+fn workspace(config: &Config, args: &RunArgs) -> Result<WorkspaceIn, Failure> {
+    let mut workspace = WorkspaceIn::default();
+    if let Some(source) = &args.workspace {
+        let source = directory(source)?;
+        workspace.owner = Some(owner_of(&source)?);
+        workspace.source = Some(source);
+    }
+    workspace.git = args.git;
+    workspace.collect = match (&args.output, args.write_back) {
+        (Some(directory), _) => CollectTo::Directory(directory.clone()),
+        (None, true) => CollectTo::WriteBack { delete: args.delete },
+        (None, false) => CollectTo::Nothing,
+    };
+    for limits in [&mut workspace.limits_in, &mut workspace.limits_out] {
+        limits.bytes = config.limits.workspace.as_bytes();
+        limits.entries = config.limits.workspace_files;
+    }
+    Ok(workspace)
+}
+
+/// Refused before a VM is made for nothing.
+fn directory(path: &Path) -> Result<PathBuf, Failure> {
+    let fail = |why: &dyn std::fmt::Display| Failure::new(format!("workspace {}: {why}", path.display()));
+    let real = path.canonicalize().map_err(|error| fail(&error))?;
+    if !real.is_dir() {
+        return Err(fail(&"is not a directory"));
+    }
+    std::fs::read_dir(&real).map_err(|error| fail(&error))?;
+    Ok(real)
+}
+
+/// Under sudo results belong to whom the workspace belongs to, not to root.
+fn owner_of(workspace: &Path) -> Result<Owner, Failure> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = workspace.metadata().map_err(Failure::new)?;
+    Ok(Owner { uid: meta.uid(), gid: meta.gid() })
+}
+
+/// Never silently: what runs under emulation is slow, and QEMU does not call it a security boundary.
+fn warn_of_emulation(config: &Config, args: &RunArgs) {
+    if args.require_kvm {
+        return;
+    }
+    if let Ok(found) = config.vm.accelerator.choose(accel::detect())
+        && found.accelerator == Accelerator::Tcg
+    {
+        let why = found.why_not_kvm.map_or_else(|| "asked for".to_owned(), |why| why.to_string());
+        output::note(format_args!(
+            "warning: tcg, software emulation: slow, and no security boundary ({why})"
+        ));
+    }
+}
+
+fn report(args: &RunArgs, result: &ExecutionResult) -> Result<(), Failure> {
+    if args.json {
+        output::json(result)?;
+    }
+    match result.outcome {
+        Outcome::Exited => {}
+        Outcome::TimedOut => output::note("timed out: the command was ended"),
+        Outcome::Cancelled => output::note("stopped"),
+        Outcome::GuestLost => output::note(format_args!("error: the VM was lost{}", because(result))),
+        Outcome::Failed { phase } => output::note(format_args!("error: {phase}{}", because(result))),
+    }
+    if args.quiet {
+        return Ok(());
+    }
+    if result.truncated && !args.json {
+        output::note("the command's output was truncated (limits.output in the configuration)");
+    }
+    if let Some(files) = &result.files {
+        for refused in &files.refused {
+            output::note(format_args!("not brought back: {:?}: {}", refused.path, refused.why));
+        }
+    }
+    let timings: Vec<String> = [
+        ("acquire", result.timings.acquire),
+        ("inject", result.timings.inject),
+        ("start", result.timings.start),
+        ("run", result.timings.run),
+        ("collect", result.timings.collect),
+        ("reset", result.timings.reset),
+    ]
+    .map(|(phase, took)| format!("{phase} {} ms", took.as_millis()))
+    .into();
+    tracing::info!("{}", timings.join(", "));
+    Ok(())
+}
+
+fn because(result: &ExecutionResult) -> String {
+    result.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_must_be_a_directory_that_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(directory(dir.path()).is_ok());
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(directory(&file).unwrap_err().to_string().contains("is not a directory"));
+        let missing = dir.path().join("missing");
+        assert!(directory(&missing).unwrap_err().to_string().contains("missing"));
+    }
+}

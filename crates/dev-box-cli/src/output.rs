@@ -1,0 +1,53 @@
+//! What goes to the terminal: results on stdout, everything of dev-box's own on stderr.
+
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+
+use dev_box::observe::logging::LogOptions;
+use serde::Serialize;
+
+use crate::exit::Failure;
+
+/// One line (or more) of result.
+///
+/// # Errors
+/// Standard output is closed or full.
+pub(crate) fn line(text: &str) -> Result<(), Failure> {
+    writeln!(io::stdout().lock(), "{text}").map_err(Failure::new)
+}
+
+/// A result for programs.
+///
+/// # Errors
+/// Standard output is closed or full.
+pub(crate) fn json(value: &impl Serialize) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value).map_err(Failure::new)?;
+    writeln!(out).map_err(Failure::new)
+}
+
+/// A remark of dev-box's own.
+pub(crate) fn note(text: impl fmt::Display) {
+    // Nobody may be listening: a remark is no reason to fail.
+    let _ = writeln!(anstream::stderr().lock(), "dev-box: {text}");
+}
+
+/// What ended the program.
+pub(crate) fn error(failure: &Failure) {
+    note(format_args!("error: {failure}"));
+}
+
+/// What is logged to stderr: `RUST_LOG` where set, else by the number of `-v`.
+pub(crate) fn log_options(verbose: u8) -> LogOptions {
+    let filter = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    LogOptions { filter: filter.to_owned(), colour: watched(), ..LogOptions::default() }
+}
+
+/// Whether a person watches stderr.
+pub(crate) fn watched() -> bool {
+    io::stderr().is_terminal()
+}

@@ -1,0 +1,170 @@
+//! What the facts mean.
+
+use dev_box_core::accel::Accelerator;
+use dev_box_core::size::ByteSize;
+
+use super::facts::HostFacts;
+use super::{Check, Status};
+
+/// Older ones lack what dev-box relies on: libvirt's `fmode`/`dmode` of 9p shares (6.10) and QEMU's mapped-ram and
+/// `x-ignore-shared` behaviour; what is older than Debian 13 and Ubuntu 24.04 ship is not tested.
+const OLDEST_LIBVIRT: (u32, u32, u32) = (10, 0, 0);
+const OLDEST_QEMU: (u32, u32, u32) = (8, 2, 0);
+const LITTLE_DISK: ByteSize = ByteSize::gib(2);
+const LITTLE_MEMORY: ByteSize = ByteSize::gib(1);
+
+/// Judges the facts, one check a line, always the same checks in the same order.
+pub fn evaluate(facts: &HostFacts) -> Vec<Check> {
+    vec![
+        accelerator(facts),
+        libvirt(facts),
+        qemu(facts),
+        image(facts),
+        channel(facts),
+        bridge_filter(facts),
+        nwfilter(facts),
+        cgroups(facts),
+        seccomp(facts),
+        space("disk", facts.disk_free, LITTLE_DISK, "free space, or set host.state_root to a larger disk"),
+        space(
+            "memory",
+            facts.memory_available,
+            LITTLE_MEMORY,
+            "end what uses it, or run smaller VMs (--memory)",
+        ),
+        clock(facts),
+    ]
+}
+
+fn accelerator(facts: &HostFacts) -> Check {
+    const ID: &str = "accelerator";
+    match (&facts.accelerator.accelerator, &facts.accelerator.why_not_kvm) {
+        (Accelerator::Kvm, _) => Check::ok(ID, "kvm"),
+        (Accelerator::Tcg, why) => Check::warn(
+            ID,
+            match why {
+                Some(why) => format!("tcg (software emulation: slow, and no security boundary): {why}"),
+                None => "tcg (software emulation: slow, and no security boundary)".to_owned(),
+            },
+            "run on a machine with hardware virtualisation, and enable it in the firmware; in a VM, enable nesting",
+        ),
+    }
+}
+
+fn dotted((major, minor, micro): (u32, u32, u32)) -> String {
+    format!("{major}.{minor}.{micro}")
+}
+
+fn libvirt(facts: &HostFacts) -> Check {
+    const ID: &str = "libvirt";
+    match &facts.libvirt {
+        Err(reason) => {
+            Check::fail(ID, reason.clone(), "cargo xtask setup, or: systemctl start libvirtd virtlogd")
+        }
+        Ok(seen) if seen.libvirt < OLDEST_LIBVIRT => Check::fail(
+            ID,
+            format!("{} at {}, older than {}", dotted(seen.libvirt), seen.uri, dotted(OLDEST_LIBVIRT)),
+            "install a newer libvirt (on Debian 12: from bookworm-backports)",
+        ),
+        Ok(seen) => Check::ok(ID, format!("{} at {}", dotted(seen.libvirt), seen.uri)),
+    }
+}
+
+fn qemu(facts: &HostFacts) -> Check {
+    const ID: &str = "qemu";
+    match &facts.libvirt {
+        Err(_) => Check::fail(ID, "unknown: libvirt does not answer", "mend `libvirt` first"),
+        Ok(seen) if seen.qemu < OLDEST_QEMU => Check::fail(
+            ID,
+            format!("{}, older than {}", dotted(seen.qemu), dotted(OLDEST_QEMU)),
+            "install a newer QEMU (on Debian 12: from bookworm-backports)",
+        ),
+        Ok(seen) => Check::ok(ID, dotted(seen.qemu)),
+    }
+}
+
+fn image(facts: &HostFacts) -> Check {
+    match &facts.image {
+        Ok(summary) => Check::ok("image", summary.clone()),
+        Err(reason) => Check::fail("image", reason.clone(), "dev-box image build"),
+    }
+}
+
+fn channel(facts: &HostFacts) -> Check {
+    // Both serve; virtio-serial needs nothing of the host.
+    let detail = if facts.vhost_vsock { "vsock" } else { "virtio-serial (no usable /dev/vhost-vsock)" };
+    Check::ok("channel", detail)
+}
+
+fn bridge_filter(facts: &HostFacts) -> Check {
+    const ID: &str = "bridge-nf-call-iptables";
+    const FIX: &str = "for a second layer beside dev-box's guard: sysctl net.bridge.bridge-nf-call-iptables=1 \
+                       (it concerns every bridge of the host, Docker's too)";
+    match facts.bridge_nf_call_iptables {
+        Some(true) => Check::ok(ID, "1: nwfilter's IP rules apply"),
+        Some(false) => {
+            Check::warn(ID, "0: nwfilter's IP rules do nothing; dev-box's own guard holds alone", FIX)
+        }
+        None => Check::warn(
+            ID,
+            "absent: nwfilter's IP rules do nothing; dev-box's own guard holds alone",
+            format!("modprobe br_netfilter; {FIX}"),
+        ),
+    }
+}
+
+fn nwfilter(facts: &HostFacts) -> Check {
+    const ID: &str = "nwfilter";
+    match facts.libvirt.as_ref().map(|seen| &seen.nwfilter) {
+        Err(_) => Check::fail(ID, "unknown: libvirt does not answer", "mend `libvirt` first"),
+        Ok(Err(reason)) => {
+            Check::fail(ID, reason.clone(), "install libvirt-daemon-driver-nwfilter or its like")
+        }
+        Ok(Ok(())) => Check::ok(ID, "served"),
+    }
+}
+
+fn cgroups(facts: &HostFacts) -> Check {
+    const ID: &str = "cgroups";
+    let seen = &facts.cgroups;
+    // blkio is v1's name for io.
+    let missing: Vec<&str> = [["cpu", "cpu"], ["memory", "memory"], ["io", "blkio"]]
+        .into_iter()
+        .filter(|names| !names.iter().any(|name| seen.controllers.iter().any(|have| have == name)))
+        .map(|names| names[0])
+        .collect();
+    if missing.is_empty() {
+        return Check::ok(ID, format!("v{}: {}", seen.version, seen.controllers.join(" ")));
+    }
+    Check::warn(
+        ID,
+        format!("controllers missing: {}; those limits are not enforced", missing.join(" ")),
+        "mount them, or boot with a kernel and command line that offer them",
+    )
+}
+
+fn seccomp(facts: &HostFacts) -> Check {
+    if facts.seccomp_actions.iter().any(|action| action == "kill_process") {
+        return Check::ok("seccomp", "offered by the kernel; `--vm NAME` shows whether QEMU runs under it");
+    }
+    Check::fail("seccomp", "the kernel has no seccomp filter", "boot a kernel with CONFIG_SECCOMP_FILTER")
+}
+
+fn space(id: &'static str, seen: Option<ByteSize>, little: ByteSize, fix: &str) -> Check {
+    match seen {
+        None => Check { id, status: Status::Warn, detail: "unknown".to_owned(), fix: None },
+        Some(size) if size < little => Check::warn(id, format!("{size} left, less than {little}"), fix),
+        Some(size) => Check::ok(id, format!("{size} left")),
+    }
+}
+
+fn clock(facts: &HostFacts) -> Check {
+    if facts.clock_synchronised {
+        return Check::ok("clock", facts.now.to_string());
+    }
+    Check::warn(
+        "clock",
+        format!("{}, not synchronised", facts.now),
+        "run chrony or systemd-timesyncd: TLS in guests and the audit's times follow the host's clock",
+    )
+}

@@ -1,0 +1,56 @@
+//! Who a VM is: told to its agent before any code of a user's runs.
+
+use dev_box_comm::message::{Configure, NetworkConfig};
+use dev_box_core::clock::Clock;
+use dev_box_core::id::{VmId, VmName};
+
+/// As much as the kernel's pool holds (256 bits), twice.
+const ENTROPY_BYTES: usize = 64;
+
+/// The system has no random bytes to give.
+#[derive(Debug, thiserror::Error)]
+#[error("the host's random number generator does not answer: {0}")]
+pub(crate) struct EntropyError(getrandom::Error);
+
+/// Name, machine id, entropy, wall clock and address for a VM.
+///
+/// The machine id is the domain's UUID (machine-id(5) recommends just that for VMs), so host and guest agree on it.
+///
+/// # Errors
+/// [`EntropyError`].
+pub(crate) fn identity(
+    name: &VmName,
+    id: VmId,
+    clock: &dyn Clock,
+    network: Option<NetworkConfig>,
+) -> Result<Configure, EntropyError> {
+    let mut entropy = [0; ENTROPY_BYTES];
+    getrandom::fill(&mut entropy).map_err(EntropyError)?;
+    Ok(Configure {
+        hostname: Some(name.to_string()),
+        machine_id: Some(id.as_uuid().simple().to_string()),
+        entropy: Some(entropy.to_vec().into()),
+        unix_time_ns: Some(clock.now().unix_nanos()),
+        network,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use dev_box_core::clock::{EasternTime, FakeClock};
+
+    use super::*;
+
+    #[test]
+    fn an_identity_is_the_vms_own() {
+        let name: VmName = "dev-box-1".parse().unwrap();
+        let id = VmId::random();
+        let clock = FakeClock::at(EasternTime::from_unix_nanos(1_700_000_000_000_000_000));
+        let one = identity(&name, id, &clock, None).unwrap();
+        let two = identity(&name, id, &clock, None).unwrap();
+        assert_eq!(one.hostname.as_deref(), Some("dev-box-1"));
+        assert_eq!(one.machine_id.as_deref(), Some(&*id.as_uuid().simple().to_string()));
+        assert_eq!(one.unix_time_ns, Some(1_700_000_000_000_000_000));
+        assert_ne!(one.entropy, two.entropy, "fresh each time");
+    }
+}

@@ -1,0 +1,86 @@
+//! Everything a VM has on the host, and how all of it goes again.
+
+use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::vm::{Vm, VmError};
+use dev_box_image::Overlay;
+use dev_box_net::{NetError, NetLease, VmNetwork};
+
+use crate::blocking::{self, BlockingError};
+use crate::vm_dir::{VmDir, VmDirError};
+
+/// What of a VM has been made so far. It grows while the VM is made and goes as a whole.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) dir: VmDir,
+    /// Holds the image's disk in place.
+    pub(crate) overlay: Option<Overlay>,
+    /// Its interface; what a dead owner's left is found by the network itself.
+    pub(crate) lease: Option<NetLease>,
+    /// Whether libvirt may know it.
+    pub(crate) started: bool,
+}
+
+/// What of a VM could not be taken away; the rest is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum TearDownError {
+    /// Its domain.
+    #[error("the domain {name} is still there")]
+    Domain {
+        /// The VM.
+        name: String,
+        /// Why.
+        source: VmError,
+    },
+    /// Its filter, guard or address.
+    #[error("the network still knows {name}")]
+    Network {
+        /// The VM.
+        name: String,
+        /// Why.
+        source: BlockingError<NetError>,
+    },
+    /// Its files.
+    #[error(transparent)]
+    Files(#[from] BlockingError<VmDirError>),
+}
+
+impl Machine {
+    pub(crate) fn new(dir: VmDir) -> Self {
+        Self { dir, overlay: None, lease: None, started: false }
+    }
+
+    /// What a dead owner left: it may have been anywhere in the making.
+    pub(crate) fn abandoned(dir: VmDir) -> Self {
+        Self { dir, overlay: None, lease: None, started: true }
+    }
+
+    /// Takes it down, in the reverse order of its making: the guest first, then what held it in. The files stay while
+    /// the domain does, since they are what a later sweep finds it by.
+    ///
+    /// # Errors
+    /// The first thing that would not go.
+    pub(crate) async fn tear_down(
+        self,
+        connection: &LibvirtConnection,
+        network: &VmNetwork,
+    ) -> Result<(), TearDownError> {
+        let name = self.dir.name().clone();
+        if self.started {
+            let removed = match Vm::find(connection, name.as_str()).await {
+                Ok(vm) => vm.remove().await,
+                Err(VmError::NotFound { .. }) => Ok(()),
+                Err(error) => Err(error),
+            };
+            removed.map_err(|source| TearDownError::Domain { name: name.to_string(), source })?;
+        }
+        if let Some(lease) = self.lease {
+            let network = network.clone();
+            blocking::with_libvirt(connection, move |libvirt| network.detach(libvirt, lease))
+                .await
+                .map_err(|source| TearDownError::Network { name: name.to_string(), source })?;
+        }
+        drop(self.overlay);
+        // Unlinking a workspace of many files takes a while.
+        Ok(blocking::run(move || self.dir.remove()).await?)
+    }
+}

@@ -1,0 +1,397 @@
+//! [`LibvirtProvisioner`]: boots a VM for each request, and takes it away again.
+//!
+//! ```text
+//!  request -> claim -> disk -> network -> start -> connect -> configure -> ReadyVm
+//!               \________\________\__________\________\____________\-- failed, or nobody waits: torn down
+//! ```
+//! A VM is made on a task of its own, so that a caller who goes away half-way leaves nothing behind: the task notices
+//! between two steps, and takes down what there is.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use dev_box_comm::message::{NetworkConfig, Request};
+use dev_box_comm::session::Session;
+use dev_box_comm::transport::{self, Preference, Probes, TransportKind};
+use dev_box_core::accel::{self, Accelerator};
+use dev_box_core::clock::Clock;
+use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::id::VmName;
+use dev_box_core::spec::{
+    BootSource, Channel, Disk, DiskCache, NetworkMode as SpecNetwork, Ownership, ResourceProfile, Share,
+    VmSpec,
+};
+use dev_box_core::template::VmTemplate;
+use dev_box_core::vm::Vm;
+use dev_box_exec::sink::BoxFuture;
+use dev_box_exec::workspace::Owner;
+use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
+use dev_box_image::{Image, ImageStore, Overlay, SpaceLimits};
+use dev_box_net::{EgressPolicy, NetLease, VmNetwork};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::blocking;
+use crate::console;
+use crate::identity;
+use crate::machine::Machine;
+use crate::reach::{self, Address, Reach, ReachError};
+use crate::stopwatch::Stopwatch;
+use crate::vm_dir::{QemuUser, VmDir};
+
+/// The workspace share's 9p mount tag.
+const WORKSPACE_TAG: &str = "workspace";
+
+/// How VMs are made here.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The state root: VMs have their directories in `vms` beneath it.
+    pub state_root: PathBuf,
+    /// The user QEMU runs as.
+    pub qemu: QemuUser,
+    /// Who asks, for the domains' metadata.
+    pub owner: String,
+    /// From the start of QEMU to the agent's first answer.
+    pub boot_timeout: Duration,
+    /// Of the host's disk.
+    pub space: SpaceLimits,
+}
+
+/// Makes VMs by booting them. A clone is another handle to the same one.
+#[derive(Debug, Clone)]
+pub struct LibvirtProvisioner(Arc<Inner>);
+
+struct Inner {
+    settings: Settings,
+    connection: LibvirtConnection,
+    images: ImageStore,
+    network: VmNetwork,
+    reach: Arc<dyn Reach>,
+    clock: Arc<dyn Clock>,
+    machines: Mutex<HashMap<VmName, Machine>>,
+    work: TaskTracker,
+    closing: CancellationToken,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LibvirtProvisioner").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl LibvirtProvisioner {
+    /// A provisioner over these parts.
+    #[must_use]
+    pub fn new(
+        settings: Settings,
+        connection: LibvirtConnection,
+        images: ImageStore,
+        network: VmNetwork,
+        reach: Arc<dyn Reach>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            settings,
+            connection,
+            images,
+            network,
+            reach,
+            clock,
+            machines: Mutex::default(),
+            work: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        }))
+    }
+
+    /// Makes no further VM, gives up those being made, and waits until everything given up or retired is gone.
+    /// VMs that are in use stay.
+    pub async fn drain(&self) {
+        self.0.closing.cancel();
+        self.0.work.close();
+        self.0.work.wait().await;
+    }
+}
+
+impl Provisioner for LibvirtProvisioner {
+    fn provision<'a>(&'a self, request: &'a VmRequest) -> BoxFuture<'a, Result<ReadyVm, ProvisionError>> {
+        let gone = CancellationToken::new();
+        // Dropped with the future below: then nobody waits for the VM any more.
+        let waiting = gone.clone().drop_guard();
+        let (reply, answer) = oneshot::channel();
+        let (inner, request) = (Arc::clone(&self.0), request.clone());
+        self.0.work.spawn(async move {
+            let made = inner.make(&request, &gone).await;
+            if let Err(Ok(unwanted)) = reply.send(made)
+                && let Err(error) = inner.take_down(&unwanted.name).await
+            {
+                tracing::warn!(vm = %unwanted.name, %error, "a VM nobody waited for was not removed");
+            }
+        });
+        Box::pin(async move {
+            let _waiting = waiting;
+            answer.await.unwrap_or(Err(ProvisionError::ShuttingDown))
+        })
+    }
+
+    fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
+        let inner = Arc::clone(&self.0);
+        let task = self.0.work.spawn(async move {
+            vm.session.close();
+            inner.take_down(&vm.name).await
+        });
+        Box::pin(async move { task.await.unwrap_or_else(|join| Err(step("retire")(join))) })
+    }
+}
+
+/// The VM ended, or its agent did not understand us.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest did not come up{}", ending(console))]
+struct BootError {
+    console: String,
+    source: ReachError,
+}
+
+fn ending(console: &str) -> String {
+    if console.is_empty() { String::new() } else { format!("; its console ends with:\n{console}\n") }
+}
+
+fn step<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    step: &'static str,
+) -> impl FnOnce(E) -> ProvisionError {
+    move |source| ProvisionError::Step { step: step.to_owned(), source: source.into() }
+}
+
+fn unsatisfiable(what: impl fmt::Display) -> ProvisionError {
+    ProvisionError::Unsatisfiable { what: what.to_string() }
+}
+
+/// What is decided before anything is made.
+struct Plan {
+    name: VmName,
+    image: Image,
+    accelerator: Accelerator,
+    why_not_kvm: Option<String>,
+    transport: TransportKind,
+    cid: Option<u32>,
+}
+
+impl Inner {
+    fn machines(&self) -> MutexGuard<'_, HashMap<VmName, Machine>> {
+        // A map of owned values is whole whatever panicked beside it.
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn make(&self, request: &VmRequest, gone: &CancellationToken) -> Result<ReadyVm, ProvisionError> {
+        let mut watch = Stopwatch::start();
+        let plan = self.plan(request)?;
+        let dir = VmDir::create(&self.settings.state_root.join("vms"), &plan.name, self.settings.qemu)
+            .map_err(step("making the VM's directory"))?;
+        watch.step("claim");
+        let mut machine = Machine::new(dir);
+        match self.raise(&mut machine, plan, request, watch, gone).await {
+            Ok(vm) => {
+                self.machines().insert(vm.name.clone(), machine);
+                Ok(vm)
+            }
+            Err(error) => {
+                let name = machine.dir.name().clone();
+                if let Err(left) = machine.tear_down(&self.connection, &self.network).await {
+                    tracing::warn!(vm = %name, error = &left as &dyn std::error::Error, "not all of it could be removed; `dev-box gc` tries again");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn take_down(&self, name: &VmName) -> Result<(), ProvisionError> {
+        let Some(machine) = self.machines().remove(name) else { return Ok(()) };
+        machine.tear_down(&self.connection, &self.network).await.map_err(step("removing the VM"))
+    }
+
+    fn plan(&self, request: &VmRequest) -> Result<Plan, ProvisionError> {
+        let image = request.image.parse().map_err(unsatisfiable)?;
+        let image = self.images.get(&image).map_err(unsatisfiable)?;
+        let detected = request
+            .accelerator
+            .choose(accel::detect())
+            .map_err(|why| unsatisfiable(format_args!("KVM is required and does not work here: {why}")))?;
+        let preference = match request.transport {
+            TransportChoice::Auto => Preference::Auto,
+            TransportChoice::Serial => Preference::Serial,
+            TransportChoice::Vsock => Preference::Vsock,
+        };
+        let transport = transport::choose(preference, &Probes::read()).map_err(unsatisfiable)?.kind;
+        let cid = match transport {
+            TransportKind::Serial => None,
+            TransportKind::Vsock => Some(random_cid()?),
+        };
+        Ok(Plan {
+            name: VmName::disposable(),
+            image,
+            accelerator: detected.accelerator,
+            why_not_kvm: detected.why_not_kvm.map(|why| why.to_string()),
+            transport,
+            cid,
+        })
+    }
+
+    /// Fails between two steps when the caller has gone or the provisioner is closing.
+    fn wanted(&self, gone: &CancellationToken) -> Result<(), ProvisionError> {
+        if gone.is_cancelled() || self.closing.is_cancelled() {
+            return Err(ProvisionError::ShuttingDown);
+        }
+        Ok(())
+    }
+
+    async fn raise(
+        &self,
+        machine: &mut Machine,
+        plan: Plan,
+        request: &VmRequest,
+        mut watch: Stopwatch,
+        gone: &CancellationToken,
+    ) -> Result<ReadyVm, ProvisionError> {
+        let disk = (plan.image.disk(), machine.dir.overlay(), request.resources.disk, self.settings.space);
+        let overlay = tokio::task::spawn_blocking(move || {
+            Overlay::create_within(&disk.0, &disk.1, Some(disk.2), &disk.3)
+        });
+        machine.overlay =
+            Some(overlay.await.map_err(step("making the disk"))?.map_err(step("making the disk"))?);
+        watch.step("disk");
+        self.wanted(gone)?;
+
+        let policy = match request.network {
+            NetworkMode::Isolated => EgressPolicy::Isolated,
+            NetworkMode::NatFiltered => EgressPolicy::NatFiltered,
+        };
+        let (network, vm) = (self.network.clone(), plan.name.clone());
+        let attached =
+            blocking::with_libvirt(&self.connection, move |libvirt| network.attach(libvirt, &vm, &policy))
+                .await;
+        machine.lease = attached.map_err(step("attaching the network"))?;
+        watch.step("network");
+        self.wanted(gone)?;
+
+        let spec = self.spec(&machine.dir, &plan, request, machine.lease.as_ref());
+        let id = spec.id;
+        let template = VmTemplate::new(spec).map_err(unsatisfiable)?;
+        machine.started = true;
+        Vm::create(&self.connection, &template).await.map_err(step("starting the VM"))?;
+        watch.step("start");
+
+        let (session, agent) = tokio::select! {
+            connected = self.connect(&machine.dir, &plan) => connected?,
+            () = gone.cancelled() => return Err(ProvisionError::ShuttingDown),
+            () = self.closing.cancelled() => return Err(ProvisionError::ShuttingDown),
+        };
+        watch.step("boot");
+
+        let network = machine.lease.as_ref().map(network_config);
+        let identity = identity::identity(&plan.name, id, &*self.clock, network)
+            .map_err(step("configuring the guest"))?;
+        session.call(Request::Configure(identity)).await.map_err(step("configuring the guest"))?;
+        watch.step("configure");
+
+        let QemuUser { uid, gid } = self.settings.qemu;
+        Ok(ReadyVm {
+            name: plan.name,
+            session,
+            share: machine.dir.share(),
+            share_owner: Some(Owner { uid, gid }),
+            facts: VmFacts {
+                accelerator: plan.accelerator,
+                why_not_kvm: plan.why_not_kvm,
+                image: request.image.clone(),
+                image_digest: Some(plan.image.manifest.digest.to_string()),
+                transport: match plan.transport {
+                    TransportKind::Vsock => TransportChoice::Vsock,
+                    TransportKind::Serial => TransportChoice::Serial,
+                },
+                agent_version: agent,
+                timings: watch.steps(),
+            },
+        })
+    }
+
+    async fn connect(&self, dir: &VmDir, plan: &Plan) -> Result<(Session, String), ProvisionError> {
+        let socket = dir.channel();
+        let address = match plan.cid {
+            Some(cid) => Address::Vsock(cid),
+            None => Address::Serial(&socket),
+        };
+        let waited = self.settings.boot_timeout;
+        let connected = reach::connect(&*self.reach.dial(address), Instant::now() + waited).await;
+        match connected {
+            Ok((session, hello)) => Ok((session, hello.version)),
+            Err(ReachError::Silent) => {
+                Err(ProvisionError::NoAnswer { waited, console: console::tail(&dir.console()) })
+            }
+            Err(source) => {
+                Err(step("booting the VM")(BootError { console: console::tail(&dir.console()), source }))
+            }
+        }
+    }
+
+    fn spec(&self, dir: &VmDir, plan: &Plan, request: &VmRequest, lease: Option<&NetLease>) -> VmSpec {
+        let transport = match plan.transport {
+            TransportKind::Serial => "serial",
+            TransportKind::Vsock => "vsock",
+        };
+        let boot = BootSource::DirectKernel {
+            kernel: plan.image.kernel(),
+            initrd: Some(plan.image.initramfs()),
+            cmdline: format!(
+                "console=ttyS0 panic=-1 quiet dev-box.root=/dev/vda dev-box.transport={transport}"
+            ),
+        };
+        let ownership = Ownership {
+            owner: self.settings.owner.clone(),
+            purpose: request.purpose.clone(),
+            lease: None,
+            created: self.clock.now(),
+        };
+        let mut spec = VmSpec::new(plan.name.clone(), plan.accelerator, boot, ownership);
+        spec.resources = ResourceProfile {
+            vcpus: request.resources.cpus,
+            memory: request.resources.memory,
+            disk: request.resources.disk,
+            // The virtual CPUs, and half a CPU for QEMU's own threads.
+            cpu_quota_percent: Some(request.resources.cpus.saturating_mul(100).saturating_add(50)),
+            ..ResourceProfile::default()
+        };
+        // The disk goes with the VM: nobody needs it flushed.
+        spec.disks = vec![Disk { cache: DiskCache::Unsafe, ..Disk::qcow2(dir.overlay(), "vda") }];
+        spec.shares = vec![Share { tag: WORKSPACE_TAG.to_owned(), path: dir.share(), read_only: false }];
+        spec.channels =
+            vec![Channel { name: dev_box_comm::SERIAL_PORT_NAME.to_owned(), socket: dir.channel() }];
+        spec.vsock_cid = plan.cid;
+        spec.console_log = Some(dir.console());
+        spec.network = match request.network {
+            NetworkMode::NatFiltered => SpecNetwork::NatFiltered,
+            NetworkMode::Isolated => SpecNetwork::Isolated,
+        };
+        spec.interface = lease.map(NetLease::interface);
+        spec
+    }
+}
+
+fn network_config(lease: &NetLease) -> NetworkConfig {
+    NetworkConfig {
+        mac: lease.mac.to_string(),
+        address: lease.address,
+        prefix: lease.prefix,
+        gateway: lease.gateway,
+        dns: lease.dns.clone(),
+    }
+}
+
+/// A context id nobody else is likely to have; the kernel refuses one that is taken. 0 to 2 are reserved (vsock(7)).
+fn random_cid() -> Result<u32, ProvisionError> {
+    let random = getrandom::u32().map_err(step("choosing a vsock address"))?;
+    Ok((random >> 1).max(3))
+}

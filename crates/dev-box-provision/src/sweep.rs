@@ -1,0 +1,77 @@
+//! What owners that died have left: found by their locks, taken down like any other VM.
+//!
+//! Only what lies in the state root's `vms` is touched: another state root's VMs, and domains that are not dev-box's,
+//! are none of ours.
+
+use std::path::Path;
+
+use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::id::VmName;
+use dev_box_net::VmNetwork;
+use serde::Serialize;
+
+use crate::blocking;
+use crate::machine::Machine;
+use crate::vm_dir::{self, VmDir, VmDirError};
+
+/// One VM whose owner is gone.
+#[derive(Debug, Serialize)]
+pub struct Leftover {
+    /// Its name.
+    pub name: VmName,
+    /// Why it is still there, when it is.
+    pub error: Option<String>,
+}
+
+/// The VMs under `state_root` whose owners are gone.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn find(state_root: &Path) -> Result<Vec<VmName>, VmDirError> {
+    let root = state_root.join("vms");
+    let mut names = vm_dir::list(&root)?;
+    // A lock that can be taken is let go at once: looking changes nothing.
+    names.retain(|name| VmDir::adopt(&root, name).is_ok());
+    Ok(names)
+}
+
+/// Takes them down, all of them, whatever happens to one.
+///
+/// # Errors
+/// The directory cannot be read.
+pub async fn sweep(
+    state_root: &Path,
+    connection: &LibvirtConnection,
+    network: &VmNetwork,
+) -> Result<Vec<Leftover>, VmDirError> {
+    let root = state_root.join("vms");
+    let mut swept = Vec::new();
+    for name in vm_dir::list(&root)? {
+        let dir = match VmDir::adopt(&root, &name) {
+            Ok(dir) => dir,
+            // Alive, or gone in the meantime.
+            Err(VmDirError::Owned(_)) => continue,
+            Err(VmDirError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => {
+                swept.push(Leftover { name, error: Some(error.to_string()) });
+                continue;
+            }
+        };
+        let error =
+            Machine::abandoned(dir).tear_down(connection, network).await.err().map(|error| told(&error));
+        swept.push(Leftover { name, error });
+    }
+    vm_dir::remove_unfinished(&root);
+    // Only now are the taps gone by which the network sees that an address is still in use.
+    let network = network.clone();
+    if let Err(error) = blocking::with_libvirt(connection, move |libvirt| network.sweep(libvirt)).await {
+        tracing::warn!(error = told(&error), "the network's leftovers stay for the next sweep");
+    }
+    Ok(swept)
+}
+
+/// An error with its causes.
+fn told(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

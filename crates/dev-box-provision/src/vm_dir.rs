@@ -1,0 +1,296 @@
+//! A VM's directory on the host, and how its owner is known to be alive.
+//!
+//! ```text
+//! <state root>/vms/NAME/
+//!   lock           held (flock) by the owning process for as long as it lives
+//!   overlay.qcow2  the VM's disk, over the image's
+//!   share/         what the guest sees by 9p; belongs to QEMU's user
+//!   channel.sock   the control channel's host end (virtio-serial)
+//!   console.log    what the guest's kernel and init print
+//! ```
+//!
+//! The kernel drops the lock with the process, however it ends: a lock that can be had means that nobody owns the
+//! directory, and [`crate::sweep`] may remove what belongs to it. A directory appears under its name only once its
+//! lock is held: it is made as `.new-NAME` and renamed.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dev_box_core::id::VmName;
+use rustix::fs::{FlockOperation, flock};
+
+/// How old a directory without a lock must be before it counts as abandoned: its maker needs microseconds.
+const UNLOCKED_GRACE: Duration = Duration::from_secs(60);
+const NEW: &str = ".new-";
+
+/// Why a VM's directory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum VmDirError {
+    /// A file operation failed.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A VM of that name exists.
+    #[error("a VM named {0} exists already")]
+    Exists(VmName),
+    /// Another process owns it.
+    #[error("the VM {0} belongs to another running process")]
+    Owned(VmName),
+}
+
+impl VmDirError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+/// User and group QEMU runs as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QemuUser {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// A VM's directory, owned by this process until it is dropped.
+///
+/// Dropping it releases the lock and leaves the files; [`VmDir::remove`] takes them away.
+#[derive(Debug)]
+pub struct VmDir {
+    name: VmName,
+    path: PathBuf,
+    // Held for its lock.
+    _lock: File,
+}
+
+impl VmDir {
+    /// Makes the directory of a new VM beneath `root` (`<state root>/vms`) and takes its lock.
+    ///
+    /// # Errors
+    /// The name is in use, or the file system refuses.
+    pub fn create(root: &Path, name: &VmName, qemu: QemuUser) -> Result<Self, VmDirError> {
+        // Passable for QEMU's user, listable for nobody but us.
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(root)
+            .map_err(VmDirError::io("create the directory", root))?;
+        let path = root.join(name.as_str());
+        let new = root.join(format!("{NEW}{name}"));
+        DirBuilder::new().mode(0o711).create(&new).map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => VmDirError::Exists(name.clone()),
+            _ => VmDirError::Io { action: "create the directory", path: new.clone(), source },
+        })?;
+        let made = Self::fill(&new, qemu).and_then(|lock| {
+            // rename(2) replaces an empty directory only, and a VM's is never empty.
+            fs::rename(&new, &path).map_err(|source| match source.kind() {
+                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => {
+                    VmDirError::Exists(name.clone())
+                }
+                _ => VmDirError::Io { action: "name the directory", path: path.clone(), source },
+            })?;
+            Ok(lock)
+        });
+        match made {
+            Ok(lock) => Ok(Self { name: name.clone(), path, _lock: lock }),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&new);
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(dir: &Path, qemu: QemuUser) -> Result<File, VmDirError> {
+        let lock = dir.join("lock");
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&lock)
+            .map_err(VmDirError::io("create the lock", &lock))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| VmDirError::io("lock", &lock)(errno.into()))?;
+        let share = dir.join("share");
+        DirBuilder::new().mode(0o700).create(&share).map_err(VmDirError::io("create the share", &share))?;
+        chown(&share, Some(qemu.uid), Some(qemu.gid))
+            .map_err(VmDirError::io("give QEMU's user the share", &share))?;
+        Ok(file)
+    }
+
+    /// Takes over the directory of a VM whose owner is gone.
+    ///
+    /// # Errors
+    /// Its owner lives, or the file system refuses.
+    pub fn adopt(root: &Path, name: &VmName) -> Result<Self, VmDirError> {
+        let path = root.join(name.as_str());
+        let lock = take_lock(&path, name)?;
+        Ok(Self { name: name.clone(), path, _lock: lock })
+    }
+
+    /// The VM's name.
+    pub fn name(&self) -> &VmName {
+        &self.name
+    }
+
+    /// The VM's disk.
+    pub fn overlay(&self) -> PathBuf {
+        self.path.join("overlay.qcow2")
+    }
+
+    /// What the guest sees by 9p.
+    pub fn share(&self) -> PathBuf {
+        self.path.join("share")
+    }
+
+    /// The control channel's host end.
+    pub fn channel(&self) -> PathBuf {
+        self.path.join("channel.sock")
+    }
+
+    /// The guest's console.
+    pub fn console(&self) -> PathBuf {
+        self.path.join("console.log")
+    }
+
+    /// Removes the directory with all that is in it.
+    ///
+    /// # Errors
+    /// The file system refuses; what could be removed is gone then.
+    pub fn remove(self) -> Result<(), VmDirError> {
+        // Out of sight first: whoever lists VMs never sees half of one.
+        let gone = self.path.with_file_name(format!("{NEW}{}", self.name));
+        let path = if fs::rename(&self.path, &gone).is_ok() { gone } else { self.path.clone() };
+        match fs::remove_dir_all(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(VmDirError::Io { action: "remove", path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn take_lock(dir: &Path, name: &VmName) -> Result<File, VmDirError> {
+    let lock = dir.join("lock");
+    let file = OpenOptions::new().write(true).open(&lock).map_err(VmDirError::io("open the lock", &lock))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(VmDirError::Owned(name.clone())),
+        Err(errno) => Err(VmDirError::io("lock", &lock)(errno.into())),
+    }
+}
+
+/// The VMs beneath `root` by name, whoever owns them.
+///
+/// # Errors
+/// The directory cannot be read; one that is not there holds none.
+pub fn list(root: &Path) -> Result<Vec<VmName>, VmDirError> {
+    let entries = match fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(VmDirError::io("read the directory", root)(error)),
+    };
+    let mut names: Vec<VmName> =
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Removes half-made and half-removed directories whose maker is gone.
+pub(crate) fn remove_unfinished(root: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(root) else { return Vec::new() };
+    let mut removed = Vec::new();
+    for entry in entries.flatten() {
+        let Some(name) = entry.file_name().to_str().and_then(|name| name.strip_prefix(NEW)?.parse().ok())
+        else {
+            continue;
+        };
+        let path = entry.path();
+        let abandoned = match take_lock(&path, &name) {
+            Ok(_lock) => true,
+            Err(VmDirError::Owned(_)) => false,
+            Err(_) => entry.metadata().and_then(|meta| meta.modified()).is_ok_and(older_than_grace),
+        };
+        if abandoned && fs::remove_dir_all(&path).is_ok() {
+            removed.push(path);
+        }
+    }
+    removed
+}
+
+fn older_than_grace(modified: std::time::SystemTime) -> bool {
+    modified.elapsed().is_ok_and(|age| age > UNLOCKED_GRACE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn me() -> QemuUser {
+        QemuUser { uid: rustix::process::getuid().as_raw(), gid: rustix::process::getgid().as_raw() }
+    }
+
+    fn name(text: &str) -> VmName {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_directory_has_one_owner() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = VmDir::create(root.path(), &name("a"), me()).unwrap();
+        assert!(dir.share().is_dir());
+        assert!(matches!(VmDir::create(root.path(), &name("a"), me()), Err(VmDirError::Exists(_))));
+        assert!(matches!(VmDir::adopt(root.path(), &name("a")), Err(VmDirError::Owned(_))));
+        drop(dir);
+        VmDir::adopt(root.path(), &name("a")).unwrap().remove().unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_failed_creation_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = VmDir::create(root.path(), &name("a"), me()).unwrap();
+        assert!(VmDir::create(root.path(), &name("a"), me()).is_err());
+        assert_eq!(list(root.path()).unwrap(), [name("a")]);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+        drop(dir);
+    }
+
+    #[test]
+    fn unfinished_directories_go_once_their_maker_has() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = VmDir::create(root.path(), &name("a"), me()).unwrap();
+        fs::rename(root.path().join("a"), root.path().join(".new-a")).unwrap();
+        assert!(remove_unfinished(root.path()).is_empty(), "its maker lives");
+        drop(dir);
+        assert_eq!(remove_unfinished(root.path()).len(), 1);
+        fs::create_dir(root.path().join(".new-b")).unwrap();
+        assert!(remove_unfinished(root.path()).is_empty(), "may be about to be locked");
+        fs::create_dir(root.path().join("other")).unwrap();
+        assert!(remove_unfinished(root.path()).is_empty(), "not ours");
+    }
+
+    #[test]
+    fn a_missing_root_holds_no_vms() {
+        assert!(list(Path::new("/nonexistent/vms")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_unwritable_root_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = VmDir::create(&file.join("vms"), &name("a"), me()).unwrap_err();
+        assert!(error.to_string().contains("vms"), "{error}");
+    }
+}

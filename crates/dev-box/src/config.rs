@@ -1,0 +1,219 @@
+//! The configuration: defaults, then files, then the environment; the command line comes last and is the caller's.
+//!
+//! Later layers win, key by key:
+//! 1. built-in defaults ([`Config::default`]);
+//! 2. `/etc/dev-box/config.toml`;
+//! 3. `$XDG_CONFIG_HOME/dev-box/config.toml` (`~/.config` where the variable is not set);
+//! 4. variables `DEV_BOX_<SECTION>__<KEY>`, such as `DEV_BOX_VM__MEMORY=4GiB`.
+//!
+//! An unknown key is an error that names the key and the file it stands in.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dev_box_core::accel::AcceleratorPolicy;
+use dev_box_core::size::ByteSize;
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use serde::{Deserialize, Serialize};
+
+/// Where the administrator's settings lie.
+const SYSTEM_FILE: &str = "/etc/dev-box/config.toml";
+
+/// Everything that can be set. See the module for where it comes from.
+///
+/// ```
+/// let config = dev_box::Config::default();
+/// assert_eq!(config.host.uri, "qemu:///system");
+/// ```
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The host: libvirt and where state lies.
+    pub host: HostConfig,
+    /// What a VM gets unless the request says otherwise.
+    pub vm: VmConfig,
+    /// Limits in time.
+    pub timeouts: Timeouts,
+    /// Limits of what a job may send back.
+    pub limits: Limits,
+}
+
+/// Section `[host]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HostConfig {
+    /// The libvirt URI.
+    pub uri: String,
+    /// Images, VM directories and the audit log lie beneath it.
+    pub state_root: PathBuf,
+    /// Address leases lie here: one place for the whole host, whatever the state root, since its network is one.
+    pub run_root: PathBuf,
+    /// The user QEMU runs as, whom a VM's share directory must belong to.
+    pub qemu_user: String,
+}
+
+impl Default for HostConfig {
+    fn default() -> Self {
+        Self {
+            uri: "qemu:///system".to_owned(),
+            state_root: PathBuf::from("/var/lib/dev-box"),
+            run_root: PathBuf::from("/run/dev-box"),
+            qemu_user: "libvirt-qemu".to_owned(),
+        }
+    }
+}
+
+/// Section `[vm]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// The image, by name.
+    pub image: String,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory: ByteSize,
+    /// Size of the VM's disk (sparse: what is not written takes no space).
+    pub disk: ByteSize,
+    /// `auto` (KVM where it works, else software emulation with a warning), `kvm` or `tcg`.
+    pub accelerator: AcceleratorPolicy,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            image: "default".to_owned(),
+            cpus: 2,
+            memory: ByteSize::mib(2048),
+            disk: ByteSize::gib(10),
+            accelerator: AcceleratorPolicy::Auto,
+        }
+    }
+}
+
+/// Section `[timeouts]`, in seconds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// From the start of QEMU to the agent's answer.
+    pub boot_s: u64,
+    /// A job's, unless the request says otherwise.
+    pub job_s: u64,
+    /// Between TERM and KILL.
+    pub grace_s: u64,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { boot_s: 60, job_s: 3600, grace_s: 5 }
+    }
+}
+
+impl Timeouts {
+    /// From the start of QEMU to the agent's answer.
+    pub fn boot(&self) -> Duration {
+        Duration::from_secs(self.boot_s)
+    }
+}
+
+/// Section `[limits]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Output of a job, stdout and stderr each; more is cut and marked.
+    pub output: ByteSize,
+    /// A workspace, in and out.
+    pub workspace: ByteSize,
+    /// Files of a workspace, in and out.
+    pub workspace_files: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { output: ByteSize::mib(1024), workspace: ByteSize::gib(8), workspace_files: 200_000 }
+    }
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// What figment found: it names the key and the file or variable.
+    #[error("configuration: {0}")]
+    Invalid(Box<figment::Error>),
+    /// `--config` names a file that is not there.
+    #[error("configuration file {} does not exist", .0.display())]
+    Missing(PathBuf),
+}
+
+impl Config {
+    /// Reads all layers; with `file`, that file in place of the two usual ones.
+    ///
+    /// # Errors
+    /// A malformed or unknown setting, with its place; a `file` that is not there.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut figment = Figment::from(Serialized::defaults(Self::default()));
+        match file {
+            Some(path) if !path.is_file() => return Err(ConfigError::Missing(path.to_owned())),
+            Some(path) => figment = figment.merge(Toml::file_exact(path)),
+            None => {
+                figment = figment.merge(Toml::file_exact(SYSTEM_FILE));
+                if let Some(dir) = user_config_dir() {
+                    figment = figment.merge(Toml::file_exact(dir.join("dev-box/config.toml")));
+                }
+            }
+        }
+        // Single variables of other meaning (DEV_BOX_LOG, ...) have no section, hence no `__`.
+        let environment = Env::prefixed("DEV_BOX_").filter(|key| key.as_str().contains("__")).split("__");
+        figment.merge(environment).extract().map_err(|error| ConfigError::Invalid(Box::new(error)))
+    }
+
+    /// Where guest images lie.
+    pub fn image_root(&self) -> PathBuf {
+        self.host.state_root.join("images")
+    }
+}
+
+fn user_config_dir() -> Option<PathBuf> {
+    match std::env::var_os("XDG_CONFIG_HOME").filter(|dir| !dir.is_empty()) {
+        Some(dir) => Some(dir.into()),
+        None => Some(PathBuf::from(std::env::var_os("HOME")?).join(".config")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        std::fs::write(&file, text).unwrap();
+        Config::load(Some(&file))
+    }
+
+    #[test]
+    fn a_file_overrides_only_what_it_names() {
+        let config = load("[vm]\nmemory = \"512MiB\"\n").unwrap();
+        assert_eq!(config.vm.memory, ByteSize::mib(512));
+        assert_eq!(config.vm.cpus, VmConfig::default().cpus);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_file() {
+        let text = load("[vm]\nmemroy = \"512MiB\"\n").unwrap_err().to_string();
+        assert!(text.contains("memroy") && text.contains("config.toml"), "{text}");
+    }
+
+    #[test]
+    fn a_malformed_value_is_named() {
+        let text = load("[vm]\nmemory = \"a lot\"\n").unwrap_err().to_string();
+        assert!(text.contains("memory"), "{text}");
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let error = Config::load(Some(Path::new("/nonexistent/config.toml"))).unwrap_err();
+        assert!(matches!(error, ConfigError::Missing(_)));
+    }
+}

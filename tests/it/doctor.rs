@@ -1,0 +1,53 @@
+//! `dev-box doctor`, on this host and on a VM that runs.
+
+use dev_box_tests::Host;
+
+fn status<'a>(checks: &'a serde_json::Value, id: &str) -> &'a str {
+    let check = checks.as_array().unwrap().iter().find(|check| check["id"] == id);
+    check.unwrap_or_else(|| panic!("no {id} in {checks}"))["status"].as_str().unwrap()
+}
+
+#[test]
+fn the_host_is_judged() {
+    let Some(host) = Host::new("the_host_is_judged") else { return };
+    let done = host.dev_box(["doctor", "--json"]);
+    let checks: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    for id in ["libvirt", "qemu", "image", "channel", "nwfilter", "seccomp"] {
+        assert_eq!(status(&checks, id), "ok", "{checks}");
+    }
+    done.expect_code(0);
+}
+
+#[test]
+fn a_missing_image_and_a_dead_daemon_fail_with_a_fix() {
+    let Some(host) = Host::new("a_missing_image_and_a_dead_daemon_fail_with_a_fix") else { return };
+    let mut command = host.command();
+    command.env("DEV_BOX_HOST__URI", "qemu+unix:///system?socket=/nonexistent/libvirt-sock");
+    let done = host.spawn(command.env("DEV_BOX_VM__IMAGE", "nope").args(["doctor"])).finish().expect_code(1);
+    assert!(done.text().contains("FAIL  libvirt"), "{}", done.text());
+    assert!(done.text().contains("dev-box image build"), "{}", done.text());
+}
+
+#[test]
+fn the_layers_around_a_running_vm_are_verified() {
+    let Some(host) = Host::new("the_layers_around_a_running_vm_are_verified") else { return };
+    let mut running = host.start(["run", "--", "sh", "-c", "echo up; sleep 100"]);
+    running.wait_for_output("up");
+    let vm = host.vms().remove(0);
+    let done = host.dev_box(["doctor", "--json", "--vm", &vm]);
+    let checks: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(checks.as_array().unwrap().len(), 5);
+    for layer in ["layer.network", "layer.seccomp", "layer.namespaces", "layer.cgroups"] {
+        assert_eq!(status(&checks, layer), "ok", "{checks:#}");
+    }
+    assert_ne!(status(&checks, "layer.kvm"), "fail");
+    done.expect_code(0);
+    running.signal(nix::sys::signal::Signal::SIGINT);
+    running.finish().expect_code(130);
+}
+
+#[test]
+fn a_vm_that_is_not_there_is_an_error() {
+    let Some(host) = Host::new("a_vm_that_is_not_there_is_an_error") else { return };
+    assert!(host.dev_box(["doctor", "--vm", "nope"]).expect_code(1).stderr.contains("nope"));
+}

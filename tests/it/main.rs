@@ -1,0 +1,5 @@
+//! dev-box as a whole, on real VMs.
+
+mod doctor;
+mod net;
+mod run;

@@ -1,0 +1,78 @@
+//! What a guest's packets reach, seen from both ends.
+
+use std::io::Read;
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::Duration;
+
+use dev_box_tests::Host;
+
+/// Sends a DNS query for the root's name servers to the resolver, and says whether anything came back: a host without
+/// an upstream refuses, which is an answer too.
+const ASK_RESOLVER: &str = r#"
+import socket
+resolver = [l.split()[1] for l in open("/etc/resolv.conf") if l.startswith("nameserver")][0]
+query = bytes.fromhex("abcd01000001000000000000") + b"\0" + bytes.fromhex("00020001")
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(10)
+s.sendto(query, (resolver, 53))
+print("answered", s.recv(512)[:2].hex())
+"#;
+
+/// Tries to connect to each `address:port` of its arguments, and says how it went.
+const CONNECT: &str = r#"
+import socket, sys
+for target in sys.argv[1:]:
+    host, port = target.rsplit(":", 1)
+    s = socket.socket()
+    s.settimeout(3)
+    try:
+        s.connect((host, int(port)))
+        print(target, "CONNECTED")
+    except OSError as e:
+        print(target, "closed")
+"#;
+
+#[test]
+fn a_filtered_guest_has_its_resolver_and_a_way_out() {
+    let Some(host) = Host::new("a_filtered_guest_has_its_resolver_and_a_way_out") else { return };
+    let done = host.run(&["--", "python3", "-c", ASK_RESOLVER]).expect_code(0);
+    assert_eq!(done.text(), "answered abcd\n");
+    let routes = host.run(&["--", "ip", "-4", "route"]).expect_code(0).text();
+    assert!(routes.contains("default via "), "{routes}");
+}
+
+#[test]
+fn a_filtered_guest_does_not_reach_the_host() {
+    let Some(host) = Host::new("a_filtered_guest_does_not_reach_the_host") else { return };
+    // On every address of the host, its bridges' included, on a port that egress to the internet allows.
+    let Ok(listener) = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9418)) else {
+        return dev_box_tests::skip("a_filtered_guest_does_not_reach_the_host", "port 9418 is taken");
+    };
+    listener.set_nonblocking(true).unwrap();
+    let script = "gw=$(ip -4 route show default | cut -d' ' -f3); python3 -c \"$1\" $gw:9418 $gw:22 169.254.169.254:80";
+    let done = host.run(&["--", "sh", "-c", script, "sh", CONNECT]).expect_code(0);
+    assert_eq!(done.text().matches("closed").count(), 3, "{}", done.text());
+    assert!(listener.accept().is_err(), "a connection from the guest reached the host");
+}
+
+#[test]
+fn the_control_of_the_above_reaches_its_listener() {
+    // The same script from the host itself connects: so a closed port above is the filter's doing, not the script's.
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let target = listener.local_addr().unwrap().to_string();
+    let out = std::process::Command::new("python3").args(["-c", CONNECT, &target]).output();
+    let Ok(out) = out else {
+        return dev_box_tests::skip("the_control_of_the_above", "no python3 on the host");
+    };
+    assert!(String::from_utf8_lossy(&out.stdout).contains("CONNECTED"));
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn an_isolated_guest_has_no_interface() {
+    let Some(host) = Host::new("an_isolated_guest_has_no_interface") else { return };
+    let done = host.run(&["--net", "isolated", "--", "ls", "/sys/class/net"]).expect_code(0);
+    assert_eq!(done.text(), "lo\n");
+}
