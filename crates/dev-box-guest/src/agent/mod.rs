@@ -131,6 +131,9 @@ impl Agent {
 }
 
 #[cfg(test)]
+mod session_tests;
+
+#[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::machine::fake::FakeMachine;

@@ -17,6 +17,10 @@ use crate::descriptor::watch;
 /// of the C library's wrappers a few thousand.
 const STACK_BYTES: usize = 32 * 1024;
 
+/// Flags of clone3(2) that do not fit the C library crate's 32-bit constants.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// What a job is separated from the rest of the machine by.
 #[derive(Debug, Clone, Copy)]
 pub enum Isolation<'a> {
@@ -218,12 +222,12 @@ fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 #[expect(unsafe_code, reason = "clone3 has no safe wrapper")]
 fn clone_init(child: &Child<'_>, isolation: Isolation<'_>) -> io::Result<(i32, OwnedFd)> {
     let mut pidfd: RawFd = -1;
-    let mut flags = libc::CLONE_PIDFD as u64 | libc::CLONE_CLEAR_SIGHAND as u64;
+    let mut flags = libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND;
     let mut cgroup = 0;
     if let Isolation::Namespaces(group) = isolation {
         flags |= (libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC) as u64;
         if let Some(group) = group {
-            flags |= libc::CLONE_INTO_CGROUP as u64;
+            flags |= CLONE_INTO_CGROUP;
             cgroup = group.as_raw_fd() as u64;
         }
     }
