@@ -12,7 +12,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::handshake::{GuestWireHello, Identity};
 use super::state::Shared;
-use super::wire::{Wire, WireError};
+use super::wire::Wire;
 use super::{CloseReason, FrameDeadline, PeerClose, SessionConfig};
 use crate::frame::Frame;
 use crate::hello::HostHello;
@@ -115,11 +115,8 @@ impl Driver {
                     }
                     true
                 }
-                Poll::Ready(Err(WireError::Eof)) => return Poll::Ready(CloseReason::Eof),
-                Poll::Ready(Err(WireError::Io(error))) => return Poll::Ready(io_reason(&error)),
-                Poll::Ready(Err(WireError::Frame(error))) => {
-                    return Poll::Ready(CloseReason::Violation(Violation::Frame(error)));
-                }
+                Poll::Ready(Err(None)) => return Poll::Ready(CloseReason::Eof),
+                Poll::Ready(Err(Some(error))) => return Poll::Ready(io_reason(&error)),
                 Poll::Pending => false,
             };
             if let Poll::Ready(deadline) = self.clock.poll(cx, &self.shared) {

@@ -18,7 +18,7 @@ const FIRST_REPEAT: Duration = Duration::from_millis(100);
 const LARGEST_REPEAT: Duration = Duration::from_secs(2);
 
 /// Bytes of an earlier conversation that are skipped in search of a hello.
-const MAX_SKIPPED: u64 = 64 * 1024 * 1024;
+pub(super) const MAX_SKIPPED: u64 = 16 * 1024 * 1024;
 
 /// For the guest's answer to a host it cannot talk to.
 const ANSWER: Duration = Duration::from_secs(1);
@@ -58,7 +58,7 @@ pub(super) async fn connect(
     loop {
         let frame = tokio::select! {
             biased;
-            frame = wire.next_frame() => frame?,
+            frame = wire.next_frame(MAX_SKIPPED - skipped.min(MAX_SKIPPED)) => frame?,
             () = sleep_until(repeat.min(deadline)) => {
                 if Instant::now() >= deadline {
                     return Err(if foreign > 0 {
@@ -79,9 +79,6 @@ pub(super) async fn connect(
             }
         };
         skipped += wire.decoder.skipped();
-        if skipped > MAX_SKIPPED {
-            return Err(HandshakeError::NoHello(MAX_SKIPPED));
-        }
         let Frame::Hello(json) = frame else {
             wire.decoder.resync();
             continue;
@@ -107,7 +104,7 @@ pub(super) async fn connect(
 /// The guest's side: waits for a hello, for ever. Cancellation safe: all it knows is in `wire`.
 pub(super) async fn wait_for_host(wire: &mut Wire) -> Result<HostHello, HandshakeError> {
     loop {
-        match wire.next_frame().await {
+        match wire.next_frame(u64::MAX).await {
             Err(WireError::Frame(_)) => wire.decoder.resync(),
             Err(error) => return Err(error.into()),
             Ok(Frame::Hello(json)) => match decode(&json) {

@@ -41,6 +41,8 @@ pub(super) enum WireError {
     Eof,
     Io(io::Error),
     Frame(FrameError),
+    /// Too much that is no hello.
+    Noise,
 }
 
 impl From<io::Error> for WireError {
@@ -55,6 +57,7 @@ impl From<WireError> for HandshakeError {
             WireError::Eof => Self::Eof,
             WireError::Io(error) => Self::Io(error.kind(), error.to_string()),
             WireError::Frame(error) => Self::Malformed(error.to_string()),
+            WireError::Noise => Self::NoHello(super::handshake::MAX_SKIPPED),
         }
     }
 }
@@ -110,19 +113,20 @@ impl Wire {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads once.
-    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WireError>> {
+    /// Reads once. The error is `None` at the connection's end.
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Option<io::Error>>> {
         let mut space = self.decoder.space();
         let read = pin!(self.io.read_buf(&mut space));
         match ready!(std::future::Future::poll(read, cx)) {
-            Ok(0) => Poll::Ready(Err(WireError::Eof)),
+            Ok(0) => Poll::Ready(Err(None)),
             Ok(_) => Poll::Ready(Ok(())),
-            Err(error) => Poll::Ready(Err(error.into())),
+            Err(error) => Poll::Ready(Err(Some(error))),
         }
     }
 
-    /// The next frame, writing meanwhile. Cancellation safe. For the handshake.
-    pub(super) async fn next_frame(&mut self) -> Result<Frame, WireError> {
+    /// The next frame, writing meanwhile; gives up when more than `most` bytes are no frame. Cancellation safe. For the
+    /// handshake.
+    pub(super) async fn next_frame(&mut self, most: u64) -> Result<Frame, WireError> {
         poll_fn(|cx| {
             if let Poll::Ready(Err(error)) = self.poll_write(cx) {
                 return Poll::Ready(Err(error.into()));
@@ -130,7 +134,11 @@ impl Wire {
             loop {
                 match self.decoder.next_frame() {
                     Ok(Some(frame)) => return Poll::Ready(Ok(frame)),
-                    Ok(None) => ready!(self.poll_read(cx))?,
+                    Ok(None) if self.decoder.skipped() > most => return Poll::Ready(Err(WireError::Noise)),
+                    Ok(None) => {
+                        ready!(self.poll_read(cx))
+                            .map_err(|error| error.map_or(WireError::Eof, WireError::Io))?;
+                    }
                     Err(error) => return Poll::Ready(Err(WireError::Frame(error))),
                 }
             }

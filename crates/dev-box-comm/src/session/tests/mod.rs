@@ -1,6 +1,8 @@
 //! The session on an in-memory connection.
 
 mod basics;
+mod hostile;
+mod resync;
 
 use tokio::io::{DuplexStream, duplex};
 
