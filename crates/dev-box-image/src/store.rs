@@ -24,7 +24,7 @@ use crate::name::ImageName;
 use crate::staging::Staging;
 use crate::usage;
 
-/// File name of the kernel.
+/// File name of the kernel: an ELF file where it can be started unpacked, a bzImage otherwise. QEMU takes either.
 pub const KERNEL: &str = "vmlinuz";
 /// File name of the initramfs.
 pub const INITRAMFS: &str = "initramfs.img";

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::input::BuildSource;
 use super::modules::{self, Module, ModuleError};
-use super::{BuildError, Job, packages};
+use super::{BuildError, Job, packages, vmlinux};
 use crate::command::Command;
 use crate::manifest::Package;
 use crate::progress::Step;
@@ -66,7 +66,9 @@ pub(super) fn take(job: &Job<'_>) -> Result<Taken, BuildError> {
     let version = version_in(&tree).map_err(BuildError::Kernel)?;
     let kernel = tree.join("boot").join(format!("vmlinuz-{version}"));
     let target = job.target(store::KERNEL);
-    fs::copy(&kernel, &target).map_err(super::io(Step::Kernel, "copy", &kernel))?;
+    if !vmlinux::unpack(job, &kernel, &target).map_err(super::io(Step::Kernel, "unpack", &kernel))? {
+        job.progress.detail("this kernel can only be started packed: VMs will boot slower");
+    }
     let modules = choose(job, &tree, &version).map_err(BuildError::Kernel)?;
     for missing in modules::absent(&modules) {
         job.progress.detail(&format!("this kernel has no module {missing}: left out"));

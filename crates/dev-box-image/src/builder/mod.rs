@@ -17,6 +17,7 @@ mod kernel;
 mod modules;
 mod packages;
 mod unpack;
+mod vmlinux;
 
 use std::fs;
 use std::io;
@@ -412,7 +413,7 @@ impl Job<'_> {
             self.builder.commands.run(&command, &self.builder.cancel, &mut |line| said.push(line.to_owned()));
         let output = output.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
         let words = output.lines().chain(said.iter().map(String::as_str));
-        let version = words.filter_map(|line| line.strip_prefix("dev-box-guest ")).next().map(str::trim);
+        let version = words.filter_map(|line| Some(line.split_once("dev-box-guest ")?.1.trim())).next();
         version.filter(|version| !version.is_empty() && version.len() < 64).unwrap_or("unknown").to_owned()
     }
 }

@@ -14,7 +14,7 @@ pub(super) enum Need {
 }
 
 /// What is wanted, in the order it is best loaded: the disk first, since everything waits for it.
-pub(super) const WANTED: [(&str, Need); 19] = [
+pub(super) const WANTED: [(&str, Need); 18] = [
     ("virtio_pci", Need::Must),
     ("virtio_blk", Need::Must),
     ("crc32c_intel", Need::May),
@@ -29,11 +29,10 @@ pub(super) const WANTED: [(&str, Need); 19] = [
     ("vsock", Need::May),
     ("vmw_vsock_virtio_transport", Need::May),
     ("vsock_loopback", Need::May),
-    // What programs that are run by agents ask for: user-space file systems, tunnels, loop devices, packets.
+    // What programs that are run by agents ask for: user-space file systems, tunnels, loop devices.
     ("fuse", Need::May),
     ("tun", Need::May),
     ("loop", Need::May),
-    ("af_packet", Need::May),
     ("unix_diag", Need::May),
 ];
 

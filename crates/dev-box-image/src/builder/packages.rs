@@ -50,7 +50,9 @@ fn mmdebstrap(job: &Job<'_>, variant: &str) -> Command {
     Command::new("mmdebstrap")
         .args(["--mode=root", "--format=directory", "--architectures=amd64"])
         .arg(format!("--variant={variant}"))
-        .arg(format!("--customize-hook={KERNEL_HOOK}"))
+        // The script itself would fill the screen: mmdebstrap shows each hook it runs.
+        .arg("--customize-hook=eval \"$DEV_BOX_KERNEL_HOOK\"")
+        .env("DEV_BOX_KERNEL_HOOK", KERNEL_HOOK)
         .arg("--aptopt=Acquire::Languages \"none\"")
         .arg("--aptopt=Acquire::Retries \"3\"")
         .env(KERNEL_DIRECTORY, job.work().join("kernel"))
