@@ -12,7 +12,6 @@ pub(crate) enum Unit {
     Nanoseconds,
     /// Time of one operation: smaller is better.
     #[serde(rename = "ms")]
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the figures of whole VMs"))]
     Milliseconds,
     /// Throughput in 2^20 bytes a second: larger is better, and the percentiles are those of the slow side.
     #[serde(rename = "MiB/s")]

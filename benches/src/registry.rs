@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use crate::figure::Figure;
-use crate::micro;
+use crate::{end_to_end, micro};
 
 /// Why a benchmark could not run.
 pub(crate) type NotRun = Box<dyn Error>;
@@ -24,6 +24,16 @@ const ALL: &[Benchmark] = &[
         run: micro::codec::run,
     },
     Benchmark { name: "xml.build", about: "a VM's specification to libvirt's XML", run: micro::xml::run },
+    Benchmark {
+        name: "boot.cold",
+        about: "a VM from nothing to an agent that knows who it is, and each step of it",
+        run: end_to_end::boot_cold,
+    },
+    Benchmark {
+        name: "exec.true",
+        about: "/bin/true in a VM, from the request to its exit; and a ping beside it",
+        run: end_to_end::exec_true,
+    },
 ];
 
 #[derive(Debug, thiserror::Error)]

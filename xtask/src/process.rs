@@ -39,13 +39,14 @@ pub(crate) enum ProcessError {
     },
 }
 
-/// The command as one would type it.
+/// The command as one would type it, without what only makes its output fit for a log.
 pub(crate) fn shown(command: &Command) -> String {
     let mut words = Vec::new();
     for (name, value) in command.get_envs() {
         let name = name.to_string_lossy();
         if let Some(value) = value
             && name != "PATH"
+            && !name.starts_with("CARGO_TERM_")
         {
             words.push(format!("{name}={}", quoted(&value.to_string_lossy())));
         }
@@ -217,7 +218,11 @@ mod tests {
     #[test]
     fn a_command_is_shown_as_one_would_type_it() {
         let mut command = Command::new("cargo");
-        command.env("RUSTDOCFLAGS", "-D warnings").env("PATH", "/x").args(["doc", "it's"]);
+        command
+            .env("RUSTDOCFLAGS", "-D warnings")
+            .env("PATH", "/x")
+            .env("CARGO_TERM_COLOR", "never")
+            .args(["doc", "it's"]);
         assert_eq!(shown(&command), r"RUSTDOCFLAGS='-D warnings' cargo doc 'it'\''s'");
     }
 

@@ -1,0 +1,99 @@
+//! Whole VMs, through the facade as a user's program has it. Needs what `cargo xtask setup` sets up.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use dev_box::comm::message::{ExecRequest, ExitStatus};
+use dev_box::comm::{Message, Request, Session};
+use dev_box::exec::{NetworkMode, Provisioner, VmRequest};
+use dev_box::{Config, DevBox};
+
+use crate::figure::{Figure, Unit};
+use crate::registry::NotRun;
+
+/// How many VMs are booted.
+const BOOTS: usize = 7;
+/// How many commands are run, after some that warm the guest up.
+const COMMANDS: usize = 300;
+const WARM_UP: usize = 30;
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn request(dev_box: &DevBox) -> VmRequest {
+    let mut request = dev_box.request("bench");
+    request.network = NetworkMode::NatFiltered;
+    request
+}
+
+fn block_on<T>(future: impl Future<Output = Result<T, NotRun>>) -> Result<T, NotRun> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(future)
+}
+
+/// From asking for a VM to its agent answering and knowing who it is; and each step of the way.
+pub(crate) fn boot_cold() -> Result<Vec<Figure>, NotRun> {
+    block_on(async {
+        let dev_box = DevBox::open(Config::load(None)?).await?;
+        let request = request(&dev_box);
+        let mut whole = Vec::new();
+        let mut steps: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        for _ in 0..BOOTS {
+            let began = Instant::now();
+            let vm = dev_box.provisioner().provision(&request).await?;
+            whole.push(milliseconds(began.elapsed()));
+            for (step, took) in &vm.facts.timings {
+                steps.entry(step.clone()).or_default().push(milliseconds(*took));
+            }
+            dev_box.provisioner().retire(vm).await?;
+        }
+        dev_box.close().await;
+        let mut figures = vec![Figure::of("boot.cold", Unit::Milliseconds, whole)];
+        figures.extend(steps.into_iter().map(|(step, samples)| {
+            Figure::of(format!("boot.cold.{}", step.replace(' ', "-")), Unit::Milliseconds, samples)
+        }));
+        Ok(figures)
+    })
+}
+
+/// From sending the request for /bin/true to its exit.
+pub(crate) fn exec_true() -> Result<Vec<Figure>, NotRun> {
+    block_on(async {
+        let dev_box = DevBox::open(Config::load(None)?).await?;
+        let vm = dev_box.provisioner().provision(&request(&dev_box)).await?;
+        let measured = measure(&vm.session).await;
+        dev_box.provisioner().retire(vm).await?;
+        dev_box.close().await;
+        measured
+    })
+}
+
+async fn measure(session: &Session) -> Result<Vec<Figure>, NotRun> {
+    let (mut whole, mut pings) = (Vec::new(), Vec::new());
+    for round in 0..WARM_UP + COMMANDS {
+        let ping = session.ping().await.map_err(|reason| format!("the session closed: {reason}"))?;
+        let began = Instant::now();
+        exec(session).await?;
+        let took = began.elapsed();
+        if round >= WARM_UP {
+            whole.push(milliseconds(took));
+            pings.push(milliseconds(ping));
+        }
+    }
+    Ok(vec![
+        Figure::of("exec.true", Unit::Milliseconds, whole),
+        Figure::of("exec.true.ping", Unit::Milliseconds, pings),
+    ])
+}
+
+async fn exec(session: &Session) -> Result<(), NotRun> {
+    let mut stream = session.open(Request::Exec(ExecRequest::new(["/bin/true"]))).await?;
+    while let Some(message) = stream.recv().await? {
+        match message {
+            Message::Exited(exited) if exited.status == ExitStatus::Code(0) => return Ok(()),
+            Message::Started(_) => {}
+            other => return Err(format!("/bin/true ended with {other:?}").into()),
+        }
+    }
+    Err("the stream ended before /bin/true did".into())
+}
