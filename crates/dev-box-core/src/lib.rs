@@ -8,15 +8,19 @@
 //! | [`libvirt`] | the seam: small blocking traits, the adapter (feature `libvirt`), the doubles (feature `testing`) |
 //! | [`connection`] | [`LibvirtConnection`](connection::LibvirtConnection): async, shared, reconnecting |
 //! | [`vm`] | [`Vm`](vm::Vm): one virtual machine's life |
+//! | [`snapshot`] | [`SnapshotManager`](snapshot::SnapshotManager): create, restore (two ways), list, delete |
+//! | [`agent`] | [`GuestAgent`](agent::GuestAgent): qemu-guest-agent, with every reply treated as hostile |
 //!
 //! Without the feature `libvirt` nothing here needs libvirt installed.
 
 pub mod accel;
+pub mod agent;
 pub mod clock;
 pub mod connection;
 pub mod id;
 pub mod libvirt;
 pub mod size;
+pub mod snapshot;
 pub mod spec;
 pub mod state;
 pub mod template;

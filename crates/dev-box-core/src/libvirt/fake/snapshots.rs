@@ -124,12 +124,6 @@ impl Snapshots for FakeLibvirt {
             let message = "Migration is disabled when VirtFS export path '/x' is mounted in the guest";
             return refuse(9, format!("operation failed: {message}"));
         }
-        if domain.inactive.is_none() {
-            return refuse(
-                55,
-                "Requested operation is not valid: cannot halt after transient domain snapshot",
-            );
-        }
         domain.snapshots.push(FakeSnapshot {
             parent: domain.current_snapshot.replace(name.clone()),
             description: root.text_at("description").map(str::to_owned),
