@@ -1,13 +1,30 @@
-//! Runs a job in a VM.
+//! Runs a job in a VM: through all its phases to one terminal state (see [`outcome`](crate::outcome)).
+//!
+//! Every phase is cancellation safe: a future that is dropped stops the blocking work it waited for, resets the job's
+//! stream (the guest then ends the job's whole tree), and leaves an `abandoned` entry in the audit.
+
+mod audit;
+mod failure;
+mod files;
+mod output;
+mod process;
+mod report;
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use dev_box_comm::message::ExecRequest;
 use dev_box_core::clock::Clock;
-use dev_box_observe::AuditSink;
+use dev_box_observe::{Actor, AuditSink};
 
-use crate::cancel::Cancel;
+use self::audit::Who;
+use self::failure::{Cause, chain};
+use self::files::Injected;
+use self::process::{End, Patience, Plan, Why};
+use self::report::Report;
+use crate::cancel::{Cancel, Urgency};
 use crate::job::Job;
-use crate::outcome::ExecutionResult;
+use crate::outcome::{ExecutionResult, Outcome, Phase};
 use crate::provisioner::{Provisioner, ReadyVm, VmRequest};
 use crate::sink::OutputSink;
 
@@ -16,19 +33,41 @@ use crate::sink::OutputSink;
 pub struct AgentExecutor {
     clock: Arc<dyn Clock>,
     audit: Arc<dyn AuditSink>,
+    actor: Actor,
+    patience: Patience,
 }
 
 impl AgentExecutor {
-    /// An executor that takes the time from `clock` and audits to `audit`.
+    /// An executor that takes the time from `clock` and audits to `audit`, as an act of dev-box itself.
     #[must_use]
     pub fn new(clock: Arc<dyn Clock>, audit: Arc<dyn AuditSink>) -> Self {
-        Self { clock, audit }
+        let patience = Patience { start: Duration::from_secs(30), kill: Duration::from_secs(5) };
+        Self { clock, audit, actor: Actor::System, patience }
     }
 
-    /// Runs `job` in `vm`, output going to `sink` while it runs. Never fails otherwise than by
+    /// Audits what it does as asked for by `actor`.
+    #[must_use]
+    pub fn on_behalf_of(mut self, actor: Actor) -> Self {
+        self.actor = actor;
+        self
+    }
+
+    /// How long the guest may take to start a process (30 s by default), and to report the end of one that was killed
+    /// (5 s): an overloaded host needs more.
+    #[must_use]
+    pub fn with_patience(mut self, start: Duration, kill: Duration) -> Self {
+        self.patience = Patience { start, kill };
+        self
+    }
+
+    /// Runs `job` in `vm`, output going to `sink` while it runs. Does not fail otherwise than by
     /// [`ExecutionResult::outcome`].
     ///
-    /// Dropping the future stops the job at once; the VM is then in an unknown state: retire it.
+    /// The first step of `cancel` ends the job gracefully, the second at once. The job's files are collected when it
+    /// exited or timed out; when it was cancelled or the guest was lost, into a directory only (a workspace is not
+    /// overwritten by half of something); when cancelled at once, not at all. The staging directory is left as it is.
+    ///
+    /// Dropping the future ends the job at once; retire the VM then.
     pub async fn execute(
         &self,
         vm: &ReadyVm,
@@ -36,11 +75,15 @@ impl AgentExecutor {
         sink: Arc<dyn OutputSink>,
         cancel: Cancel,
     ) -> ExecutionResult {
-        let _ = (vm, job, sink, cancel, &self.clock, &self.audit);
-        todo!()
+        let mut report = Report::begin(&*self.clock, job.id);
+        self.execute_in(vm, job, &*sink, &cancel, &mut report).await;
+        report.finish(&*self.clock)
     }
 
-    /// Gets a VM, runs `job` in it, retires the VM.
+    /// Gets a VM that meets `request`, runs `job` in it as [`execute`](Self::execute) does, and retires the VM, whatever
+    /// happened: also when this future is dropped.
+    ///
+    /// A VM that cannot be retired completely is a warning in the result; a later sweep finds what is left.
     pub async fn execute_once(
         &self,
         provisioner: &Arc<dyn Provisioner>,
@@ -49,7 +92,207 @@ impl AgentExecutor {
         sink: Arc<dyn OutputSink>,
         cancel: Cancel,
     ) -> ExecutionResult {
-        let _ = (provisioner, request, job, sink, cancel);
-        todo!()
+        let mut report = Report::begin(&*self.clock, job.id);
+        let provisioned = tokio::select! {
+            biased;
+            () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
+            vm = provisioner.provision(request) => vm.map_err(Cause::Provision),
+        };
+        match provisioned {
+            Ok(vm) => {
+                let mut leased = Leased { provisioner, vm: Some(vm) };
+                if let Some(vm) = &leased.vm {
+                    self.execute_in(vm, job, &*sink, &cancel, &mut report).await;
+                }
+                report.enter(Phase::Reset);
+                if let Some(vm) = leased.vm.take() {
+                    retire(provisioner, vm, &cancel, &mut report).await;
+                }
+            }
+            Err(cause) => report.fail(&cause),
+        }
+        report.finish(&*self.clock)
+    }
+
+    async fn execute_in(
+        &self,
+        vm: &ReadyVm,
+        job: Job,
+        sink: &dyn OutputSink,
+        cancel: &Cancel,
+        report: &mut Report,
+    ) {
+        let who = Who { sink: &self.audit, actor: &self.actor, vm: &vm.name, job: job.id };
+        if let Err(cause) = Box::pin(self.phases(vm, job, sink, cancel, &who, report)).await {
+            tracing::debug!(vm = %vm.name, %cause, "the job failed");
+            report.fail(&cause);
+        }
+    }
+
+    async fn phases(
+        &self,
+        vm: &ReadyVm,
+        mut job: Job,
+        sink: &dyn OutputSink,
+        cancel: &Cancel,
+        who: &Who<'_>,
+        report: &mut Report,
+    ) -> Result<(), Cause> {
+        if let Some(reason) = vm.session.close_reason() {
+            return Err(Cause::Lost(reason));
+        }
+        if cancel.urgency() > Urgency::Running {
+            return Err(Cause::Cancelled);
+        }
+        let mut injected = None;
+        if let Some(workspace) = job.workspace.take() {
+            report.enter(Phase::Inject);
+            job.cwd.get_or_insert_with(|| workspace.guest_path.clone());
+            let user = job.user.as_deref();
+            injected = Some(files::inject(vm, workspace, user, who, cancel, &mut report.warnings).await?);
+        }
+        report.enter(Phase::Start);
+        let end = self.process(vm, job, sink, cancel, who, report).await?;
+        let state = report.ended(end);
+        match injected {
+            Some(injected) => self.results(vm, &injected, state, cancel, who, report).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn process(
+        &self,
+        vm: &ReadyVm,
+        job: Job,
+        sink: &dyn OutputSink,
+        cancel: &Cancel,
+        who: &Who<'_>,
+        report: &mut Report,
+    ) -> Result<End, Cause> {
+        let act = who.begin(&job, job.cwd.as_deref()).await?;
+        let request = request(&job);
+        let mut plan = Plan {
+            request,
+            stdin: job.stdin,
+            timeout: job.timeout,
+            grace: job.grace,
+            caps: job.caps,
+            sink,
+            cancel,
+            patience: self.patience,
+        };
+        let process = match process::start(&vm.session, &mut plan).await {
+            Ok(process) => process,
+            Err(cause) => {
+                audit::failed(Some(act), &cause).await;
+                return Err(cause);
+            }
+        };
+        report.enter(Phase::Run);
+        let end = process::run(process, &plan).await;
+        if let Err(cause) = audit::ended(act, &end, report.elapsed()).await {
+            // The act is done, and its output delivered: say so beside the result.
+            report.warnings.push(chain(&cause));
+        }
+        Ok(end)
+    }
+
+    async fn results(
+        &self,
+        vm: &ReadyVm,
+        injected: &Injected,
+        state: Outcome,
+        cancel: &Cancel,
+        who: &Who<'_>,
+        report: &mut Report,
+    ) -> Result<(), Cause> {
+        let complete = match state {
+            Outcome::Exited | Outcome::TimedOut => true,
+            Outcome::Cancelled | Outcome::GuestLost => false,
+            Outcome::Failed { .. } => return Ok(()),
+        };
+        if cancel.urgency() == Urgency::Immediate {
+            return Ok(());
+        }
+        report.enter(Phase::Collect);
+        if state != Outcome::GuestLost {
+            files::unmount(&vm.session, injected, cancel, &mut report.warnings).await?;
+        }
+        match files::collect(injected, complete, who, cancel, &mut report.warnings).await {
+            Ok(results) => {
+                report.results(results);
+                Ok(())
+            }
+            Err((results, cause)) => {
+                report.results(results);
+                Err(cause)
+            }
+        }
     }
 }
+
+fn request(job: &Job) -> ExecRequest {
+    let mut request = ExecRequest::new(job.argv.iter().map(|arg| arg.as_os_str()));
+    request.env =
+        job.env.iter().map(|(name, value)| (name.as_os_str().into(), value.as_os_str().into())).collect();
+    request.cwd = job.cwd.as_deref().map(Into::into);
+    request.user.clone_from(&job.user);
+    request.stdin = !matches!(job.stdin, crate::job::Stdin::Null);
+    request.grace_ms = u64::try_from(job.grace.as_millis()).unwrap_or(u64::MAX);
+    request.job = Some(job.id.to_string());
+    request
+}
+
+/// A VM that is retired in the background when the future that holds it is dropped.
+struct Leased<'a> {
+    provisioner: &'a Arc<dyn Provisioner>,
+    vm: Option<ReadyVm>,
+}
+
+impl Drop for Leased<'_> {
+    fn drop(&mut self) {
+        let Some(vm) = self.vm.take() else { return };
+        let provisioner = Arc::clone(self.provisioner);
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => {
+                runtime.spawn(async move {
+                    if let Err(error) = provisioner.retire(vm).await {
+                        tracing::warn!(
+                            error = chain(&error),
+                            "retiring a VM failed: a later sweep will find it"
+                        );
+                    }
+                });
+            }
+            // The runtime is gone, and this process with it: the sweep of the next one finds the VM.
+            Err(_) => tracing::warn!(vm = %vm.name, "a VM is left for the next sweep"),
+        }
+    }
+}
+
+async fn retire(provisioner: &Arc<dyn Provisioner>, vm: ReadyVm, cancel: &Cancel, report: &mut Report) {
+    let retired = tokio::select! {
+        biased;
+        retired = provisioner.retire(vm) => retired,
+        // It goes on in the background: that is the provisioner's contract.
+        () = cancel.reached(Urgency::Immediate) => Ok(()),
+    };
+    if let Err(error) = retired {
+        report.warnings.push(format!("{}: {}", Phase::Reset, chain(&error)));
+    }
+}
+
+impl Why {
+    fn outcome(&self) -> Outcome {
+        match self {
+            Self::TimedOut => Outcome::TimedOut,
+            Self::Cancelled => Outcome::Cancelled,
+            Self::Unread => Outcome::Exited,
+            Self::Failed(cause) => cause.outcome(Phase::Run),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "executor/tests.rs"]
+mod tests;

@@ -173,7 +173,7 @@ pub struct ExecutionResult {
     pub exit_code: Option<i32>,
     /// The signal that ended the process.
     pub signal: Option<i32>,
-    /// What failed, in words, with its causes: for `Failed` and `GuestLost`.
+    /// What failed, in words, with the phase and the causes: for `Failed` and `GuestLost`. Harmless to a terminal.
     pub error: Option<String>,
     /// Standard output.
     pub stdout: Captured,
@@ -187,6 +187,9 @@ pub struct ExecutionResult {
     pub output_error: Option<String>,
     /// What changed in the workspace, and what was not taken; `None` when nothing was to be collected.
     pub files: Option<Collected>,
+    /// What went wrong without making a difference to the job: the VM could not be taken down completely, files of the
+    /// workspace that cannot be copied were left out. Bounded; may hold names the guest chose, made harmless.
+    pub warnings: Vec<String>,
     /// Time per phase.
     pub timings: Timings,
     /// What the process used; guest-claimed.

@@ -13,6 +13,9 @@ use serde::Serialize;
 use crate::sink::BoxFuture;
 use crate::workspace::Owner;
 
+/// The 9p mount tag of a VM's staging directory.
+pub const SHARE_TAG: &str = "workspace";
+
 /// What a VM consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct Resources {

@@ -49,6 +49,12 @@ impl Manifest {
         self.entries.is_empty()
     }
 
+    /// How many of them are regular files.
+    #[must_use]
+    pub fn files(&self) -> u64 {
+        self.entries.values().filter(|entry| entry.kind == Kind::File).count() as u64
+    }
+
     pub(super) fn insert(&mut self, path: PathBuf, mut entry: Entry) {
         entry.index = self.entries.len();
         self.newest_ctime_ns = self.newest_ctime_ns.max(entry.staged.ctime_ns);
