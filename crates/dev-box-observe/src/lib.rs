@@ -3,6 +3,7 @@
 //! Everything a sandboxed agent did is known on the host, cannot be rewritten unnoticed, and odd behaviour is
 //! caught. Usable alone: it needs no libvirt and no VM.
 //!
+//! - [`anomaly`]: detectors and rules over what the host sees, and the [`Responder`](anomaly::Responder) seam.
 //! - [`audit`]: the [`AuditSink`] seam every act goes through, its closed set of [`AuditEvent`]s, and the
 //!   hash-chained log behind it.
 //! - [`logging`]: tracing to standard error, for people or as JSON.
@@ -10,6 +11,7 @@
 //!
 //! Times are US Eastern (America/New_York), ISO 8601 with the offset, wherever a person may read them.
 
+pub mod anomaly;
 pub mod audit;
 pub mod logging;
 pub mod metrics;

@@ -1,0 +1,328 @@
+//! For each rule: what it must find, and honest work near its threshold that it must not.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn rules() -> VmRules {
+    VmRules::new(RuleConfig::default())
+}
+
+fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
+    IpAddr::from([a, b, c, d])
+}
+
+/// Feeds observations `step` ms apart; the rules that found something.
+fn found(step: u64, observations: impl IntoIterator<Item = Observation>) -> Vec<Rule> {
+    let mut rules = rules();
+    let mut found = Vec::new();
+    for (number, observation) in observations.into_iter().enumerate() {
+        for finding in rules.observe(1_000_000 + number as u64 * step, &observation) {
+            assert!((0.5..=1.0).contains(&finding.score), "{finding:?}");
+            assert!(!finding.why.is_empty());
+            found.push(finding.rule);
+        }
+    }
+    found
+}
+
+fn dropped(address: IpAddr, port: u16) -> Observation {
+    Observation::Dropped { address, port: Some(port) }
+}
+
+fn connected(address: IpAddr, port: u16) -> Observation {
+    Observation::Connected { address, port: Some(port) }
+}
+
+fn query(name: String) -> Observation {
+    Observation::Query { name, nxdomain: false }
+}
+
+#[test]
+fn metadata_and_private_addresses_are_found_at_the_first_packet() {
+    for address in
+        ["169.254.169.254", "169.254.170.2", "100.100.100.200", "fd00:ec2::254", "::ffff:169.254.169.254"]
+    {
+        assert_eq!(found(0, [dropped(address.parse().unwrap(), 80)]), [Rule::MetadataContact], "{address}");
+    }
+    for address in [
+        "10.0.0.1",
+        "192.168.122.1",
+        "172.31.255.255",
+        "100.64.0.1",
+        "127.0.0.1",
+        "169.254.1.1",
+        "fd12::1",
+        "::1",
+        "0.0.0.0",
+        "240.0.0.1",
+    ] {
+        assert_eq!(found(0, [connected(address.parse().unwrap(), 80)]), [Rule::PrivateContact], "{address}");
+    }
+    for address in
+        ["8.8.8.8", "100.128.0.1", "172.32.0.1", "224.0.0.251", "255.255.255.255", "fe80::1", "2600::1"]
+    {
+        assert_eq!(found(0, [connected(address.parse().unwrap(), 80)]), [], "{address}");
+    }
+}
+
+#[test]
+fn a_scan_is_many_destinations_not_many_packets() {
+    let scan = (0..30).map(|port| dropped(v4(192, 0, 2, 1), 1000 + port));
+    assert_eq!(found(100, scan), [Rule::PortScan]);
+    let sweep = (0..30).map(|host| dropped(v4(198, 51, 100, host), 22));
+    assert_eq!(found(100, sweep), [Rule::PortScan]);
+    // A program that tries twenty mirrors over and over.
+    let stubborn = (0..1000).map(|try_| dropped(v4(192, 0, 2, (try_ % 20) as u8), 8080));
+    assert_eq!(found(50, stubborn), []);
+    // Twenty a minute, for an hour.
+    let slow = (0..1200_u16).map(|number| dropped(v4(203, 1, (number >> 8) as u8, number as u8), 8080));
+    assert_eq!(found(3_001, slow), []);
+}
+
+#[test]
+fn fan_out_is_many_addresses_reached() {
+    let many = (0..200).map(|host| connected(v4(203, 0, 113, host), 443));
+    assert_eq!(found(100, many), [Rule::FanOut]);
+    let install = (0..2000).map(|number| connected(v4(203, 0, 113, (number % 40) as u8), 443));
+    assert_eq!(found(20, install), []);
+}
+
+#[test]
+fn a_tunnel_is_many_long_names_below_one_domain() {
+    // Hex of a counter through a mixing function: what data looks like.
+    let label = |number: u64| {
+        let mixed = (0..4)
+            .map(|part| format!("{:016x}", (number * 4 + part + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        mixed.collect::<String>()[..50].to_owned()
+    };
+    let tunnel = (0..80).map(|number| query(format!("{}.t.example.com.", label(number))));
+    assert_eq!(found(200, tunnel), [Rule::DnsTunnel]);
+    // Generated domains: none of them exists.
+    let generated = (0..80)
+        .map(|number| Observation::Query { name: format!("{}.com", &label(number)[..12]), nxdomain: true });
+    assert_eq!(found(200, generated), [Rule::DnsTunnel]);
+    // A package installation: few names, again and again, some long.
+    let hosts = [
+        "registry.npmjs.org",
+        "files.pythonhosted.org",
+        "d1a2b3c4d5e6f7.cloudfront.net",
+        "objects.githubusercontent.com",
+    ];
+    let install = (0..2000).map(|number| query(hosts[number % 4].to_owned()));
+    assert_eq!(found(20, install), []);
+    // A hundred short sub-domains; reverse look-ups; long names but few.
+    assert_eq!(found(100, (0..150).map(|number| query(format!("host{number}.example.com")))), []);
+    assert_eq!(found(100, (0..200).map(|number| query(format!("{number}.2.0.192.in-addr.arpa")))), []);
+    assert_eq!(found(100, (0..500).map(|number| query(format!("{}.example.com", label(number % 20))))), []);
+    // A search list makes every second name fail.
+    let search = (0..300)
+        .map(|number| Observation::Query { name: format!("h{number}.corp"), nxdomain: number % 2 == 0 });
+    assert_eq!(found(100, search), []);
+}
+
+#[test]
+fn a_beacon_is_regular() {
+    let beacon = (0..30).map(|_| connected(v4(203, 0, 113, 9), 443));
+    let found_in_ten_minutes = found(20_000, beacon);
+    assert!(!found_in_ten_minutes.is_empty());
+    assert!(found_in_ten_minutes.iter().all(|rule| *rule == Rule::Beaconing));
+
+    let mut rules = rules();
+    let contact = connected(v4(203, 0, 113, 9), 443);
+    // Too fast to be one; then irregular; then regular, but never twice to one destination.
+    for number in 0..100 {
+        assert_eq!(rules.observe(number * 2_000, &contact), []);
+    }
+    let mut at = 1_000_000;
+    for number in 0..100_u64 {
+        at += 5_000 + number * 7_919 % 30_000;
+        assert_eq!(rules.observe(at, &contact), [], "{number}");
+    }
+    for number in 0..100 {
+        at += 20_000;
+        assert_eq!(rules.observe(at, &connected(v4(203, 0, 113, number), 443)), [], "{number}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_beacon_with_little_jitter_is_found(
+        period in 6_000..600_000_u64,
+        jitter in proptest::collection::vec(-0.04..0.04_f64, 12),
+    ) {
+        let mut rules = rules();
+        let mut at = 0;
+        let mut hit = false;
+        for off in jitter {
+            at += (period as f64 * (1.0 + off)) as u64;
+            hit |= rules.observe(at, &dropped(v4(203, 0, 113, 9), 443)).iter().any(|f| f.rule == Rule::Beaconing);
+        }
+        prop_assert!(hit);
+    }
+}
+
+#[test]
+fn volume_counts_what_is_sent_in_ten_minutes() {
+    let sent = |mib: u64| Observation::Traffic { sent_bytes: mib << 20, received_bytes: 0 };
+    assert_eq!(found(1_000, (0..200).map(|_| sent(10))), [Rule::EgressVolume, Rule::EgressVolume]);
+    // A gibibyte an hour, and any amount of downloads.
+    assert_eq!(found(60_000, (0..300).map(|_| sent(17))), []);
+    assert_eq!(
+        found(1_000, (0..200).map(|_| Observation::Traffic { sent_bytes: 0, received_bytes: 1 << 40 })),
+        []
+    );
+}
+
+fn usage(cpu: f64, disk_bytes: u64, net_bytes: u64) -> Observation {
+    Observation::Usage { span_ms: 5_000, cpu, disk_bytes, net_bytes }
+}
+
+#[test]
+fn mining_is_a_busy_processor_with_a_thin_flow() {
+    let hits = found(5_000, (0..90).map(|_| usage(0.99, 10_000, 2_000)));
+    assert!(hits.len() >= 2 && hits.iter().all(|rule| *rule == Rule::Mining), "{hits:?}");
+    let none: [Rule; 0] = [];
+    assert_eq!(found(5_000, (0..50).map(|_| usage(0.99, 10_000, 2_000))), none, "four minutes");
+    assert_eq!(found(5_000, (0..500).map(|_| usage(0.99, 50 << 20, 2_000))), none, "a build writes");
+    assert_eq!(found(5_000, (0..500).map(|_| usage(0.99, 0, 0))), none, "a computation does not talk");
+    assert_eq!(found(5_000, (0..500).map(|_| usage(0.99, 0, 10 << 20))), none, "a download is not thin");
+    assert_eq!(
+        found(5_000, (0..500).map(|n| usage(if n % 5 == 0 { 0.3 } else { 1.0 }, 0, 2_000))),
+        none,
+        "tests pause"
+    );
+    assert_eq!(
+        found(5_000, (0..500).map(|n| usage(0.99, 0, if n % 20 == 0 { 40_000 } else { 0 }))),
+        none,
+        "one request a minute"
+    );
+}
+
+#[test]
+fn mass_change_needs_many_files_and_high_entropy() {
+    let changed = |count, entropy| Observation::FilesChanged { count, entropy };
+    assert_eq!(found(1_000, (0..50).map(|_| changed(10, 7.9))), [Rule::MassChange]);
+    assert_eq!(found(1_000, (0..50).map(|_| changed(1_000, 5.1))), [], "a formatter");
+    assert_eq!(found(10_000, (0..500).map(|_| changed(10, 7.9))), [], "sixty a minute");
+    assert_eq!(found(1_000, [changed(1_000_000, f64::NAN)]), []);
+}
+
+#[test]
+fn forks_are_counted_by_rate_and_by_number() {
+    let processes = |started, running| Observation::Processes { started, running };
+    assert_eq!(found(1_000, (0..10).map(|_| processes(1_000, 50))), [Rule::ForkRate]);
+    assert_eq!(found(1_000, [processes(0, 5_000)]), [Rule::ForkRate]);
+    assert_eq!(found(1_000, (0..300).map(|_| processes(400, 300))), [], "a parallel build");
+}
+
+#[test]
+fn memory_must_be_short_for_a_while() {
+    let memory = |available| Observation::Memory { span_ms: 1_000, available };
+    assert_eq!(found(1_000, (0..40).map(|_| memory(0.01))), [Rule::MemoryPressure]);
+    assert_eq!(found(1_000, (0..25).map(|_| memory(0.01))), []);
+    assert_eq!(
+        found(1_000, (0..300).map(|n| memory(if n % 4 == 0 { 0.2 } else { 0.01 }))),
+        [],
+        "it recovers"
+    );
+}
+
+#[test]
+fn output_floods_and_clocks_jump() {
+    let output = |mib: u64| Observation::Output { bytes: mib << 20 };
+    assert_eq!(found(100, (0..50).map(|_| output(10))), [Rule::OutputFlood]);
+    assert_eq!(found(1_000, (0..300).map(|_| output(20))), []);
+    let clock = |offset_ms| Observation::ClockOffset { offset_ms };
+    assert_eq!(
+        found(1_000, [clock(3_600_000), clock(3_600_100), clock(0)]),
+        [Rule::ClockJump],
+        "the first report is no jump"
+    );
+    assert_eq!(found(1_000, (0..100).map(|n| clock(n * 100))), [], "drift");
+    assert_eq!(found(1_000, [clock(i64::MIN), clock(i64::MAX)]), [Rule::ClockJump]);
+}
+
+#[test]
+fn what_only_the_guest_can_know_is_its_claim() {
+    let mut rules = rules();
+    let forks = rules.observe(0, &Observation::Processes { started: 0, running: 9_999 });
+    assert_eq!(forks[0].evidence, Evidence::Guest);
+    let flood = rules.observe(0, &Observation::Output { bytes: 1 << 40 });
+    assert_eq!(flood[0].evidence, Evidence::Host);
+    let event = flood[0].event();
+    assert!(matches!(event, crate::AuditEvent::Finding { score, .. } if score > 0.5));
+}
+
+#[test]
+fn a_rule_is_quiet_after_a_finding_and_comes_back() {
+    let mut rules = rules();
+    let flood = Observation::Output { bytes: 1 << 40 };
+    assert_eq!(rules.observe(0, &flood).len(), 1);
+    assert_eq!(rules.observe(59_999, &flood).len(), 0);
+    assert_eq!(rules.observe(60_000, &flood).len(), 1);
+    assert_eq!(rules.observe(0, &flood).len(), 0, "time that goes back stands still");
+}
+
+#[test]
+fn a_configuration_is_checked_field_by_field() {
+    let bad = |json: &str| {
+        let config: RuleConfig = serde_json::from_str(json).unwrap();
+        config.validate().unwrap_err().field
+    };
+    assert_eq!(bad(r#"{"beacon_jitter": 2}"#), "beacon_jitter");
+    assert_eq!(bad(r#"{"change_entropy": 9}"#), "change_entropy");
+    assert_eq!(bad(r#"{"scan_destinations": 1000000}"#), "scan_destinations");
+    assert_eq!(bad(r#"{"beacon_intervals": 65}"#), "beacon_intervals");
+    assert_eq!(bad(r#"{"egress_bytes": 0}"#), "egress_bytes");
+    assert!(serde_json::from_str::<RuleConfig>(r#"{"scan": 1}"#).is_err());
+}
+
+fn observations() -> impl Strategy<Value = Observation> {
+    prop_oneof![
+        (any::<u32>(), any::<u16>()).prop_map(|(ip, port)| dropped(IpAddr::from(ip.to_be_bytes()), port)),
+        (any::<u128>(), any::<u16>()).prop_map(|(ip, port)| connected(IpAddr::from(ip.to_be_bytes()), port)),
+        (any::<u64>(), any::<u64>())
+            .prop_map(|(sent_bytes, received_bytes)| Observation::Traffic { sent_bytes, received_bytes }),
+        (".{0,300}", any::<bool>()).prop_map(|(name, nxdomain)| Observation::Query { name, nxdomain }),
+        (any::<u64>(), any::<f64>(), any::<u64>(), any::<u64>()).prop_map(
+            |(span_ms, cpu, disk_bytes, net_bytes)| Observation::Usage {
+                span_ms,
+                cpu,
+                disk_bytes,
+                net_bytes
+            }
+        ),
+        (any::<u64>(), any::<f64>())
+            .prop_map(|(span_ms, available)| Observation::Memory { span_ms, available }),
+        (any::<u64>(), any::<f64>())
+            .prop_map(|(count, entropy)| Observation::FilesChanged { count, entropy }),
+        (any::<u64>(), any::<u64>())
+            .prop_map(|(started, running)| Observation::Processes { started, running }),
+        any::<u64>().prop_map(|bytes| Observation::Output { bytes }),
+        any::<i64>().prop_map(|offset_ms| Observation::ClockOffset { offset_ms }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn hostile_observations_neither_panic_nor_flood(
+        all in proptest::collection::vec((any::<u64>(), observations()), 0..60),
+        zero in any::<bool>(),
+    ) {
+        let config = if zero {
+            RuleConfig { scan_destinations: 0, fan_out_destinations: 0, dns_names: 0, beacon_intervals: 0, beacon_jitter: 0.0,
+                mining_ms: 0, memory_ms: 0, ..RuleConfig::default() }
+        } else {
+            RuleConfig::default()
+        };
+        let mut rules = VmRules::new(config);
+        for (at, observation) in all {
+            let findings = rules.observe(at, &observation);
+            prop_assert!(findings.len() <= 4);
+            for finding in findings {
+                prop_assert!((0.0..=1.0).contains(&finding.score));
+            }
+        }
+    }
+}
