@@ -12,6 +12,7 @@ mod fuzz;
 mod layers;
 mod process;
 mod report;
+mod setup;
 mod source;
 mod tidy;
 mod workspace;
@@ -39,6 +40,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Install what is missing, start libvirt, build the guest image and make the network
+    Setup(setup::SetupArgs),
     /// Set up, then run a small real project's tests in a real VM and check the report it brings back
     Demo(demo::DemoArgs),
     /// Run the gate: every step, even after a failure; what failed is listed at the end
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Err(error) => return report::failure(&error),
     };
     let outcome = match cli.command {
+        Command::Setup(args) => setup::run(&workspace, &args).map_err(report::boxed),
         Command::Demo(args) => demo::run(&workspace, &args).map_err(report::boxed),
         Command::Ci(args) => ci::run(&workspace, &args).map_err(report::boxed),
         Command::Test(args) => ci::test(&workspace, &args).map_err(report::boxed),
