@@ -349,18 +349,48 @@ impl VmNetwork {
         libvirt: &L,
         lease: &NetLease,
     ) -> Result<Verification, NetError> {
-        let found = self.firewall.inspect(&[lease.address])?;
-        let guard = match found.get(&lease.address) {
-            None => GuardState::Missing,
-            Some(fingerprint) if *fingerprint == lease.fingerprint => GuardState::Intact,
-            Some(_) => GuardState::Changed,
+        self.verify_against(libvirt, lease.address, Some(&lease.fingerprint), &lease.filter)
+    }
+
+    /// As [`VmNetwork::verify`], for a VM that another process owns, by what is on record of its lease. `None` when
+    /// there is no lease in its name.
+    ///
+    /// # Errors
+    /// [`NetError`] when that cannot be found out.
+    pub fn verify_by_name<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+    ) -> Result<Option<Verification>, NetError> {
+        let Some(shape) = self.find(libvirt)? else { return Ok(None) };
+        let held = self.leases(&shape)?.list()?;
+        let found = held.into_iter().find_map(|(address, (_, record))| {
+            record.filter(|record| record.vm == *vm).map(|record| (address, record))
+        });
+        let Some((address, record)) = found else { return Ok(None) };
+        self.verify_against(libvirt, address, record.fingerprint.as_ref(), &record.filter).map(Some)
+    }
+
+    fn verify_against<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        address: Ipv4Addr,
+        expected: Option<&Fingerprint>,
+        filter: &String,
+    ) -> Result<Verification, NetError> {
+        let found = self.firewall.inspect(&[address])?;
+        let guard = match (found.get(&address), expected) {
+            (None, _) => GuardState::Missing,
+            (Some(found), Some(expected)) if found == expected => GuardState::Intact,
+            (Some(_), _) => GuardState::Changed,
         };
-        let network = libvirt.find_network(&lease.network).map_err(libvirt_failed("look for the network"))?;
+        let name = &self.settings.name;
+        let network = libvirt.find_network(name).map_err(libvirt_failed("look for the network"))?;
         let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
         Ok(Verification {
             guard,
             network_active: network.is_some_and(|network| network.active),
-            filter_defined: filters.contains(&lease.filter),
+            filter_defined: filters.contains(filter),
             forwarding: self.settings.host.forwards(),
             bridge_nf_call_iptables: self.settings.host.bridge_nf(),
         })

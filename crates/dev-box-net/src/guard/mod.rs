@@ -1,6 +1,6 @@
 //! The host guard: nftables rules of our own that hold a VM's policy by themselves.
 //!
-//! Two tables, `bridge dev_box` and `inet dev_box`, with chains by VM:
+//! Two tables, `bridge dev_box` and `inet dev_box`, with chains by VM (and a third, `arp dev_box`, with one rule):
 //!
 //! ```text
 //!  VM's tap --> bridge prerouting: spoofing, protocols, static classes, ports     --+

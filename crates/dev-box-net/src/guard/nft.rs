@@ -73,10 +73,10 @@ impl NftFirewall {
         self.run(what, &["-f", "-"], script).map(drop)
     }
 
-    /// Both tables; an absent one is an empty listing.
+    /// All tables; an absent one is an empty listing.
     fn tables(&self) -> Result<listing::Tables, FirewallError> {
         let mut tables = listing::Tables::default();
-        for family in ["bridge", "inet"] {
+        for family in super::render::FAMILIES {
             match self.run("to list a table", &["-j", "list", "table", family, super::render::TABLE], "") {
                 Ok(text) => tables.read(&text)?,
                 Err(FirewallError::Refused { message, .. })

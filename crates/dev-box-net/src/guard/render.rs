@@ -27,7 +27,8 @@ const BRIDGE_REASONS: [DropReason; 9] = [
     DropReason::Port,
     DropReason::Unsolicited,
 ];
-const INET_REASONS: [DropReason; 10] = [
+const INET_REASONS: [DropReason; 11] = [
+    DropReason::Protocol,
     DropReason::Gateway,
     DropReason::Host,
     DropReason::Neighbour,
@@ -40,21 +41,25 @@ const INET_REASONS: [DropReason; 10] = [
     DropReason::Unsolicited,
 ];
 
-const BRIDGE_CHAINS: [&str; 5] = ["in", "in-ports", "out", "out-ports", "host"];
-const INET_CHAINS: [&str; 8] = ["pre", "input", "output", "out", "out-ports", "open", "in", "in-ports"];
+const BRIDGE_CHAINS: [&str; 4] = ["in", "in-ports", "out", "out-ports"];
+const INET_CHAINS: [&str; 9] =
+    ["direct", "pre", "input", "output", "out", "out-ports", "open", "in", "in-ports"];
 const BRIDGE_COUNTERS: [&str; 2] = ["sent", "received"];
 const INET_COUNTERS: [&str; 1] = ["connections"];
 
 /// Dispatch maps: name, key type, the chain a VM's element jumps to.
-const BRIDGE_MAPS: [(&str, &str, &str); 3] =
-    [("from-guest", "ifname", "out"), ("to-guest", "ifname", "in"), ("to-host", "ifname", "host")];
-const INET_MAPS: [(&str, &str, &str); 5] = [
+const BRIDGE_MAPS: [(&str, &str, &str); 2] = [("from-guest", "ifname", "out"), ("to-guest", "ifname", "in")];
+const INET_MAPS: [(&str, &str, &str); 6] = [
+    ("direct-by", "ifname", "direct"),
     ("prerouting-by", "ipv4_addr", "pre"),
     ("input-by", "ipv4_addr", "input"),
     ("output-by", "ipv4_addr", "output"),
     ("from-guest", "ipv4_addr", "out"),
     ("to-guest", "ipv4_addr", "in"),
 ];
+
+/// The families that have a table of ours.
+pub(super) const FAMILIES: [&str; 3] = ["bridge", "inet", "arp"];
 
 /// One family's part of the text.
 struct Script<'a> {
@@ -91,6 +96,7 @@ pub fn render_apply(guard: &VmGuard) -> String {
     let mut text = String::with_capacity(16 * 1024);
     bridge_base(&mut Script { family: "bridge", text: &mut text });
     inet_base(&mut Script { family: "inet", text: &mut text });
+    arp_base(&mut Script { family: "arp", text: &mut text });
     let mut inet = Script { family: "inet", text: &mut text };
     inet.line("add", "element", format_args!("bridges {{ \"{}\" }}", guard.network().bridge()));
     let rules = Rules::new(guard);
@@ -103,31 +109,17 @@ pub fn render_apply(guard: &VmGuard) -> String {
 pub fn render_remove(address: Ipv4Addr) -> String {
     let tap = tap_of(address);
     let mut text = String::with_capacity(8 * 1024);
-    for (family, maps, key, chains, reasons, counters) in [
-        (
-            "bridge",
-            &BRIDGE_MAPS[..],
-            format!("\"{tap}\""),
-            &BRIDGE_CHAINS[..],
-            &BRIDGE_REASONS[..],
-            &BRIDGE_COUNTERS[..],
-        ),
-        (
-            "inet",
-            &INET_MAPS[..],
-            address.to_string(),
-            &INET_CHAINS[..],
-            &INET_REASONS[..],
-            &INET_COUNTERS[..],
-        ),
+    for (family, maps, chains, reasons, counters) in [
+        ("bridge", &BRIDGE_MAPS[..], &BRIDGE_CHAINS[..], &BRIDGE_REASONS[..], &BRIDGE_COUNTERS[..]),
+        ("inet", &INET_MAPS[..], &INET_CHAINS[..], &INET_REASONS[..], &INET_COUNTERS[..]),
     ] {
         let mut script = Script { family, text: &mut text };
         // What is added here and deleted below never fails to be deleted.
         script.table();
         skeleton(&mut script, &tap, maps, chains, reasons, counters);
-        for (map, _, chain) in maps {
-            script.line("add", "element", format_args!("{map} {{ {key} : jump {tap}.{chain} }}"));
-            script.line("delete", "element", format_args!("{map} {{ {key} }}"));
+        elements(&mut script, address, maps);
+        for (map, key, _) in maps {
+            script.line("delete", "element", format_args!("{map} {{ {} }}", element_key(key, address)));
         }
         for chain in chains {
             script.line("delete", "chain", format_args!("{tap}.{chain}"));
@@ -145,9 +137,7 @@ pub fn render_remove(address: Ipv4Addr) -> String {
 
 /// One transaction that removes both tables.
 pub fn render_clear() -> String {
-    ["bridge", "inet"]
-        .map(|family| format!("add table {family} {TABLE}\ndelete table {family} {TABLE}\n"))
-        .concat()
+    FAMILIES.map(|family| format!("add table {family} {TABLE}\ndelete table {family} {TABLE}\n")).concat()
 }
 
 /// Maps, and a VM's chains (emptied) and counters.
@@ -176,16 +166,28 @@ fn skeleton(
     }
 }
 
+/// What a map's key is for a VM.
+fn element_key(kind: &str, address: Ipv4Addr) -> String {
+    if kind == "ifname" { format!("\"{}\"", tap_of(address)) } else { address.to_string() }
+}
+
+/// A VM's entries in the dispatch maps.
+fn elements(script: &mut Script<'_>, address: Ipv4Addr, maps: &[(&str, &str, &str)]) {
+    let tap = tap_of(address);
+    for (map, key, chain) in maps {
+        let key = element_key(key, address);
+        script.line("add", "element", format_args!("{map} {{ {key} : jump {tap}.{chain} }}"));
+    }
+}
+
 fn bridge_base(script: &mut Script<'_>) {
     script.table();
     for (map, key, _) in BRIDGE_MAPS {
         script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
     }
-    // Before br_netfilter (0) and ebtables' filter (-200); frames to a link-local group skip prerouting and reach
-    // the host by way of input alone.
+    // Before br_netfilter (0) and ebtables' filter (-200).
     for (chain, hook, priority, direction, map) in [
         ("prerouting", "prerouting", -290, "iifname", "from-guest"),
-        ("input", "input", -290, "iifname", "to-host"),
         ("postrouting", "postrouting", 290, "oifname", "to-guest"),
     ] {
         script.base(chain, hook, priority);
@@ -200,8 +202,10 @@ fn inet_base(script: &mut Script<'_>) {
     for (map, key, _) in INET_MAPS {
         script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
     }
-    // A packet of a VM's comes by its bridge. By the tap itself comes only what the bridge handed up unbridged.
+    // A packet of a VM's comes by its bridge. By the tap itself comes what is addressed to a link-local group
+    // (01:80:c2:00:00:0x): the bridge hands it up past its own hooks, and IP would take it.
     script.base("prerouting", "prerouting", -290);
+    script.rule("prerouting", format_args!("iifname vmap @direct-by"));
     script.rule("prerouting", format_args!("iifname \"{TAP_PREFIX}*\" drop"));
     script.rule("prerouting", format_args!("iifname @bridges ip saddr vmap @prerouting-by"));
     script.rule("prerouting", format_args!("iifname @bridges drop"));
@@ -217,6 +221,13 @@ fn inet_base(script: &mut Script<'_>) {
     script.rule("forward", format_args!("iifname @bridges drop"));
     script.rule("forward", format_args!("oifname @bridges ip daddr vmap @to-guest"));
     script.rule("forward", format_args!("oifname @bridges drop"));
+}
+
+/// ARP by the tap itself, as above: the host would tell all its addresses.
+fn arp_base(script: &mut Script<'_>) {
+    script.table();
+    script.base("input", "input", -10);
+    script.rule("input", format_args!("iifname \"{TAP_PREFIX}*\" drop"));
 }
 
 /// Which end of a packet is the other side.
@@ -289,14 +300,7 @@ impl<'a> Rules<'a> {
         self.drops(script, &BRIDGE_REASONS);
         self.bridge_out(script);
         self.bridge_in(script);
-        // To the host itself: what prerouting let through, and nothing addressed to a group but ARP's broadcast.
-        let chain = format!("{tap}.host");
-        script.rule(&chain, format_args!("ether daddr {} accept", self.guard.network().gateway_mac()));
-        script.rule(&chain, format_args!("ether daddr ff:ff:ff:ff:ff:ff ether type arp accept"));
-        script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Protocol)));
-        for (map, _, chain) in BRIDGE_MAPS {
-            script.line("add", "element", format_args!("{map} {{ \"{tap}\" : jump {tap}.{chain} }}"));
-        }
+        elements(script, self.guard.address(), &BRIDGE_MAPS);
     }
 
     fn bridge_out(&self, script: &mut Script<'_>) {
@@ -402,6 +406,9 @@ impl<'a> Rules<'a> {
         skeleton(script, tap, &[], &INET_CHAINS, &INET_REASONS, &INET_COUNTERS);
         self.drops(script, &INET_REASONS);
 
+        let chain = format!("{tap}.direct");
+        script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Protocol)));
+
         // Before anyone's DNAT: none of the host's addresses, on whatever interface, but the gateway's resolver.
         let (host, rate) = (self.drop_to(DropReason::Host), self.drop_to(DropReason::Rate));
         let chain = format!("{tap}.pre");
@@ -431,9 +438,7 @@ impl<'a> Rules<'a> {
         script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Unsolicited)));
 
         self.forward(script, &limit);
-        for (map, _, chain) in INET_MAPS {
-            script.line("add", "element", format_args!("{map} {{ {address} : jump {tap}.{chain} }}"));
-        }
+        elements(script, address, &INET_MAPS);
     }
 
     fn forward(&self, script: &mut Script<'_>, limit: &str) {

@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn golden() {
-        insta::assert_snapshot!(network_xml(&shape()), @"");
+        insta::assert_snapshot!(network_xml(&shape()));
     }
 
     #[test]

@@ -1,0 +1,11 @@
+//! The guard on real packets: network namespaces play the host, two VMs and the rest of the world.
+//!
+//! Every forbidden packet has its control: the same packet arrives while the guard is off.
+//!
+//! Needs root, `ip` and `nft`; without, each test says so and does nothing. All traffic stays inside namespaces that
+//! the test made.
+
+mod frame;
+mod guard;
+mod lab;
+mod probe;
