@@ -198,6 +198,16 @@ impl GuestHello {
     }
 }
 
+/// The guest's hello as it goes over the wire: with the host's nonce.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestAnswer {
+    /// The host's.
+    pub nonce: Nonce,
+    /// The guest's own.
+    #[serde(flatten)]
+    pub hello: GuestHello,
+}
+
 /// Why no session came to be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -251,5 +261,35 @@ fn advice(guest: Generations, host: Generations) -> &'static str {
         "the image was built by an older dev-box: rebuild it with `dev-box image build`"
     } else {
         "the image was built by a newer dev-box: update dev-box on this host, or rebuild the image with `dev-box image build`"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generations_in_common() {
+        let of = |min, max| Generations { min, max };
+        assert_eq!(of(1, 1).common(of(1, 3)), Some(1));
+        assert_eq!(of(2, 5).common(of(1, 3)), Some(3));
+        assert_eq!(of(4, 5).common(of(1, 3)), None);
+        assert_eq!(of(1, 3).common(of(4, 5)), None);
+        // Nonsense from a guest is no generation.
+        assert_eq!(of(1, 1).common(of(3, 1)), None);
+        assert_eq!((of(2, 2).to_string(), of(1, 2).to_string()), ("2".to_owned(), "1 to 2".to_owned()));
+    }
+
+    #[test]
+    fn nonces() {
+        let (one, other) = (Nonce::fresh().unwrap(), HostHello::fresh().unwrap().nonce);
+        assert_ne!(one, other);
+        assert_eq!(one.to_string().parse(), Ok(one));
+        assert_eq!(Nonce::from_bytes([0xAB; 16]).to_string(), "ab".repeat(16));
+        for bad in ["", "xy", &"g".repeat(32), &"+".repeat(32), &"0".repeat(33)] {
+            assert_eq!(bad.parse::<Nonce>(), Err(BadNonce), "{bad}");
+        }
+        assert!(serde_json::from_str::<Nonce>("3").is_err());
+        assert_eq!(format!("{one:?}"), format!("Nonce({one})"));
     }
 }

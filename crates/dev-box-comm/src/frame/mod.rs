@@ -41,6 +41,10 @@
 
 mod decode;
 mod encode;
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod tests;
 
 use bytes::{Buf, Bytes};
 

@@ -23,6 +23,8 @@ mod exec;
 mod files;
 mod json;
 mod machine;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 

@@ -10,12 +10,12 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
-use super::handshake::{GuestWireHello, Identity};
+use super::handshake::Identity;
 use super::state::Shared;
 use super::wire::Wire;
 use super::{CloseReason, FrameDeadline, PeerClose, SessionConfig};
 use crate::frame::Frame;
-use crate::hello::HostHello;
+use crate::hello::{GuestAnswer, HostHello};
 use crate::message::{JsonError, decode};
 use crate::mux::Violation;
 
@@ -195,7 +195,7 @@ impl Driver {
         let unreadable = |error: JsonError| CloseReason::Violation(Violation::Json { stream: 0, error });
         match &mut self.identity {
             Identity::Host { nonce, repeats } => {
-                let theirs: GuestWireHello = decode(json).map_err(unreadable)?;
+                let theirs: GuestAnswer = decode(json).map_err(unreadable)?;
                 if theirs.nonce != *nonce || *repeats == 0 {
                     return Err(unexpected);
                 }

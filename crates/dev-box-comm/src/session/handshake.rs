@@ -4,13 +4,12 @@
 //! in the middle of a frame of an earlier conversation, finds it then. The padding is a frame of its own, which does
 //! nothing where it is understood and completes the half frame where it is not.
 
-use serde::{Deserialize, Serialize};
 use tokio::time::{Duration, Instant, sleep_until, timeout};
 
 use super::wire::{Wire, WireError};
 use super::{Io, SessionConfig};
 use crate::frame::{Frame, MAX_PAYLOAD};
-use crate::hello::{GuestHello, HandshakeError, HostHello, Nonce};
+use crate::hello::{GuestAnswer, GuestHello, HandshakeError, HostHello, Nonce};
 use crate::message::{GuestText, JsonError, decode};
 
 /// First wait before the hello is repeated; doubles to the largest.
@@ -23,21 +22,13 @@ pub(super) const MAX_SKIPPED: u64 = 16 * 1024 * 1024;
 /// For the guest's answer to a host it cannot talk to.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// The guest's hello with the host's nonce, as it goes over the wire.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct GuestWireHello {
-    pub(super) nonce: Nonce,
-    #[serde(flatten)]
-    pub(super) hello: GuestHello,
-}
-
 /// By what a hello in a running session is judged.
 #[derive(Debug)]
 pub(super) enum Identity {
     /// `repeats`: answers that may still come, since the hello was repeated.
     Host { nonce: Nonce, repeats: u32 },
     /// `answer`: for a hello that is repeated.
-    Guest { nonce: Nonce, answer: Box<GuestWireHello> },
+    Guest { nonce: Nonce, answer: Box<GuestAnswer> },
 }
 
 fn unreadable(error: &JsonError) -> HandshakeError {
@@ -83,7 +74,7 @@ pub(super) async fn connect(
             wire.decoder.resync();
             continue;
         };
-        let theirs: GuestWireHello = match decode(&json) {
+        let theirs: GuestAnswer = match decode(&json) {
             Ok(theirs) => theirs,
             Err(error) => return Err(unreadable(&error)),
         };
@@ -126,7 +117,7 @@ pub(super) async fn answer(
     hello: GuestHello,
 ) -> Result<Identity, HandshakeError> {
     wire.restart_sending();
-    let answer = GuestWireHello { nonce: host.nonce, hello };
+    let answer = GuestAnswer { nonce: host.nonce, hello };
     wire.push_hello(&answer).map_err(|e| unreadable(&e))?;
     if host.generations.common(answer.hello.generations).is_none() {
         // So that the host can say what is wrong; it may not be listening any more.

@@ -3,11 +3,10 @@
 use std::io;
 
 use bytes::Bytes;
-use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::frame::{Decoder, Encoder, Frame, WriteQueue};
-use crate::hello::{GuestHello, HostHello};
+use crate::hello::{GuestAnswer, GuestHello, HostHello, Nonce};
 use crate::session::Io;
 
 /// One end of a connection, spoken by hand: well-formed frames, or any bytes at all.
@@ -37,16 +36,13 @@ impl RawPeer {
     pub async fn greet_host(
         &mut self,
         hello: &GuestHello,
-        nonce: impl FnOnce(&HostHello) -> String,
+        nonce: impl FnOnce(&HostHello) -> Nonce,
     ) -> io::Result<HostHello> {
         let Some(Frame::Hello(json)) = self.receive().await? else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
         let host: HostHello = serde_json::from_slice(&json)?;
-        let mut answer = serde_json::to_value(hello)?;
-        if let Some(object) = answer.as_object_mut() {
-            object.insert("nonce".to_owned(), json!(nonce(&host)));
-        }
+        let answer = GuestAnswer { nonce: nonce(&host), hello: hello.clone() };
         self.send(&Frame::Hello(Bytes::from(serde_json::to_vec(&answer)?))).await?;
         Ok(host)
     }

@@ -4,6 +4,8 @@
 //! [`GuestPort`](crate::session::GuestPort).
 
 mod choose;
+#[cfg(test)]
+mod tests;
 mod unix;
 #[cfg(feature = "vsock")]
 mod vsock;

@@ -16,10 +16,8 @@ async fn with_raw_guest() -> (Session, RawPeer) {
     let (host, guest) = duplex(256 * 1024);
     let mut raw = RawPeer::new(guest);
     let hello = guest_hello();
-    let (host, greeted) = tokio::join!(
-        Session::connect(host, host_hello()),
-        raw.greet_host(&hello, |host| host.nonce.to_string())
-    );
+    let (host, greeted) =
+        tokio::join!(Session::connect(host, host_hello()), raw.greet_host(&hello, |host| host.nonce));
     greeted.unwrap();
     (host.unwrap().0, raw)
 }
@@ -193,10 +191,8 @@ async fn an_unknown_version() {
     let mut hello = guest_hello();
     hello.version = "9.9.9\x1b[31m".to_owned();
     hello.generations = Generations { min: 7, max: 9 };
-    let (host, greeted) = tokio::join!(
-        Session::connect(host, host_hello()),
-        raw.greet_host(&hello, |host| host.nonce.to_string())
-    );
+    let (host, greeted) =
+        tokio::join!(Session::connect(host, host_hello()), raw.greet_host(&hello, |host| host.nonce));
     greeted.unwrap();
     let error = host.unwrap_err();
     assert!(matches!(error, HandshakeError::Version { .. }), "{error}");
@@ -346,7 +342,7 @@ async fn a_wrong_nonce() {
     let hello = guest_hello();
     let (host, greeted) = tokio::join!(
         Session::connect(host, host_hello()),
-        raw.greet_host(&hello, |_| Nonce::from_bytes([9; 16]).to_string())
+        raw.greet_host(&hello, |_| Nonce::from_bytes([9; 16]))
     );
     greeted.unwrap();
     let error = host.unwrap_err();
