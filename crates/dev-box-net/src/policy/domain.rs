@@ -50,6 +50,15 @@ impl DomainPattern {
             queried == self.name
         }
     }
+
+    /// Whether some name is covered by both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        match (self.below, other.below) {
+            (false, _) => other.matches(&self.name),
+            (true, false) => self.matches(&other.name),
+            (true, true) => self.name == other.name || self.matches(&other.name) || other.matches(&self.name),
+        }
+    }
 }
 
 impl FromStr for DomainPattern {

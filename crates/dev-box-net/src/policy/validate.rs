@@ -357,9 +357,7 @@ fn domains(texts: &[String]) -> Result<Vec<DomainPattern>, PolicyError> {
         let pattern = DomainPattern::from_str(text).map_err(|reason| {
             PolicyError::rule(ListName::Domains, index, PolicyProblem::Domain { text: text.clone(), reason })
         })?;
-        disjoint(ListName::Domains, index, pattern.clone(), &patterns, |one, other| {
-            one == other || one.matches(other.name()) || other.matches(one.name())
-        })?;
+        disjoint(ListName::Domains, index, pattern.clone(), &patterns, DomainPattern::overlaps)?;
         patterns.push(pattern);
     }
     Ok(patterns)

@@ -1,1 +1,378 @@
+use std::fs;
+use std::path::Path;
 
+use dev_box_core::libvirt::fake::FakeLibvirt;
+use dev_box_core::libvirt::{Libvirt, NetworkSummary};
+
+use super::*;
+use crate::guard::fake::{Call, FakeFirewall};
+
+const ROUTES: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
+    eth0\t0000D50A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
+
+struct World {
+    dir: tempfile::TempDir,
+    libvirt: FakeLibvirt,
+    firewall: Arc<FakeFirewall>,
+    network: VmNetwork,
+}
+
+impl World {
+    fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut NetSettings)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut settings = settings(dir.path());
+        change(&mut settings);
+        let firewall = Arc::new(FakeFirewall::new());
+        let network = VmNetwork::new(settings, firewall.clone());
+        Self { dir, libvirt: FakeLibvirt::new(), firewall, network }
+    }
+
+    fn attach(&self, vm: &str) -> Result<NetLease, NetError> {
+        let lease = self.network.attach(&self.libvirt, &name(vm), &EgressPolicy::NatFiltered)?;
+        Ok(lease.expect("not isolated"))
+    }
+
+    fn make_tap(&self, address: Ipv4Addr) {
+        fs::create_dir_all(self.dir.path().join("interfaces").join(tap_of(address))).unwrap();
+    }
+
+    fn network(&self) -> Option<NetworkSummary> {
+        self.libvirt.find_network("dev-box").unwrap()
+    }
+
+    /// No lease, no rule, no filter.
+    fn is_clean(&self) -> bool {
+        self.network.list(&self.libvirt).unwrap().is_empty()
+            && self.firewall.list().unwrap().is_empty()
+            && self.libvirt.filters().unwrap().iter().all(|filter| !filter.starts_with("dev-box"))
+    }
+}
+
+fn settings(dir: &Path) -> NetSettings {
+    let host = HostPaths {
+        routes: dir.join("route"),
+        interfaces: dir.join("interfaces"),
+        ip_forward: dir.join("ip_forward"),
+        bridge_nf_call_iptables: dir.join("bridge_nf"),
+    };
+    fs::write(&host.routes, ROUTES).unwrap();
+    fs::write(&host.ip_forward, "1\n").unwrap();
+    NetSettings { host, ..NetSettings::new(dir.join("net")) }
+}
+
+fn name(vm: &str) -> VmName {
+    VmName::new(vm).unwrap()
+}
+
+fn fault() -> LibvirtError {
+    LibvirtError::Unsupported { message: "scripted".to_owned() }
+}
+
+#[test]
+fn a_vm_gets_an_interface_whose_rules_stand() {
+    let world = World::new();
+    let lease = world.attach("a").unwrap();
+    // 10.213.0.0/24 is routed.
+    assert_eq!(lease.address, Ipv4Addr::new(10, 213, 1, 2));
+    assert_eq!((lease.gateway, lease.prefix), (Ipv4Addr::new(10, 213, 1, 1), 24));
+    assert_eq!(lease.dns, [lease.gateway]);
+    assert_eq!((lease.tap.as_str(), lease.mac.to_string().as_str()), ("dbt0ad50102", "02:db:0a:d5:01:02"));
+    assert_eq!(lease.policy_digest(), EgressPolicy::NatFiltered.digest());
+    assert!(world.network().unwrap().active);
+    assert_eq!(world.network().unwrap().bridge.as_deref(), Some("devbox0"));
+    assert!(world.libvirt.filters().unwrap().contains(&lease.filter));
+    assert_eq!(world.firewall.rules_of(lease.address).unwrap().vm(), &name("a"));
+
+    let interface = lease.interface();
+    assert_eq!((interface.network.as_str(), interface.ip), ("dev-box", Some(lease.address)));
+    assert_eq!((interface.mac, interface.target_dev.as_ref()), (lease.mac, Some(&lease.tap)));
+    assert_eq!(interface.filter.unwrap().name, lease.filter);
+    assert!(interface.port_isolated);
+
+    let other = world.attach("b").unwrap();
+    assert_ne!(other.address, lease.address);
+    assert_eq!(other.filter, lease.filter);
+    let list = world.network.list(&world.libvirt).unwrap();
+    assert_eq!(list.len(), 2);
+    assert_eq!((list[0].owner, list[0].address), (Owner::Alive, lease.address));
+    assert_eq!(list[0].record.as_ref().unwrap().vm, name("a"));
+    assert_eq!(list[0].traffic, Some(Traffic::default()));
+
+    world.network.detach(&world.libvirt, lease).unwrap();
+    assert!(world.libvirt.filters().unwrap().contains(&other.filter), "the other VM's too");
+    world.network.detach(&world.libvirt, other).unwrap();
+    assert!(world.is_clean());
+}
+
+#[test]
+fn isolated_is_no_interface_and_touches_nothing() {
+    let world = World::new();
+    let none = world.network.attach(&world.libvirt, &name("a"), &EgressPolicy::Isolated).unwrap();
+    assert!(none.is_none() && world.network().is_none());
+    assert!(world.network.list(&world.libvirt).unwrap().is_empty());
+}
+
+#[test]
+fn works_behind_the_seam_s_object() {
+    let world = World::new();
+    let libvirt: &dyn Libvirt = &world.libvirt;
+    let lease = world.network.attach(libvirt, &name("a"), &EgressPolicy::NatFiltered).unwrap().unwrap();
+    world.network.detach(libvirt, lease).unwrap();
+}
+
+#[test]
+fn domains_are_refused_rather_than_ignored() {
+    let world = World::new();
+    let policy = EgressPolicy::from_toml("mode='custom'\ndomains=['github.com', '*.crates.io']").unwrap();
+    let error = world.network.attach(&world.libvirt, &name("a"), &policy).unwrap_err().to_string();
+    assert!(error.contains("allows 2 domain(s), the first being \"github.com\""), "{error}");
+    assert!(world.network().is_none());
+    let mut lease = world.attach("a").unwrap();
+    assert!(matches!(
+        world.network.change_policy(&mut lease, &policy),
+        Err(NetError::DomainsUnsupported { .. })
+    ));
+    assert_eq!(lease.policy, EgressPolicy::NatFiltered);
+}
+
+#[test]
+fn ensuring_twice_changes_nothing_and_starts_what_stands_still() {
+    let world = World::new();
+    let shape = world.network.ensure(&world.libvirt).unwrap();
+    let first = world.network().unwrap();
+    assert_eq!(world.network.ensure(&world.libvirt).unwrap(), shape);
+    assert_eq!(world.network().unwrap(), first);
+    world.libvirt.stop_network("dev-box").unwrap();
+    world.network.ensure(&world.libvirt).unwrap();
+    assert!(world.network().unwrap().active);
+}
+
+#[test]
+fn a_configured_subnet_is_used_and_must_stay() {
+    let world = World::with(|settings| settings.subnet = Some("192.168.200.0/28".parse().unwrap()));
+    assert_eq!(world.attach("a").unwrap().address, Ipv4Addr::new(192, 168, 200, 2));
+    let settings =
+        NetSettings { subnet: Some("192.168.201.0/28".parse().unwrap()), ..settings(world.dir.path()) };
+    let error = VmNetwork::new(settings, world.firewall.clone()).ensure(&world.libvirt).unwrap_err();
+    assert!(
+        error.to_string().contains("its subnet is 192.168.200.0/28, and 192.168.201.0/28 is configured"),
+        "{error}"
+    );
+}
+
+#[test]
+fn foreign_networks_are_refused() {
+    for (xml, part) in [
+        (
+            "<network><name>dev-box</name><bridge name='virbr7'/></network>".to_owned(),
+            "does not forward by NAT",
+        ),
+        (
+            network_xml(&NetworkShape::new("dev-box", "other0", "10.9.0.0/24".parse().unwrap()).unwrap()),
+            "its bridge is other0",
+        ),
+    ] {
+        let world = World::new();
+        world.libvirt.define_network(&xml).unwrap();
+        let error = world.attach("a").unwrap_err().to_string();
+        assert!(error.contains(part) && error.contains("virsh net-undefine dev-box"), "{error}");
+    }
+}
+
+#[test]
+fn bad_names_and_missing_routes_are_said() {
+    let world = World::with(|settings| settings.bridge = "Bridge!".to_owned());
+    assert!(matches!(world.attach("a"), Err(NetError::Name(_))));
+    let world = World::with(|settings| settings.host.routes = "/nonexistent/route".into());
+    assert_eq!(world.attach("a").unwrap_err().to_string(), "/nonexistent/route cannot be read");
+    let world = World::with(|settings| {
+        fs::write(
+            &settings.host.routes,
+            "h\ne\t00000000\t0\t1\t0\t0\t0\t00000080\ne\t00000080\t0\t1\t0\t0\t0\t00000080",
+        )
+        .unwrap();
+    });
+    assert!(matches!(world.attach("a"), Err(NetError::Subnet(SubnetError::NoneFree { .. }))));
+    let world = World::with(|settings| settings.dir = "/dev/null/net".into());
+    assert!(world.attach("a").unwrap_err().to_string().starts_with("/dev/null/net cannot be made"));
+}
+
+#[test]
+fn whatever_fails_nothing_is_left() {
+    for call in ["find_network", "define_network", "start_network", "filters", "define_filter"] {
+        let world = World::new();
+        world.libvirt.fail_next(call, fault());
+        let error = world.attach("a").unwrap_err();
+        assert!(matches!(&error, NetError::Libvirt { .. }), "{call}: {error:?}");
+        assert!(error.to_string().starts_with("libvirt could not "), "{error}");
+        assert!(world.is_clean(), "{call}");
+    }
+    let world = World::new();
+    world.firewall.fail_next(Call::Apply);
+    assert!(matches!(world.attach("a"), Err(NetError::Firewall(_))));
+    assert!(world.is_clean());
+}
+
+#[test]
+fn what_cannot_be_undone_is_left_for_the_sweep() {
+    let world = World::new();
+    world.firewall.fail_next(Call::Apply);
+    world.firewall.fail_next(Call::Remove);
+    assert!(matches!(world.attach("a"), Err(NetError::Firewall(_))));
+    assert_eq!(world.network.list(&world.libvirt).unwrap().len(), 1);
+    assert_eq!(world.network.sweep(&world.libvirt).unwrap().leases.len(), 1);
+    assert!(world.is_clean());
+}
+
+#[test]
+fn an_address_whose_tap_exists_is_not_given_out() {
+    let world = World::new();
+    world.make_tap(Ipv4Addr::new(10, 213, 1, 2));
+    assert_eq!(world.attach("a").unwrap().address, Ipv4Addr::new(10, 213, 1, 3));
+}
+
+#[test]
+fn verification_finds_what_is_gone() {
+    let world = World::new();
+    let mut lease = world.attach("a").unwrap();
+    let verify = |lease: &NetLease| world.network.verify(&world.libvirt, lease).unwrap();
+    let found = verify(&lease);
+    assert!(found.is_sound() && found.bridge_nf_call_iptables.is_none(), "{found:?}");
+
+    fs::write(world.dir.path().join("bridge_nf"), "0\n").unwrap();
+    assert_eq!(verify(&lease).bridge_nf_call_iptables, Some(false));
+    assert!(verify(&lease).is_sound(), "the sysctl is the administrator's");
+
+    world.firewall.flush();
+    assert_eq!(verify(&lease).guard, GuardState::Missing);
+    assert!(!verify(&lease).is_sound());
+    world.network.restore(&mut lease).unwrap();
+    assert!(verify(&lease).is_sound());
+
+    let other = EgressPolicy::from_toml("mode='custom'\nports=['tcp/1']").unwrap();
+    let stranger =
+        VmGuard::new(name("x"), world.network.ensure(&world.libvirt).unwrap(), lease.address, other).unwrap();
+    world.firewall.apply(&stranger).unwrap();
+    assert_eq!(verify(&lease).guard, GuardState::Changed);
+    world.network.restore(&mut lease).unwrap();
+
+    fs::write(world.dir.path().join("ip_forward"), "0\n").unwrap();
+    assert!(!verify(&lease).forwarding && !verify(&lease).is_sound());
+    fs::write(world.dir.path().join("ip_forward"), "1\n").unwrap();
+    world.libvirt.stop_network("dev-box").unwrap();
+    assert!(!verify(&lease).network_active);
+    world.libvirt.undefine_filter(&lease.filter).unwrap();
+    assert!(!verify(&lease).filter_defined);
+    for call in ["find_network", "filters"] {
+        world.libvirt.fail_next(call, fault());
+        assert!(matches!(world.network.verify(&world.libvirt, &lease), Err(NetError::Libvirt { .. })));
+    }
+    world.firewall.fail_next(Call::List);
+    assert!(matches!(world.network.verify(&world.libvirt, &lease), Err(NetError::Firewall(_))));
+}
+
+#[test]
+fn a_policy_is_changed_at_once_and_put_on_record() {
+    let world = World::new();
+    let mut lease = world.attach("a").unwrap();
+    let narrow = EgressPolicy::from_toml("mode='custom'\nports=['tcp/443']").unwrap();
+    world.network.change_policy(&mut lease, &narrow).unwrap();
+    assert_eq!(world.firewall.rules_of(lease.address).unwrap().policy(), &narrow);
+    assert_eq!(world.network.list(&world.libvirt).unwrap()[0].record.as_ref().unwrap().policy, narrow);
+    assert!(world.network.verify(&world.libvirt, &lease).unwrap().is_sound());
+
+    world.firewall.fail_next(Call::Apply);
+    assert!(world.network.change_policy(&mut lease, &EgressPolicy::NatFiltered).is_err());
+    assert_eq!(lease.policy, narrow);
+    assert!(matches!(
+        world.network.change_policy(&mut lease, &EgressPolicy::Isolated),
+        Err(NetError::Guard(GuardError::Isolated))
+    ));
+    assert!(world.network.verify(&world.libvirt, &lease).unwrap().is_sound());
+}
+
+#[test]
+fn traffic_is_the_vm_s_own() {
+    let world = World::new();
+    let lease = world.attach("a").unwrap();
+    world.firewall.set_traffic(lease.address, Traffic { connections: 3, ..Traffic::default() });
+    assert_eq!(world.network.traffic(&lease).unwrap().connections, 3);
+    world.firewall.flush();
+    assert_eq!(world.network.traffic(&lease).unwrap(), Traffic::default());
+}
+
+#[test]
+fn a_failed_detach_is_swept_later() {
+    let world = World::new();
+    let lease = world.attach("a").unwrap();
+    let address = lease.address;
+    world.firewall.fail_next(Call::Remove);
+    assert!(world.network.detach(&world.libvirt, lease).is_err());
+    world.make_tap(address);
+    assert_eq!(world.network.sweep(&world.libvirt).unwrap(), Swept::default(), "its VM runs");
+    assert!(world.firewall.rules_of(address).is_some(), "and stays guarded");
+    fs::remove_dir(world.dir.path().join("interfaces").join(tap_of(address))).unwrap();
+    let swept = world.network.sweep(&world.libvirt).unwrap();
+    assert_eq!(swept.leases, [(address, Some(name("a")))]);
+    assert_eq!(swept.filters.len(), 1);
+    assert!(world.is_clean());
+}
+
+#[test]
+fn the_sweep_spares_the_living() {
+    let world = World::new();
+    assert_eq!(world.network.sweep(&world.libvirt).unwrap(), Swept::default(), "no network yet");
+    let lease = world.attach("a").unwrap();
+    drop(world.attach("b").unwrap());
+    let shape = world.network.ensure(&world.libvirt).unwrap();
+    let stray = Ipv4Addr::new(10, 213, 1, 77);
+    let rules = VmGuard::new(name("c"), shape, stray, EgressPolicy::NatFiltered).unwrap();
+    world.firewall.apply(&rules).unwrap();
+    let swept = world.network.sweep(&world.libvirt).unwrap();
+    assert_eq!(swept.leases, [(Ipv4Addr::new(10, 213, 1, 3), Some(name("b")))]);
+    assert_eq!((swept.rules, swept.filters), (vec![stray], vec![]));
+    assert!(world.network.verify(&world.libvirt, &lease).unwrap().is_sound());
+}
+
+#[test]
+fn all_of_ours_is_removed_once_nobody_uses_it() {
+    let world = World::new();
+    let lease = world.attach("a").unwrap();
+    world.libvirt.define_filter("<filter name='stranger'/>").unwrap();
+    let error = world.network.remove(&world.libvirt).unwrap_err();
+    assert_eq!(error.to_string(), "1 VM(s) still have a network: end them first");
+    world.network.detach(&world.libvirt, lease).unwrap();
+    world.network.remove(&world.libvirt).unwrap();
+    assert!(world.network().is_none() && world.is_clean());
+    assert!(world.libvirt.filters().unwrap().contains(&"stranger".to_owned()));
+    world.network.remove(&world.libvirt).unwrap();
+}
+
+#[test]
+fn a_filter_in_use_stays() {
+    let world = World::new();
+    let lease = world.attach("a").unwrap();
+    let filter = lease.filter.clone();
+    world.libvirt.fail_next("undefine_filter", LibvirtError::InUse { message: String::new() });
+    world.network.detach(&world.libvirt, lease).unwrap();
+    assert!(world.libvirt.filters().unwrap().contains(&filter));
+    let lease = world.attach("a").unwrap();
+    world.libvirt.fail_next("undefine_filter", fault());
+    let error = world.network.detach(&world.libvirt, lease).unwrap_err().to_string();
+    assert_eq!(error, format!("libvirt could not undefine the filter {filter}"));
+    assert_eq!(world.network.sweep(&world.libvirt).unwrap().filters, [filter]);
+}
+
+#[test]
+fn the_fake_s_faults_reach_every_call() {
+    let firewall = FakeFirewall::new();
+    for call in [Call::List, Call::List, Call::List, Call::Clear] {
+        firewall.fail_next(call);
+    }
+    assert!(firewall.list().is_err() && firewall.traffic().is_err() && firewall.inspect(&[]).is_err());
+    assert!(firewall.clear().is_err() && firewall.clear().is_ok());
+}

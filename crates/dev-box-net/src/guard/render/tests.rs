@@ -1,1 +1,105 @@
+use dev_box_core::id::VmName;
+use proptest::prelude::*;
 
+use super::*;
+use crate::guard::GuardError;
+use crate::network::NetworkShape;
+use crate::policy::PolicyDocument;
+
+fn shape() -> NetworkShape {
+    NetworkShape::new("dev-box", "devbox0", "10.213.0.0/24".parse().unwrap()).unwrap()
+}
+
+fn guard(policy: EgressPolicy) -> VmGuard {
+    let vm = VmName::new("dev-box-0a1b2c3d").unwrap();
+    VmGuard::new(vm, shape(), Ipv4Addr::new(10, 213, 0, 2), policy).unwrap()
+}
+
+#[test]
+fn golden_nat_filtered() {
+    insta::assert_snapshot!(render_apply(&guard(EgressPolicy::NatFiltered)));
+}
+
+#[test]
+fn golden_custom() {
+    let policy = EgressPolicy::from_toml(
+        "mode='custom'\nports=['tcp/443','udp/5000-5001']\nallow=['10.9.0.0/16']\ndeny=['10.9.9.0/24']\n\
+         [limits]\nconnections=7\nnew-connections-per-second=5\negress-bytes-per-second=1000000",
+    );
+    insta::assert_snapshot!(render_apply(&guard(policy.unwrap())));
+}
+
+#[test]
+fn golden_remove_and_clear() {
+    insta::assert_snapshot!(render_remove(Ipv4Addr::new(10, 213, 0, 2)));
+    assert_eq!(render_clear().lines().count(), 6);
+}
+
+#[test]
+fn rules_need_an_interface_and_an_address_of_the_network() {
+    let vm = VmName::new("a").unwrap();
+    let error = VmGuard::new(vm.clone(), shape(), Ipv4Addr::new(10, 213, 0, 2), EgressPolicy::Isolated);
+    assert_eq!(error.unwrap_err(), GuardError::Isolated);
+    for address in [shape().gateway(), Ipv4Addr::new(10, 213, 1, 2)] {
+        let error = VmGuard::new(vm.clone(), shape(), address, EgressPolicy::NatFiltered).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("{address} is no VM's address on dev-box (bridge devbox0, 10.213.0.0/24)")
+        );
+    }
+}
+
+#[test]
+fn every_drop_has_its_chain_and_every_chain_an_end() {
+    let text = render_apply(&guard(EgressPolicy::NatFiltered));
+    for target in text.lines().filter_map(|line| line.split_once(" goto ")).map(|(_, target)| target) {
+        assert!(text.contains(&format!("dev_box {target}\n")), "no chain {target}");
+    }
+    let families = [("bridge", &BRIDGE_CHAINS[..]), ("inet", &INET_CHAINS[..])];
+    for (family, chains) in families {
+        for chain in chains {
+            let start = format!("add rule {family} dev_box dbt0ad50002.{chain} ");
+            let last = text.lines().filter_map(|line| line.strip_prefix(&start)).next_back().unwrap();
+            assert!(last.starts_with("goto ") || last == "accept", "{family} {chain} ends with {last}");
+        }
+    }
+}
+
+#[test]
+fn what_is_added_is_removed() {
+    let (apply, remove) =
+        (render_apply(&guard(EgressPolicy::NatFiltered)), render_remove(Ipv4Addr::new(10, 213, 0, 2)));
+    for object in ["chain", "counter"] {
+        for line in
+            apply.lines().filter(|line| line.starts_with(&format!("add {object} ")) && line.contains("dbt"))
+        {
+            assert!(remove.contains(&line.replacen("add", "delete", 1)), "{line}");
+        }
+    }
+    for line in apply.lines().filter(|line| line.starts_with("add element") && line.contains("jump")) {
+        let (map, _) = line.split_once(" : ").unwrap();
+        assert!(remove.contains(&format!("{} }}", map.replacen("add", "delete", 1))), "{line}");
+    }
+}
+
+proptest! {
+    /// nft reads what is written line by line: nothing in a policy can make a line of its own.
+    #[test]
+    fn a_policy_changes_lines_and_breaks_none(
+        octets in prop::collection::btree_set(any::<u8>(), 1..20),
+        ports in prop::collection::btree_set(1_u16..9000, 1..20),
+    ) {
+        let document = PolicyDocument {
+            mode: "custom".to_owned(),
+            ports: Some(ports.iter().map(|port| format!("udp/{port}")).collect()),
+            allow: octets.iter().map(|octet| format!("10.{octet}.0.0/16")).collect(),
+            ..PolicyDocument::default()
+        };
+        let text = render_apply(&guard(EgressPolicy::try_from(document).unwrap()));
+        for line in text.lines() {
+            let verb = line.split(' ').next().unwrap();
+            prop_assert!(["add", "flush"].contains(&verb), "{}", line);
+            prop_assert_eq!(line.matches('{').count(), line.matches('}').count(), "{}", line);
+        }
+    }
+}
