@@ -142,7 +142,7 @@ impl VmRules {
                 self.network.observe(config, now, observation, &mut hits);
             }
             Observation::Query { name, nxdomain } => {
-                self.dns.observe(config, now, name, *nxdomain, &mut hits)
+                self.dns.observe(config, now, name, *nxdomain, &mut hits);
             }
             _ => self.host.observe(config, now, observation, &mut hits),
         }

@@ -175,6 +175,7 @@ impl Journal {
             Some(state) if state.seq > 0 => {
                 // Reads on, so that a log that was cut is refused here and not at the first entry.
                 let mut state = state;
+                let before = state.seq;
                 let found = self.catch_up(&mut state).map_err(|error| match error {
                     AuditError::Tampered { what } => OpenError::Tampered { what },
                     AuditError::Write(error) => OpenError::Io {
@@ -183,8 +184,13 @@ impl Journal {
                     },
                     other => OpenError::Tampered { what: other.to_string() },
                 })?;
+                if state.seq > before {
+                    state.store(&self.state, &*self.volume).map_err(at(&dir.join("state")))?;
+                }
                 if !found.is_empty() {
-                    let _ = self.write_group(&mut state, found);
+                    // The tail is gone; if this cannot be said now, it is said with the first group.
+                    let failed = self.write_group(&mut state, &found).iter().any(Result::is_err);
+                    self.count_lost(u64::from(failed), "a tail was cut and that could not be written");
                 }
                 return Ok(());
             }
@@ -218,7 +224,7 @@ impl Journal {
         if let Some((_, file)) = &self.segment {
             self.volume.set_len(file, 0).map_err(at(&dir))?;
         }
-        match self.write_group(&mut state, vec![genesis]).into_iter().next() {
+        match self.write_group(&mut state, &[genesis]).into_iter().next() {
             Some(Ok(_)) => Ok(()),
             Some(Err(AuditError::Write(error))) => {
                 Err(OpenError::Io { path: dir, source: io::Error::new(error.kind(), error.to_string()) })
@@ -236,13 +242,13 @@ impl Journal {
             let mut prelude = self.catch_up(&mut state)?;
             let skipped = prelude.len();
             prelude.extend(entries);
-            Ok(self.write_group(&mut state, prelude).split_off(skipped))
+            Ok((self.write_group(&mut state, &prelude), skipped))
         });
         match outcome {
-            Ok(results) => {
+            Ok((mut results, skipped)) => {
                 let failed = results.iter().filter(|one| matches!(one, Err(AuditError::Write(_)))).count();
                 self.count_lost(failed as u64, "the log could not be written");
-                results
+                results.split_off(skipped)
             }
             Err(error) => {
                 if matches!(error, AuditError::Write(_)) {
@@ -306,7 +312,7 @@ impl Journal {
         let hash = Text::display(hash);
         let mut entries = said;
         entries.push(Entry::result(AuditEvent::AuditPrune { through_seq, hash }, Outcome::Intent));
-        self.write_group(&mut state, entries).pop().unwrap_or(Err(AuditError::Closed))?;
+        self.write_group(&mut state, &entries).pop().unwrap_or(Err(AuditError::Closed))?;
         for path in &gone {
             fs::remove_file(path).map_err(write_error)?;
         }
@@ -396,11 +402,7 @@ impl Journal {
     }
 
     /// Under the lock: writes `entries` after `state`, with whatever the log itself has to say.
-    fn write_group(
-        &mut self,
-        state: &mut ChainState,
-        entries: Vec<Entry>,
-    ) -> Vec<Result<Receipt, AuditError>> {
+    fn write_group(&mut self, state: &mut ChainState, entries: &[Entry]) -> Vec<Result<Receipt, AuditError>> {
         let count = entries.len();
         match self.try_write(state, entries) {
             Ok(results) => results,
@@ -414,7 +416,7 @@ impl Journal {
     fn try_write(
         &mut self,
         state: &mut ChainState,
-        entries: Vec<Entry>,
+        entries: &[Entry],
     ) -> Result<Vec<Result<Receipt, AuditError>>, AuditError> {
         let now = self.clock.now().unix_nanos();
         let mut own = self.rotate_if_due(state, now).map_err(write_error)?;

@@ -50,6 +50,10 @@ impl Place {
         self.journal_with(self.options())
     }
 
+    fn try_journal(&self) -> Result<Journal, OpenError> {
+        Journal::open(self.options(), self.clock.clone(), Arc::new(Disk))
+    }
+
     fn journal_with(&self, options: AuditOptions) -> Journal {
         Journal::open(options, self.clock.clone(), Arc::new(Disk)).unwrap()
     }

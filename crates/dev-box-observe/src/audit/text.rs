@@ -291,10 +291,9 @@ fn redacted(arg: &Text) -> Text {
     }
     if let Some((name, value)) = text.split_once('=')
         && !name.contains(char::is_whitespace)
+        && (is_secret_name(name) || is_token(value))
     {
-        if is_secret_name(name) || is_token(value) {
-            return Text::display(format_args!("{name}={BLANK}"));
-        }
+        return Text::display(format_args!("{name}={BLANK}"));
     }
     if let Some((name, _)) = text.split_once(':')
         && (name.eq_ignore_ascii_case("authorization") || name.eq_ignore_ascii_case("proxy-authorization"))

@@ -6,7 +6,7 @@
 use std::{
     fmt,
     fs::{self, File},
-    io::{self, BufReader},
+    io::{self, BufRead, BufReader},
     path::{Path, PathBuf},
 };
 
@@ -279,10 +279,7 @@ impl<'a> Walk<'a> {
         let mut consumed = 0;
         loop {
             if consumed >= limit {
-                // A log that is being written has a tail for a moment, so the lock is what tells: see `torn_tail`.
-                let torn = torn_tail(self.dir, first, limit)?;
-                self.line += 1;
-                return Ok(torn.map(|bytes| self.problem(self.seq + 1, Fault::Torn { bytes })));
+                return self.tail(&mut reader, consumed, heads);
             }
             let start = consumed;
             let read = read_line(&mut reader, &mut line, &mut consumed)?;
@@ -303,6 +300,42 @@ impl<'a> Walk<'a> {
                 }
                 Line::Partial | Line::TooLong => return self.misplaced(&line).map(Some),
                 Line::End => return Ok(None),
+            }
+        }
+    }
+
+    /// What is behind the state's end. True records are records: a process died before it could count them. Anything else
+    /// is torn, unless a writer is just putting it there, which is why this holds the lock.
+    fn tail(
+        &mut self,
+        reader: &mut impl BufRead,
+        end: u64,
+        heads: &mut Heads,
+    ) -> io::Result<Option<Problem>> {
+        let lock = File::open(self.dir.join("lock")).ok();
+        if let Some(lock) = &lock {
+            flock(lock, FlockOperation::LockShared)?;
+        }
+        let now = ChainState::load(&File::open(self.dir.join("state"))?)?;
+        if now.is_none_or(|now| now.segment != self.segment || now.offset != end) {
+            // The log went on meanwhile: this is no longer its end.
+            return Ok(None);
+        }
+        let length = fs::metadata(segment::path(self.dir, self.segment))?.len();
+        let mut line = Vec::new();
+        let mut consumed = end;
+        loop {
+            let start = consumed;
+            let read = read_line(reader, &mut line, &mut consumed)?;
+            let whole = match read {
+                Line::End => return Ok(None),
+                Line::Whole => self.record(&line, heads)?.is_none(),
+                Line::Partial | Line::TooLong => false,
+            };
+            self.line += 1;
+            if !whole {
+                let bytes = length.saturating_sub(start);
+                return Ok(Some(self.problem(self.seq + 1, Fault::Torn { bytes })));
             }
         }
     }
@@ -395,19 +428,6 @@ impl<'a> Walk<'a> {
         }
         Ok(false)
     }
-}
-
-/// Whether bytes behind `end` stay there when no writer is at work.
-fn torn_tail(dir: &Path, first: u64, end: u64) -> io::Result<Option<u64>> {
-    let lock = File::open(dir.join("lock")).ok();
-    if let Some(lock) = &lock {
-        flock(lock, FlockOperation::LockShared)?;
-    }
-    let now = ChainState::load(&File::open(dir.join("state"))?)?;
-    let length = fs::metadata(segment::path(dir, first))?.len();
-    // The log went on meanwhile: this is then no longer its end.
-    let moved = now.is_none_or(|now| now.segment != first || now.offset != end);
-    Ok((!moved && length > end).then(|| length - end))
 }
 
 /// Heads from files, in order of their numbers.

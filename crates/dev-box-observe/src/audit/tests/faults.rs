@@ -130,7 +130,10 @@ fn records_behind_an_older_state_are_taken_over() {
     }
     drop(journal);
     fs::write(place.log_dir().join("state"), old).unwrap();
+    assert_eq!(place.verify().problem, None, "true records are records, counted or not");
+    assert_eq!(place.verify().last_seq, 5);
     let mut journal = place.journal();
+    assert_eq!(state_of(&place).seq, 5, "opening counts them");
     assert_eq!(append(&mut journal, fact(5)).unwrap().seq, 6);
     assert_eq!(place.verify().problem, None);
     assert_eq!(place.actions().len(), 6);
@@ -168,7 +171,7 @@ fn a_changed_log_is_not_written_to() {
     let error = append(&mut journal, fact(9)).unwrap_err();
     assert!(matches!(error, AuditError::Tampered { .. }), "{error}");
     assert!(matches!(journal.health(), Health::Failed(AuditError::Tampered { .. })));
-    let open = Journal::open(place.options(), place.clock.clone(), Arc::new(Disk)).unwrap_err();
+    let open = place.try_journal().unwrap_err();
     assert!(matches!(open, OpenError::Tampered { .. }), "{open}");
     // Replaced by another file of the same content.
     let mut others = whole.clone();
@@ -185,7 +188,7 @@ fn a_changed_log_is_not_written_to() {
     fs::write(place.log_dir().join("state"), "nonsense").unwrap();
     let error = append(&mut journal, fact(9)).unwrap_err();
     assert!(error.to_string().contains("state"), "{error}");
-    let open = Journal::open(place.options(), place.clock.clone(), Arc::new(Disk)).unwrap_err();
+    let open = place.try_journal().unwrap_err();
     assert!(matches!(open, OpenError::StateLost { .. }), "{open}");
 }
 
@@ -194,7 +197,7 @@ fn a_deleted_log_does_not_begin_anew_unnoticed() {
     let place = Place::new();
     drop(place.journal());
     fs::remove_dir_all(place.log_dir()).unwrap();
-    let error = Journal::open(place.options(), place.clock.clone(), Arc::new(Disk)).unwrap_err();
+    let error = place.try_journal().unwrap_err();
     assert!(matches!(error, OpenError::LogGone { .. }), "{error}");
     fs::remove_file(place.key()).unwrap();
     drop(place.journal());
@@ -224,7 +227,7 @@ fn a_beginning_that_was_interrupted_goes_on() {
     drop(other.journal());
     fs::copy(other.key(), place.key()).unwrap();
     put_back();
-    let error = Journal::open(place.options(), place.clock.clone(), Arc::new(Disk)).unwrap_err();
+    let error = place.try_journal().unwrap_err();
     assert!(matches!(error, OpenError::LogGone { .. }), "{error}");
 }
 
@@ -239,7 +242,7 @@ fn files_that_others_can_read_are_not_used() {
         assert_eq!(mode(&path), 0o600, "{}", path.display());
     }
     fs::set_permissions(place.log_dir().join("state"), fs::Permissions::from_mode(0o644)).unwrap();
-    let error = Journal::open(place.options(), place.clock.clone(), Arc::new(Disk)).unwrap_err();
+    let error = place.try_journal().unwrap_err();
     assert!(matches!(error, OpenError::Key(KeyFileError::Exposed { mode: 0o644, .. })), "{error}");
 }
 
@@ -299,7 +302,7 @@ fn a_lock_that_is_held_is_waited_for_only_so_long() {
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let error = append(&mut journal, fact(1)).unwrap_err();
     assert!(matches!(error, AuditError::Write(_)), "{error}");
-    let open = Journal::open(place.options(), place.clock.clone(), Arc::new(Disk)).unwrap_err();
+    let open = place.try_journal().unwrap_err();
     assert!(matches!(open, OpenError::Busy { .. }), "{open}");
     journal.export_head();
     drop(lock);

@@ -247,7 +247,7 @@ proptest! {
                 })
             }
         }
-        prop_assert_eq!(Text::display(Pieces(&text, piece)), bounded.clone());
+        prop_assert_eq!(&Text::display(Pieces(&text, piece)), &bounded);
         prop_assert_eq!(serde_json::from_str::<Text>(&serde_json::to_string(&bounded).unwrap()).unwrap(), bounded);
     }
 

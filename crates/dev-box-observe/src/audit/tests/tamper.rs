@@ -271,7 +271,7 @@ fn attacks() -> impl Strategy<Value = Attack> {
             .prop_map(|(from, count)| Attack::Delete { from, count: count.min(RECORDS - 1 - from) }),
         (line.clone(), line.clone()).prop_map(|(a, b)| Attack::Swap { a, b }),
         (line.clone(), 0..=RECORDS).prop_map(|(line, before)| Attack::Repeat { line, before }),
-        (line.clone(), line.clone()).prop_map(|(from, to)| Attack::Move { from, to }),
+        (line.clone(), line).prop_map(|(from, to)| Attack::Move { from, to }),
         (0..=RECORDS, "[ -~]{0,80}").prop_map(|(before, text)| Attack::Garbage { before, text }),
     ]
 }
