@@ -12,8 +12,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -49,24 +48,15 @@ impl Port {
         Self { device }
     }
 
-    /// Whether the host's end is open now.
-    fn connected(&self) -> io::Result<bool> {
-        let mut asked = [PollFd::new(self.device.as_fd(), PollFlags::POLLIN)];
-        poll(&mut asked, PollTimeout::ZERO)?;
-        let [answer] = asked;
-        Ok(!answer.revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))
-    }
-
     /// Waits until the host's end is open, and hands out the stream for as long as it stays so.
     ///
     /// # Errors
     /// What the kernel said about the device.
     pub async fn connection(&self) -> io::Result<PortIo> {
-        if !self.connected()? {
+        if !connected(&self.device)? {
             self.wait().await?;
         }
-        let io = watch(self.device.try_clone()?, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(PortIo { io: Arc::new(io) })
+        PortIo::new(self.device.try_clone()?)
     }
 
     async fn wait(&self) -> io::Result<()> {
@@ -81,7 +71,7 @@ impl Port {
             if matches!(drained, Ok(Err(_))) {
                 return drained.unwrap_or(Ok(()));
             }
-            if self.connected()? {
+            if connected(&self.device)? {
                 return Ok(());
             }
         }
@@ -99,20 +89,47 @@ fn drain(epoll: &OwnedFd) -> io::Result<()> {
 }
 
 /// The stream between two openings of the host's end; reads end when it is closed.
+///
+/// A host that goes and comes back at once leaves a hang-up behind that no longer is: the reactor would call the port ready for
+/// ever. So whenever a port that is said to have hung up has merely nothing to say, it is registered afresh.
 #[derive(Debug)]
 pub struct PortIo {
-    io: Arc<AsyncFd<OwnedFd>>,
+    io: AsyncFd<OwnedFd>,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+impl PortIo {
+    fn new(device: OwnedFd) -> io::Result<Self> {
+        let io = watch(device, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Self { io, reader: None, writer: None })
+    }
+
+    /// Forgets what the reactor knows, and has both directions look for themselves.
+    fn register_afresh(&mut self) -> io::Result<()> {
+        self.io = watch(self.io.get_ref().try_clone()?, Interest::READABLE | Interest::WRITABLE)?;
+        for waker in [self.reader.take(), self.writer.take()].into_iter().flatten() {
+            waker.wake();
+        }
+        Ok(())
+    }
 }
 
 impl AsyncRead for PortIo {
     #[expect(unsafe_code, reason = "reads into memory that need not be initialised first")]
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         loop {
-            let mut ready = ready!(self.io.poll_read_ready(context))?;
+            let this = &mut *self;
+            let Poll::Ready(ready) = this.io.poll_read_ready(context) else {
+                this.reader = Some(context.waker().clone());
+                return Poll::Pending;
+            };
+            let mut ready = ready?;
+            let hung_up = ready.ready().is_read_closed();
             let read = ready.try_io(|io| {
                 // SAFETY: the unfilled part is ours to write, nothing is read from it, and no initialised byte is undone.
                 let (start, length) = unsafe {
@@ -132,6 +149,7 @@ impl AsyncRead for PortIo {
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
+                Err(_would_block) if hung_up => self.register_afresh()?,
                 Err(_would_block) => {}
             }
         }
@@ -139,13 +157,30 @@ impl AsyncRead for PortIo {
 }
 
 impl AsyncWrite for PortIo {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let part = bytes.get(..MAX_WRITE).unwrap_or(bytes);
         loop {
-            let mut ready = ready!(self.io.poll_write_ready(context))?;
+            let this = &mut *self;
+            let Poll::Ready(ready) = this.io.poll_write_ready(context) else {
+                this.writer = Some(context.waker().clone());
+                return Poll::Pending;
+            };
+            let mut ready = ready?;
+            let hung_up = ready.ready().is_write_closed();
             match ready.try_io(|io| Ok(nix::unistd::write(io.get_ref(), part)?)) {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(outcome) => return Poll::Ready(outcome),
+                Err(_would_block) if hung_up => {
+                    if !connected(self.io.get_ref())? {
+                        // Nobody will take it; the reader sees the end of this connection too.
+                        return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+                    }
+                    self.register_afresh()?;
+                }
                 Err(_would_block) => {}
             }
         }
@@ -158,6 +193,14 @@ impl AsyncWrite for PortIo {
     fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
+}
+
+/// Whether the host's end is open now.
+fn connected(device: &OwnedFd) -> io::Result<bool> {
+    let mut asked = [PollFd::new(device.as_fd(), PollFlags::POLLIN)];
+    poll(&mut asked, PollTimeout::ZERO)?;
+    let [answer] = asked;
+    Ok(!answer.revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))
 }
 
 #[cfg(test)]
@@ -219,6 +262,37 @@ mod tests {
         io.read_exact(&mut bytes).await.unwrap();
         assert_eq!(&bytes, b"late");
         opener.join().unwrap();
+    }
+
+    /// How often a future is polled before it is ready.
+    async fn polls(future: impl Future) -> usize {
+        let mut future = std::pin::pin!(future);
+        let mut count = 0;
+        std::future::poll_fn(|context| {
+            count += 1;
+            future.as_mut().poll(context)
+        })
+        .await;
+        count
+    }
+
+    #[tokio::test]
+    async fn an_end_that_closes_and_opens_at_once_leaves_no_busy_loop() {
+        let (port, path) = terminal();
+        let first = open_other_end(&path);
+        let mut io = port.connection().await.unwrap();
+        drop(first);
+        let mut other = open_other_end(&path);
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            std::io::Write::write_all(&mut other, b"back").unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+        });
+        let mut bytes = [0; 4];
+        let polled = polls(tokio::time::timeout(Duration::from_secs(5), io.read_exact(&mut bytes))).await;
+        assert_eq!(&bytes, b"back");
+        assert!(polled < 10, "polled {polled} times");
+        writer.join().unwrap();
     }
 
     #[test]
