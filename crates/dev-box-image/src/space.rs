@@ -70,7 +70,7 @@ pub fn require(path: &Path, needed: ByteSize, limits: &SpaceLimits) -> Result<()
 
 fn enough(path: &Path, needed: ByteSize, limits: &SpaceLimits, free: ByteSize) -> Result<(), SpaceError> {
     let kept = limits.keep_free;
-    if needed.as_bytes().saturating_add(kept.as_bytes()) > free.as_bytes() {
+    if needed.as_bytes() > free.as_bytes().saturating_sub(kept.as_bytes()) {
         return Err(SpaceError::Full { path: path.to_owned(), needed, kept, free });
     }
     Ok(())

@@ -86,9 +86,10 @@ pub(super) const LLVM: &str = "llvm-22";
 pub(super) fn needed(distribution: &Distribution, for_ci: bool) -> Vec<Package> {
     let mut packages: Vec<Package> =
         PACKAGES.iter().copied().filter(|package| for_ci || package.why != Why::Gate).collect();
-    // The image is made of Debian packages, whose signatures are checked.
+    // The image is made of Debian packages, whose signatures are checked: elsewhere with a keyring that mmdebstrap
+    // finds by asking gpg.
     if !matches!(distribution, Distribution::Bookworm | Distribution::Recent { foreign: false, .. }) {
-        packages.push(plain("debian-archive-keyring", Why::Image));
+        packages.extend([plain("debian-archive-keyring", Why::Image), plain("gpg", Why::Image)]);
     }
     packages
 }
