@@ -14,7 +14,7 @@
 //! ```
 //! | type | | from | payload |
 //! |---|---|---|---|
-//! | 1 | HELLO | both | [`MAGIC`](crate::hello::MAGIC) and JSON, at most 16 KiB; the host's first |
+//! | 1 | HELLO | both | [`MAGIC`] and JSON, at most 16 KiB; the host's first |
 //! | 2 | PAD | both | zeros, ignored: completes a frame that was cut short, so that a HELLO behind it is found |
 //! | 3 | OPEN | host | JSON, a [`Request`](crate::message::Request) |
 //! | 4 | MESSAGE | both | JSON, a [`Message`](crate::message::Message), at most 64 KiB |

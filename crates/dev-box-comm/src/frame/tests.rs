@@ -201,7 +201,7 @@ fn a_hello_inside_a_large_frame_that_failed_is_found() {
     let hello = Frame::Hello(payload(100));
     let mut bytes = encode(&[Frame::Data { stream: 1, lane: 0, payload: payload(40_000) }], true).to_vec();
     bytes.truncate(20_000);
-    bytes.extend_from_slice(&encode(&[hello.clone()], true));
+    bytes.extend_from_slice(&encode(std::slice::from_ref(&hello), true));
     bytes.resize(60_000, 0);
     let mut decoder = Decoder::locked();
     decoder.feed(&bytes);

@@ -333,10 +333,10 @@ proptest! {
                 }
                 Step::Carry { from_host } => {
                     let (from, to) = if from_host { (&mut host, &mut guest) } else { (&mut guest, &mut host) };
-                    if let Some(frame) = from.next_frame() {
-                        if let Err(violation) = to.receive(frame.clone()) {
-                            return Err(TestCaseError::fail(format!("{violation}: {frame:?}")));
-                        }
+                    if let Some(frame) = from.next_frame()
+                        && let Err(violation) = to.receive(frame.clone())
+                    {
+                        return Err(TestCaseError::fail(format!("{violation}: {frame:?}")));
                     }
                 }
                 Step::Ping { host: by_host } => { if by_host { host.ping() } else { guest.ping() }; }

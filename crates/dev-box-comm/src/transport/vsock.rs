@@ -34,9 +34,10 @@ impl VsockDial {
 impl Dial for VsockDial {
     fn dial(&self) -> BoxFuture<'_, Result<Connection, DialError>> {
         Box::pin(async move {
-            let fail = |error| DialError::from_io(self.describe(), error);
-            let stream = VsockStream::connect(VsockAddr::new(self.cid, self.port)).await.map_err(fail)?;
-            let actual = stream.peer_addr().map_err(fail)?.cid();
+            let connected = VsockStream::connect(VsockAddr::new(self.cid, self.port)).await;
+            let stream = connected.map_err(|error| connect_error(self.describe(), error))?;
+            let peer = stream.peer_addr().map_err(|error| DialError::from_io(self.describe(), error))?;
+            let actual = peer.cid();
             if actual != self.cid {
                 return Err(DialError::WrongPeer { at: self.describe(), expected: self.cid, actual });
             }
@@ -46,6 +47,21 @@ impl Dial for VsockDial {
 
     fn describe(&self) -> String {
         format!("vsock:{}:{}", self.cid, self.port)
+    }
+}
+
+/// vsock says in its own way that nobody is there: a guest without a listener resets the connection, one that is not up
+/// yet is no device, or does not answer.
+fn connect_error(at: String, source: io::Error) -> DialError {
+    use io::ErrorKind::{ConnectionReset, HostUnreachable, NetworkUnreachable, TimedOut};
+    /// `ENODEV`, errno(3); it has no kind of its own.
+    const NO_DEVICE: i32 = 19;
+    match source.kind() {
+        ConnectionReset | HostUnreachable | NetworkUnreachable | TimedOut => {
+            DialError::NotThere { at, source }
+        }
+        _ if source.raw_os_error() == Some(NO_DEVICE) => DialError::NotThere { at, source },
+        _ => DialError::from_io(at, source),
     }
 }
 
@@ -92,5 +108,21 @@ impl Listen for VsockListen {
 
     fn refused(&self) -> u64 {
         self.refused
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_there_is_worth_another_try() {
+        // ECONNRESET: no listener; ENODEV, ETIMEDOUT, EHOSTUNREACH: no guest yet; ECONNREFUSED. And EACCES is not.
+        for (errno, retryable) in
+            [(104, true), (19, true), (110, true), (113, true), (111, true), (13, false)]
+        {
+            let error = connect_error("vsock:5:1".to_owned(), io::Error::from_raw_os_error(errno));
+            assert_eq!(error.is_retryable(), retryable, "{errno}: {error:?}");
+        }
     }
 }
