@@ -107,6 +107,9 @@ pub(crate) fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> S
     move |source| StoreError::Io { verb, path, source }
 }
 
+/// A name, with its image or with what is wrong with it.
+pub type Entry = (ImageName, Result<Image, StoreError>);
+
 /// The images of one state root. Cheap to clone; all methods block.
 #[derive(Debug, Clone)]
 pub struct ImageStore {
@@ -217,7 +220,7 @@ impl ImageStore {
     ///
     /// # Errors
     /// [`StoreError::Io`] when the directory cannot be read.
-    pub fn entries(&self) -> Result<Vec<(ImageName, Result<Image, StoreError>)>, StoreError> {
+    pub fn entries(&self) -> Result<Vec<Entry>, StoreError> {
         let images = self.images();
         let mut names = Vec::new();
         for entry in fs::read_dir(&images).map_err(io("list", &images))? {
@@ -233,7 +236,7 @@ impl ImageStore {
     /// # Errors
     /// As [`Self::entries`].
     pub fn list(&self) -> Result<Vec<Image>, StoreError> {
-        let usable = |(name, image): (ImageName, Result<Image, StoreError>)| match image {
+        let usable = |(name, image): Entry| match image {
             Ok(image) => Some(image),
             Err(error) => {
                 tracing::warn!(%name, %error, "an image cannot be used");

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use super::apt::{self, Source};
 use super::os_release::Distribution;
@@ -11,6 +12,9 @@ use crate::workspace::{self, Workspace};
 
 /// The state root everything uses unless told otherwise.
 pub(super) const STATE_ROOT: &str = "/var/lib/dev-box";
+
+/// How long one question to libvirt may take: a busy machine needs seconds.
+const LIBVIRT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What starts services here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +84,7 @@ fn tools_root() -> PathBuf {
     programs.parent().map_or_else(|| programs.clone(), Path::to_path_buf)
 }
 
-/// Whether qemu:///system takes connections.
+/// Whether qemu:///system takes connections. One that hangs does not.
 pub(super) fn libvirt_answers() -> bool {
     let mut command = Command::new("virsh");
     command
@@ -88,7 +92,23 @@ pub(super) fn libvirt_answers() -> bool {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    command.status().is_ok_and(|status| status.success())
+    succeeds_within(&mut command, LIBVIRT_DEADLINE)
+}
+
+fn succeeds_within(command: &mut Command, deadline: Duration) -> bool {
+    let Ok(mut child) = command.spawn() else { return false };
+    let began = Instant::now();
+    while began.elapsed() < deadline {
+        match child.try_wait() {
+            Ok(Some(status)) => return status.success(),
+            Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+            Err(_) => break,
+        }
+    }
+    // Ended already or not: neither is an answer.
+    let _ = child.kill();
+    let _ = child.wait();
+    false
 }
 
 /// Standard output, or nothing.
@@ -187,9 +207,16 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_can_be_looked_at() {
-        let facts = Facts::gather(&Workspace::at(Path::new("/nowhere")));
-        assert!(facts.tools_root.ends_with("dev-box/tools"));
+    fn a_program_that_hangs_is_no_answer() {
+        let shell = |script: &str, limit| {
+            succeeds_within(Command::new("sh").args(["-c", script]), Duration::from_millis(limit))
+        };
+        assert!(shell("exit 0", 10_000));
+        assert!(!shell("exit 1", 10_000));
+        let began = Instant::now();
+        assert!(!shell("exec sleep 30", 50));
+        assert!(began.elapsed() < Duration::from_secs(10));
+        assert!(!succeeds_within(&mut Command::new("no-such-program"), Duration::from_secs(1)));
         assert_eq!(output("no-such-program", &[]), "");
     }
 }

@@ -240,7 +240,7 @@ impl Builder {
         let job = Job { builder: self, build, input: &input, staging: &staging, progress };
         let manifest = match current.filter(|image| !build.force && image.manifest.root_input == input.root) {
             Some(image) => job.with_parts_of(&image)?,
-            None => job.from_nothing()?,
+            None => job.all_anew()?,
         };
         self.go_on()?;
         progress.step(Step::Publish);
@@ -309,7 +309,7 @@ impl Job<'_> {
     }
 
     /// Everything anew.
-    fn from_nothing(&self) -> Result<Manifest, BuildError> {
+    fn all_anew(&self) -> Result<Manifest, BuildError> {
         let room = match &self.build.source {
             BuildSource::Packages { .. } => ROOM_PACKAGES,
             // Unpacked, as a file system and as a disk; compressed about threefold.

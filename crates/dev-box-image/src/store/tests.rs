@@ -107,7 +107,7 @@ fn an_image_in_use_is_not_removed() {
     for _ in 0..2 {
         match store.remove(&name("x")) {
             Err(error @ StoreError::InUse { .. }) => {
-                assert!(error.to_string().contains("vms/a/overlay.qcow2"), "{error}")
+                assert!(error.to_string().contains("vms/a/overlay.qcow2"), "{error}");
             }
             other => panic!("{other:?}"),
         }
