@@ -146,14 +146,77 @@ impl Finding {
 }
 
 /// How odd a number is, and why.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Score {
     /// 0 to 1; 0.5 is the threshold.
     pub score: f64,
     /// How far off, in standard deviations or what stands for them.
     pub deviation: f64,
-    /// Why, for a person.
-    pub why: String,
+    /// Why; displayed for a person.
+    pub why: Why,
+}
+
+/// What a score was made from. Put into words only when somebody reads it: most scores say that all is well.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Why {
+    /// Far from the middle of the latest numbers.
+    FromMedian {
+        /// The number.
+        number: f64,
+        /// The median.
+        median: f64,
+        /// How far off, in robust deviations.
+        deviation: f64,
+    },
+    /// Far from the usual.
+    FromMean {
+        /// The number.
+        number: f64,
+        /// The mean.
+        mean: f64,
+        /// How far off, in standard deviations.
+        deviation: f64,
+        /// Whether that is the mean of the slot of the season, or of the whole series.
+        of_slot: bool,
+    },
+    /// A level that moved.
+    Moved {
+        /// The level before.
+        from: f64,
+        /// The sum of deviations, negative downwards.
+        sum: f64,
+    },
+    /// A combination that is not usual.
+    Together {
+        /// How unusual, in normal deviations.
+        deviation: f64,
+        /// The number that is furthest off.
+        name: &'static str,
+        /// By how many of its own deviations.
+        by: f64,
+    },
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FromMedian { number, median, deviation } => {
+                write!(f, "{number:.6} is {deviation:+.1} robust deviations from the median {median:.6}")
+            }
+            Self::FromMean { number, mean, deviation, of_slot } => {
+                let place = if *of_slot { "its slot" } else { "the series" };
+                write!(f, "{number:.6} is {deviation:+.1} deviations from the mean {mean:.6} of {place}")
+            }
+            Self::Moved { from, sum } => {
+                let direction = if *sum < 0.0 { "down" } else { "up" };
+                write!(f, "the level moved {direction} from {from:.6} (sum of deviations {:.1})", sum.abs())
+            }
+            Self::Together { deviation, name, by } => {
+                write!(f, "together {deviation:+.1} deviations from usual; most of all {name} ({by:+.1})")
+            }
+        }
+    }
 }
 
 impl Score {
@@ -193,6 +256,16 @@ mod tests {
             assert_eq!(serde_json::to_value(rule).unwrap(), rule.name());
             assert_eq!(rule.to_string(), rule.name());
         }
+    }
+
+    #[test]
+    fn reasons_are_words() {
+        let score = Score { score: 0.9, deviation: 5.0, why: Why::Moved { from: 1.0, sum: -9.0 } };
+        let finding = score.finding("vm-1 cpu", 7);
+        assert_eq!(finding.why, "vm-1 cpu: the level moved down from 1.000000 (sum of deviations 9.0)");
+        assert_eq!((finding.rule, finding.at_ms), (Rule::Statistical, 7));
+        let far = Why::FromMedian { number: 9.0, median: 1.0, deviation: 8.0 };
+        assert_eq!(far.to_string(), "9.000000 is +8.0 robust deviations from the median 1.000000");
     }
 
     #[test]

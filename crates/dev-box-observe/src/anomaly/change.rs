@@ -7,7 +7,7 @@
 //! (E. S. Page, "Continuous Inspection Schemes", 1954.) Each number counts at most three deviations, so that one
 //! spike is no change.
 
-use super::{Score, score_of};
+use super::{Score, Why, score_of};
 
 /// What a number may be off without counting, in deviations: half the smallest shift worth noticing.
 const SLACK: f64 = 0.5;
@@ -62,9 +62,8 @@ impl Change {
         self.up = (self.up + off - SLACK).max(0.0);
         self.down = (self.down - off - SLACK).max(0.0);
         let sum = self.up.max(self.down);
-        let direction = if self.up >= self.down { "up" } else { "down" };
         let deviation = if self.up >= self.down { sum } else { -sum };
-        let why = format!("the level moved {direction} from {:.6} (sum of deviations {sum:.1})", self.mean);
+        let why = Why::Moved { from: self.mean, sum: deviation };
         let score = Score { score: score_of(sum, self.threshold), deviation, why };
         if score.is_odd() {
             *self = Self::new(self.learn, self.threshold);

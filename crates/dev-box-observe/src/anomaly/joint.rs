@@ -4,7 +4,7 @@
 
 use std::array;
 
-use super::{Score, score_of};
+use super::{Score, Why, score_of};
 
 /// A detector over `D` numbers at a time (at most eight make sense).
 ///
@@ -84,11 +84,7 @@ impl<const D: usize> Joint<D> {
         let spread = 2.0 / (9.0 * d);
         let deviation = ((squared / d).cbrt() - (1.0 - spread)) / spread.sqrt();
         let most = (0..D).max_by(|a, b| at(&scaled, *a).abs().total_cmp(&at(&scaled, *b).abs()))?;
-        let why = format!(
-            "together {deviation:+.1} deviations from usual; most of all {} ({:+.1})",
-            self.names.get(most)?,
-            at(&scaled, most)
-        );
+        let why = Why::Together { deviation, name: self.names.get(most)?, by: at(&scaled, most) };
         Some(Score { score: score_of(deviation, self.threshold), deviation, why })
     }
 }
@@ -138,7 +134,7 @@ mod tests {
             detector.update(numbers);
         }
         let score = detector.update([Some(5.0), Some(90.0), Some(5.0)]).unwrap();
-        assert!(score.is_odd() && score.why.contains("io"), "{score:?}");
+        assert!(score.is_odd() && score.why.to_string().contains("io"), "{score:?}");
         assert!(detector.update([Some(5.0), None, Some(5.0)]).is_none());
     }
 

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Score, score_of};
+use super::{Score, Why, score_of};
 
 /// Makes the MAD of a normal distribution its standard deviation.
 const MAD_TO_SIGMA: f64 = 1.4826;
@@ -71,7 +71,7 @@ impl RobustZ {
         let sigma = (mad * MAD_TO_SIGMA).max(median.abs() * 0.01).max(1e-9);
         let deviation = ((number - median) / sigma).clamp(-1e9, 1e9);
         let score = score_of(deviation.abs(), self.threshold);
-        let why = format!("{number:.6} is {deviation:+.1} robust deviations from the median {median:.6}");
+        let why = Why::FromMedian { number, median, deviation };
         Score { score, deviation, why }
     }
 

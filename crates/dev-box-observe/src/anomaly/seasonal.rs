@@ -1,6 +1,6 @@
 //! An exponentially weighted mean and variance, for each slot of a season (an hour of the day, say) its own.
 
-use super::{Score, score_of};
+use super::{Score, Why, score_of};
 
 /// Numbers a slot must have seen before it is believed.
 const WARM: u32 = 8;
@@ -63,15 +63,12 @@ impl Seasonal {
         let number = number.filter(|number| number.is_finite()).map(|number| number.clamp(-1e100, 1e100))?;
         let count = self.slots.len();
         let level = self.slots.get_mut(slot % count)?;
-        let (against, place) =
-            if level.seen >= WARM { (*level, "its slot") } else { (self.all, "the series") };
+        let of_slot = level.seen >= WARM;
+        let against = if of_slot { *level } else { self.all };
         let score = (against.seen >= WARM).then(|| {
             let sigma = against.variance.sqrt().max(against.mean.abs() * 0.01).max(1e-9);
             let deviation = ((number - against.mean) / sigma).clamp(-1e9, 1e9);
-            let why = format!(
-                "{number:.6} is {deviation:+.1} deviations from the mean {:.6} of {place}",
-                against.mean
-            );
+            let why = Why::FromMean { number, mean: against.mean, deviation, of_slot };
             Score { score: score_of(deviation.abs(), self.threshold), deviation, why }
         });
         // An odd number is taken in, but only up to the threshold: a new normal is learnt, a spike is not.
@@ -140,6 +137,6 @@ mod tests {
             detector.update(0, Some(f64::from(number % 3)));
         }
         let score = detector.update(1, Some(1000.0)).unwrap();
-        assert!(score.is_odd() && score.why.contains("the series"), "{score:?}");
+        assert!(score.is_odd() && score.why.to_string().contains("the series"), "{score:?}");
     }
 }
