@@ -282,6 +282,8 @@ mod tests {
         let first = open_other_end(&path);
         let mut io = port.connection().await.unwrap();
         drop(first);
+        // The reactor notes the hang-up; nobody has read before the end is open again.
+        tokio::time::sleep(Duration::from_millis(5)).await;
         let mut other = open_other_end(&path);
         let writer = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(100));

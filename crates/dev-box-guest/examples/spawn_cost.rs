@@ -1,0 +1,84 @@
+//! What it costs to start `/bin/true` and wait for it, in a guest, one means of separation after the other.
+//!
+//! Run as root inside a VM: `spawn_cost [ROUNDS]`. The bare spawn is what every other figure is compared with.
+
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use dev_box_guest::cgroup::{Cgroups, GroupLimits, ROOT};
+use dev_box_guest::job::plan::{Launch, Plan};
+use dev_box_guest::job::spawn::{Isolation, Process};
+use dev_box_guest::passwd::Identity;
+
+fn main() -> std::io::Result<()> {
+    let rounds: usize = std::env::args().nth(1).and_then(|word| word.parse().ok()).unwrap_or(100);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut bare = Vec::new();
+        for _ in 0..rounds {
+            let begin = Instant::now();
+            std::process::Command::new("/bin/true").status()?;
+            bare.push(begin.elapsed());
+        }
+        show("bare spawn and wait", &mut bare)?;
+        for (name, namespaces, group, program) in [
+            ("process group", false, false, "/bin/true"),
+            ("namespaces", true, false, "/bin/true"),
+            ("namespaces and control group", true, true, "/bin/true"),
+            ("all of it, but no program", true, true, "/bin/no-such"),
+        ] {
+            let mut told = Vec::new();
+            let mut cleared = Vec::new();
+            for _ in 0..rounds {
+                let begin = Instant::now();
+                told.push(once(namespaces, group, program).await?.duration_since(begin));
+                cleared.push(begin.elapsed());
+            }
+            show(name, &mut told)?;
+            show("  and cleared away", &mut cleared)?;
+        }
+        Ok(())
+    })
+}
+
+/// The time at which the end was known.
+async fn once(namespaces: bool, group: bool, program: &str) -> std::io::Result<Instant> {
+    let launch = Launch {
+        argv: vec![program.into()],
+        env: Vec::new(),
+        cwd: None,
+        identity: Identity::root(),
+        umask: 0o22,
+        limits: Vec::new(),
+        terminal: false,
+    };
+    let plan = Plan::new(&launch).map_err(std::io::Error::other)?;
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let group = match group {
+        true => Cgroups::new(ROOT).create("cost", &GroupLimits::default()).ok(),
+        false => None,
+    };
+    let isolation = match namespaces {
+        true => Isolation::Namespaces(group.as_ref().map(|group| group.directory())),
+        false => Isolation::ProcessGroup,
+    };
+    let process = Process::spawn(&plan, [null.as_fd(); 3], isolation).map_err(std::io::Error::other)?;
+    if process.started().await.is_ok() {
+        process.ended().await;
+    }
+    let end = Instant::now();
+    process.reap().await;
+    if let Some(group) = group {
+        group.remove(Duration::from_secs(1));
+    }
+    Ok(end)
+}
+
+fn show(name: &str, times: &mut [Duration]) -> std::io::Result<()> {
+    times.sort_unstable();
+    let at =
+        |part: usize| times.get(times.len() * part / 100).copied().unwrap_or_default().as_secs_f64() * 1e3;
+    let mut out = std::io::stdout();
+    writeln!(out, "{name:32} min {:6.2}  p50 {:6.2}  p95 {:6.2} ms", at(0), at(50), at(95))
+}
