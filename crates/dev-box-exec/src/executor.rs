@@ -93,6 +93,14 @@ impl AgentExecutor {
         cancel: Cancel,
     ) -> ExecutionResult {
         let mut report = Report::begin(&*self.clock, job.id);
+        if let Some(workspace) = &job.workspace {
+            // What will fail later need not wait for a VM.
+            if let Err(cause) = files::precheck(workspace, &cancel).await {
+                report.enter(Phase::Inject);
+                report.fail(&cause);
+                return report.finish(&*self.clock);
+            }
+        }
         let provisioned = tokio::select! {
             biased;
             () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
@@ -294,5 +302,4 @@ impl Why {
 }
 
 #[cfg(test)]
-#[path = "executor/tests.rs"]
 mod tests;

@@ -7,6 +7,7 @@
 //! | [`executor`] | [`AgentExecutor`]: a job through all its phases | the VM's session |
 //! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
 //! | [`terminal`] | what of a guest's output a person may see | none |
+//! | `testing` | doubles: a provisioner without VMs, a guest that follows a script (feature `testing`) | |
 //! | [`workspace`] | files into the VM's share and back out of it, hostile as they are | files |
 //!
 //! Nothing here knows libvirt, and nothing here needs it to build or to be tested.
@@ -18,6 +19,8 @@ pub mod outcome;
 pub mod provisioner;
 pub mod sink;
 pub mod terminal;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod workspace;
 
 pub use cancel::{Cancel, CancelSource};

@@ -49,7 +49,7 @@ pub use limits::Stop;
 pub use manifest::Manifest;
 pub use result_file::{MAX_RESULT_FILE, ResultFileError, read_json};
 pub use scan::{HostileShare, Scan, scan};
-pub use stage::{StageError, Staged, stage};
+pub use stage::{StageError, Staged, precheck, stage};
 
 /// A user and group, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]

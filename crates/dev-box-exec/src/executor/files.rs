@@ -64,6 +64,16 @@ pub(super) struct Injected {
     destination: Option<Arc<Destination>>,
 }
 
+/// Finds mistakes in what is asked for before a VM is made for it.
+pub(super) async fn precheck(workspace: &WorkspaceIn, cancel: &Cancel) -> Result<(), Cause> {
+    let workspace = workspace.clone();
+    let work = move |_: &Stop| {
+        workspace::precheck(&workspace).map_err(Cause::Stage)?;
+        Destination::open(&workspace).map(drop).map_err(Cause::Collect)
+    };
+    blocking(cancel, Urgency::Graceful, work).await.flatten()
+}
+
 /// Stages the workspace and has the guest mount it.
 pub(super) async fn inject(
     vm: &ReadyVm,

@@ -190,7 +190,10 @@ impl Control<'_> {
                     Ok(Some(exited)) => return (why, Some(exited)),
                     Ok(None) => continue,
                     // The first reason counts: a guest that dies while it is being stopped has been stopped.
-                    Err(cause) => return (why.or(Some(Why::Failed(cause))), None),
+                    Err(cause) => {
+                        self.sender.reset();
+                        return (why.or(Some(Why::Failed(cause))), None);
+                    }
                 },
                 () = self.plan.cancel.reached(wanted) => {
                     if self.plan.cancel.urgency() == Urgency::Immediate {

@@ -133,6 +133,17 @@ pub fn stage(
     Ok(Staged { bytes: budget.used(), ..staged })
 }
 
+/// Finds mistakes before a VM is made: a workspace that is not there, not a directory, or cannot be opened. Blocking.
+///
+/// # Errors
+/// [`StageError`], as [`stage`] would give.
+pub fn precheck(workspace: &WorkspaceIn) -> Result<(), StageError> {
+    match &workspace.source {
+        Some(source) => open_source(source).map(drop),
+        None => Ok(()),
+    }
+}
+
 /// Waits until a write to any staged file moves its change time, where no digest would tell.
 fn settle(manifest: &Manifest) {
     let blind =

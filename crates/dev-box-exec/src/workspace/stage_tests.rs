@@ -129,6 +129,8 @@ fn a_workspace_that_is_not_there_or_no_directory() {
     let fixture = Fixture::new();
     let missing = WorkspaceIn::copy_of(fixture.source.join("missing"));
     assert!(matches!(refused(&fixture, &missing), StageError::Missing(_)));
+    assert!(matches!(precheck(&missing), Err(StageError::Missing(_))));
+    assert!(precheck(&fixture.workspace()).is_ok() && precheck(&WorkspaceIn::default()).is_ok());
     fixture.file("file", "x");
     let file = WorkspaceIn::copy_of(fixture.source.join("file"));
     assert!(matches!(refused(&fixture, &file), StageError::NotADirectory(_)));
