@@ -114,6 +114,8 @@ pub type Entry = (ImageName, Result<Image, StoreError>);
 #[derive(Debug, Clone)]
 pub struct ImageStore {
     root: PathBuf,
+    /// The images' directory with links resolved: several state roots may share one.
+    images: PathBuf,
 }
 
 /// One image, as it was when it was looked up.
@@ -184,7 +186,8 @@ impl ImageStore {
             fs::set_permissions(&path, Permissions::from_mode(mode)).map_err(io("set the mode of", &path))?;
         }
         let root = root.canonicalize().map_err(io("find", &root))?;
-        Ok(Self { root })
+        let images = images.canonicalize().map_err(io("find", &images))?;
+        Ok(Self { root, images })
     }
 
     /// The state root, with symbolic links resolved.
@@ -198,7 +201,7 @@ impl ImageStore {
     /// # Errors
     /// [`StoreError::Missing`], [`StoreError::Incomplete`], [`StoreError::Manifest`].
     pub fn get(&self, name: &ImageName) -> Result<Image, StoreError> {
-        let link = self.images().join(name);
+        let link = self.images.join(name);
         let dir = match link.canonicalize() {
             Ok(dir) => dir,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -221,10 +224,10 @@ impl ImageStore {
     /// # Errors
     /// [`StoreError::Io`] when the directory cannot be read.
     pub fn entries(&self) -> Result<Vec<Entry>, StoreError> {
-        let images = self.images();
+        let images = &self.images;
         let mut names = Vec::new();
-        for entry in fs::read_dir(&images).map_err(io("list", &images))? {
-            let entry = entry.map_err(io("list", &images))?;
+        for entry in fs::read_dir(images).map_err(io("list", images))? {
+            let entry = entry.map_err(io("list", images))?;
             names.extend(entry.file_name().to_str().and_then(|name| name.parse::<ImageName>().ok()));
         }
         names.sort();
@@ -251,7 +254,7 @@ impl ImageStore {
     /// # Errors
     /// [`StoreError::Missing`], [`StoreError::InUse`], [`StoreError::Busy`], [`StoreError::Io`].
     pub fn remove(&self, name: &ImageName) -> Result<(), StoreError> {
-        let link = self.images().join(name);
+        let link = self.images.join(name);
         let metadata = fs::symlink_metadata(&link);
         if metadata.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
             return Err(StoreError::Missing { name: name.clone() });
@@ -266,10 +269,10 @@ impl ImageStore {
         if is_link {
             fs::remove_file(&link).map_err(io("remove", &link))?;
         }
-        if let Some(dir) = dir.filter(|dir| dir.starts_with(self.images())) {
+        if let Some(dir) = dir.filter(|dir| dir.starts_with(&self.images)) {
             fs::remove_dir_all(&dir).map_err(io("remove", &dir))?;
         }
-        sync_directory(&self.images())
+        sync_directory(&self.images)
     }
 
     /// Removes what builds left behind: superseded builds that nothing uses, and the remains of builders that died.
@@ -292,7 +295,7 @@ impl ImageStore {
 
     /// The same for one name, whose lock the caller holds.
     pub(crate) fn sweep_name(&self, name: &ImageName) -> Result<Vec<PathBuf>, StoreError> {
-        let current = self.images().join(name).canonicalize().ok();
+        let current = self.images.join(name).canonicalize().ok();
         let mut removed = Vec::new();
         for path in self.build_directories()? {
             if owner_of(&path).as_ref() != Some(name) || current.as_ref() == Some(&path) {
@@ -318,7 +321,7 @@ impl ImageStore {
 
     /// Locks a name against other builders; `None` when one is at work.
     pub(crate) fn try_lock(&self, name: &ImageName) -> Result<Option<Lock>, StoreError> {
-        let path = self.images().join(LOCKS).join(name);
+        let path = self.images.join(LOCKS).join(name);
         Lock::try_alone(&path).map_err(io("lock", &path))
     }
 
@@ -361,35 +364,35 @@ impl ImageStore {
     }
 
     fn link(&self, name: &ImageName, directory: &str) -> Result<(), StoreError> {
-        let images = self.images();
+        let images = &self.images;
         let link = images.join(name);
         let fresh = images.join(format!(".link-{name}"));
         let _ = fs::remove_file(&fresh);
         symlink(Path::new(BUILDS).join(directory), &fresh).map_err(io("make the link", &fresh))?;
         fs::rename(&fresh, &link).map_err(io("replace", &link))?;
-        sync_directory(&images)
+        sync_directory(images)
     }
 
     /// Makes sure nobody uses a build, and keeps it so while the lock is held.
     fn claim(&self, name: &ImageName, dir: &Path) -> Result<Option<Lock>, StoreError> {
         let disk = dir.join(DISK);
         let in_use = |by| StoreError::InUse { name: name.clone(), by };
+        // Ours, and those of the state root the images really lie in.
+        let roots = BTreeSet::from([self.root.as_path(), self.images.parent().unwrap_or(&self.root)]);
+        let overlays =
+            || -> Vec<PathBuf> { roots.iter().flat_map(|root| usage::overlays_on(root, &disk)).collect() };
         let lock = match Lock::try_existing(&disk) {
             Ok(Some(lock)) => Some(lock),
-            Ok(None) => return Err(in_use(usage::overlays_on(&self.root, &disk))),
+            Ok(None) => return Err(in_use(overlays())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(io("lock", &disk)(error)),
         };
-        let by = usage::overlays_on(&self.root, &disk);
+        let by = overlays();
         if by.is_empty() { Ok(lock) } else { Err(in_use(by)) }
     }
 
-    fn images(&self) -> PathBuf {
-        self.root.join(IMAGES)
-    }
-
     fn builds(&self) -> PathBuf {
-        self.images().join(BUILDS)
+        self.images.join(BUILDS)
     }
 }
 

@@ -63,7 +63,7 @@ fn the_hypervisor_can_pass_and_others_cannot_list() {
     let (directory, store) = store();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!(mode(store.root()), 0o711);
-    assert_eq!(mode(&store.images()), 0o755);
+    assert_eq!(mode(&store.images), 0o755);
     let image = publish(&store, "x", "k");
     assert_eq!(mode(&image.dir), 0o755);
     let file = directory.path().join("file");
@@ -139,7 +139,7 @@ fn damage_is_told_and_can_be_removed() {
     fs::remove_file(image.disk()).unwrap();
     store.remove(&name("x")).unwrap();
     // A link to nowhere counts as an image that is not there, and goes as well.
-    symlink("nowhere", store.images().join("y")).unwrap();
+    symlink("nowhere", store.images.join("y")).unwrap();
     assert!(matches!(store.get(&name("y")), Err(StoreError::Missing { .. })));
     store.remove(&name("y")).unwrap();
     assert!(store.entries().unwrap().is_empty());
@@ -158,7 +158,7 @@ fn remains_go_and_what_is_being_built_stays() {
     drop(building);
     assert_eq!(store.sweep().unwrap(), [dead]);
     assert!(image.dir.exists() && foreign.exists());
-    assert!(store.images().join("x").exists());
+    assert!(store.images.join("x").exists());
 }
 
 #[test]
@@ -168,4 +168,26 @@ fn names_of_builds_tell_their_owner() {
     assert_eq!(owner("/b/my-image-0123456789ab.2").as_deref(), Some("my-image"));
     assert_eq!(owner("/b/README"), None);
     assert_eq!(owner("/b/.tmp-"), None);
+}
+
+#[test]
+fn state_roots_may_share_their_images() {
+    let (directory, store) = store();
+    let image = publish(&store, "x", "k");
+    let other = directory.path().join("other");
+    fs::create_dir(&other).unwrap();
+    symlink(store.root().join("images"), other.join("images")).unwrap();
+    let sharing = ImageStore::open(&other).unwrap();
+    assert_eq!(sharing.get(&name("x")).unwrap(), image);
+    assert!(sharing.sweep().unwrap().is_empty());
+    for root in [store.root(), sharing.root()] {
+        let vm = root.join("vms/a");
+        fs::create_dir_all(&vm).unwrap();
+        let path = vm.join("overlay.qcow2");
+        drop(Overlay::create(&image.disk(), &path, None).unwrap());
+        assert!(matches!(sharing.remove(&name("x")), Err(StoreError::InUse { .. })));
+        Overlay::remove(&path).unwrap();
+    }
+    sharing.remove(&name("x")).unwrap();
+    assert!(!image.dir.exists() && store.list().unwrap().is_empty());
 }
