@@ -41,6 +41,8 @@ pub(super) struct Facts {
     pub(super) state_root_exists: bool,
     /// Names and versions of tools that cargo installed into the cache.
     pub(super) tools: BTreeMap<String, String>,
+    /// Whether cargo-nextest is installed, wherever.
+    pub(super) nextest: bool,
     pub(super) nightly: bool,
     /// Where the checkout's build results go.
     pub(super) target: PathBuf,
@@ -71,6 +73,7 @@ impl Facts {
             no_kvm: no_kvm(&text("/proc/cpuinfo"), Path::new("/dev/kvm")),
             state_root_exists: Path::new(STATE_ROOT).is_dir(),
             tools: tools(&fs::read_to_string(tools_root.join(".crates.toml")).unwrap_or_default()),
+            nextest: !output("cargo-nextest", &["nextest", "--version"]).is_empty(),
             nightly: output("rustup", &["toolchain", "list"]).lines().any(|line| line.starts_with("nightly")),
             target: workspace.target(),
             tools_root,

@@ -35,7 +35,7 @@ pub(crate) struct SetupArgs {
     #[arg(long)]
     dry_run: bool,
 
-    /// Add what `cargo xtask ci` needs: coverage tools, cargo-deny, cargo-llvm-cov, cargo-fuzz
+    /// Add what `cargo xtask ci` needs: coverage tools, cargo-deny, cargo-llvm-cov, cargo-fuzz, cargo-nextest
     #[arg(long)]
     for_ci: bool,
 

@@ -9,8 +9,10 @@ use super::os_release::Distribution;
 use super::packages::{self, LLVM, Package};
 
 /// Tools of the gate, built by cargo, with their pinned versions.
-pub(super) const TOOLS: [(&str, &str); 3] =
-    [("cargo-deny", "0.20.2"), ("cargo-llvm-cov", "0.9.1"), ("cargo-fuzz", "0.13.2")];
+pub(super) const TOOLS: [(&str, &str); 4] =
+    [("cargo-deny", "0.20.2"), ("cargo-llvm-cov", "0.9.1"), ("cargo-fuzz", "0.13.2"), (NEXTEST, "0.9.143")];
+/// The test runner. People have it installed, and its version does not change what a test says: any will do.
+const NEXTEST: &str = "cargo-nextest";
 /// The platform the agent is built for: named explicitly, or static linking would reach procedural macros.
 pub(super) const PLATFORM: &str = "x86_64-unknown-linux-gnu";
 
@@ -188,6 +190,8 @@ impl Plan {
         for (name, version) in TOOLS {
             if facts.tools.get(name).is_some_and(|found| found == version) {
                 self.there.push(format!("{name} {version}"));
+            } else if name == NEXTEST && facts.nextest {
+                self.there.push(name.to_owned());
             } else {
                 self.actions.push(Action::Tool { name, version });
             }
@@ -240,6 +244,7 @@ pub(super) mod tests {
             no_kvm: Some("the CPU shows neither vmx nor svm".to_owned()),
             state_root_exists: false,
             tools: BTreeMap::new(),
+            nextest: false,
             nightly: true,
             target: "/src/target".into(),
             tools_root: "/root/.cache/dev-box/tools".into(),
@@ -347,6 +352,8 @@ pub(super) mod tests {
         facts.nightly = false;
         facts.installed.remove(LLVM);
         facts.tools.insert("cargo-deny".into(), "0.1.0".into());
+        facts.tools.remove(NEXTEST);
+        facts.nextest = true;
         let plan = Plan::make(&facts, Wanted { for_ci: true, build: false });
         assert_eq!(plan.notes.len(), 3, "{:?}", plan.notes);
         assert!(matches!(
