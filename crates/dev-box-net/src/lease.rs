@@ -158,6 +158,11 @@ impl AddressLeases {
         self.try_lock(address, false)
     }
 
+    /// Whether the address has a record, its owner alive or dead.
+    pub fn is_on_record(&self, address: Ipv4Addr) -> bool {
+        self.path(address).exists()
+    }
+
     fn addresses(&self) -> Result<Vec<Ipv4Addr>, LeaseError> {
         let entries = fs::read_dir(&self.dir).map_err(failed(&self.dir, "listed"))?;
         let mut addresses = Vec::new();

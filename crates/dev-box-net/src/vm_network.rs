@@ -280,9 +280,14 @@ impl VmNetwork {
             filter: filter.name.clone(),
             fingerprint: None,
         };
-        let mut lease = self
-            .leases(&shape)?
-            .acquire(&record, |address| !self.settings.host.has_interface(&tap_of(address)))?;
+        let leases = self.leases(&shape)?;
+        // An address without a lease here may still be someone's: of a VM whose owner died, or of VMs whose leases
+        // lie in another directory.
+        let guarded = self.firewall.list()?;
+        let mut lease = leases.acquire(&record, |address| {
+            !self.settings.host.has_interface(&tap_of(address))
+                && (!guarded.contains(&address) || leases.is_on_record(address))
+        })?;
         let made = ensure_filter(libvirt, &filter.name, &filter.xml);
         // The lease is on record and names the filter, so nobody collects it from here on.
         drop(lock);

@@ -236,6 +236,25 @@ fn an_address_whose_tap_exists_is_not_given_out() {
 }
 
 #[test]
+fn an_address_guarded_for_someone_else_is_not_given_out() {
+    let world = World::new();
+    let shape = world.network.ensure(&world.libvirt).unwrap();
+    let taken = Ipv4Addr::new(10, 213, 1, 2);
+    world.firewall.apply(&VmGuard::new(name("x"), shape, taken, EgressPolicy::NatFiltered).unwrap()).unwrap();
+    let lease = world.attach("a").unwrap();
+    assert_eq!(lease.address, Ipv4Addr::new(10, 213, 1, 3));
+    let address = lease.address;
+    drop(lease);
+    assert_eq!(
+        world.attach("b").unwrap().address,
+        address,
+        "a dead owner's is taken over, its rules replaced"
+    );
+    world.firewall.fail_next(Call::List);
+    assert!(matches!(world.attach("c"), Err(NetError::Firewall(_))));
+}
+
+#[test]
 fn verification_finds_what_is_gone() {
     let world = World::new();
     let mut lease = world.attach("a").unwrap();

@@ -108,7 +108,7 @@ impl FoundNetwork {
             ["network", "port"] => self.isolated = get("isolated").as_deref() == Some("yes"),
             ["network", "ip"] => {
                 let address = get("address").and_then(|text| text.parse::<Ipv4Addr>().ok());
-                match address.and_then(|address| Some(Ipv4Net::new(address, prefix(&get)?).ok()?)) {
+                match address.and_then(|address| Ipv4Net::new(address, prefix(&get)?).ok()) {
                     Some(net) => self.addresses.push(net),
                     None => self.ipv6 = true,
                 }

@@ -5,6 +5,8 @@
 //! Needs root, `ip` and `nft`; without, each test says so and does nothing. All traffic stays inside namespaces that
 //! the test made.
 
+#![expect(clippy::unwrap_used, clippy::print_stderr, reason = "test code; a test that cannot run says so")]
+
 mod frame;
 mod guard;
 mod lab;
