@@ -3,6 +3,7 @@
 //! Every phase is cancellation safe: a future that is dropped stops the blocking work it waited for, resets the job's
 //! stream (the guest then ends the job's whole tree), and leaves an `abandoned` entry in the audit.
 
+mod accounts;
 mod audit;
 mod failure;
 mod files;

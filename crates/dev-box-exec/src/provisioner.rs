@@ -14,7 +14,7 @@ use crate::sink::BoxFuture;
 use crate::workspace::Owner;
 
 /// The 9p mount tag of a VM's staging directory.
-pub const SHARE_TAG: &str = "workspace";
+pub const SHARE_TAG: &str = dev_box_comm::share::TAG;
 
 /// What a VM consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]

@@ -131,7 +131,7 @@ pub struct WorkspaceIn {
     pub git: bool,
     /// Where it is mounted in the guest.
     pub guest_path: PathBuf,
-    /// Whom it belongs to in the guest.
+    /// Whom it belongs to in the guest, unless the job names a user: then it is that user's.
     pub guest_owner: Owner,
     /// Limits on the way in.
     pub limits_in: Limits,
@@ -152,7 +152,7 @@ impl Default for WorkspaceIn {
         Self {
             source: None,
             git: false,
-            guest_path: PathBuf::from("/workspace"),
+            guest_path: PathBuf::from(dev_box_comm::share::TARGET),
             guest_owner: Owner { uid: 0, gid: 0 },
             limits_in: Limits::default(),
             limits_out: Limits::default(),

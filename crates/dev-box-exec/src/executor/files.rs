@@ -10,6 +10,7 @@ use dev_box_observe::audit::FileTotals;
 use dev_box_observe::{Act, AuditEvent, AuditSink, Entry};
 use tokio::time::timeout;
 
+use super::accounts;
 use super::audit::{self, Who};
 use super::failure::{Cause, chain};
 use crate::cancel::{Cancel, Urgency};
@@ -77,12 +78,19 @@ pub(super) async fn precheck(workspace: &WorkspaceIn, cancel: &Cancel) -> Result
 /// Stages the workspace and has the guest mount it.
 pub(super) async fn inject(
     vm: &ReadyVm,
-    workspace: WorkspaceIn,
+    mut workspace: WorkspaceIn,
     user: Option<&str>,
     who: &Who<'_>,
     cancel: &Cancel,
     warnings: &mut Vec<String>,
 ) -> Result<Injected, Cause> {
+    if let Some(user) = user {
+        workspace.guest_owner = tokio::select! {
+            biased;
+            () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
+            owner = accounts::resolve(&vm.session, user) => owner,
+        }?;
+    }
     let root = audit::path(workspace.source.as_deref());
     let totals = FileTotals::default();
     let act = match &workspace.source {
@@ -120,7 +128,8 @@ pub(super) async fn inject(
         tag: SHARE_TAG.to_owned(),
         target: workspace.guest_path.as_path().into(),
         read_only: false,
-        owner: user.map(str::to_owned),
+        // The staging directory has its owner already.
+        owner: None,
     };
     let mounted = tokio::select! {
         biased;

@@ -122,7 +122,7 @@ pub(super) async fn run(process: Process, plan: &Plan<'_>) -> End {
     });
     tokio::pin!(outputs);
     let mut state = Control { sender, receiver, faults: faulty, hurry: &hurry, plan };
-    let mut control = Box::pin(state.to_the_end());
+    let mut control = Box::pin(state.conduct());
     let mut feeding = Box::pin(feed(process.stdin, input));
     let (mut captured, mut fed) = (None, false);
     let (why, exited) = loop {
@@ -175,7 +175,7 @@ enum Ending {
 }
 
 impl Control<'_> {
-    async fn to_the_end(&mut self) -> (Option<Why>, Option<Exited>) {
+    async fn conduct(&mut self) -> (Option<Why>, Option<Exited>) {
         let deadline = self.plan.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut ending = Ending::Not;
         let mut why = None;

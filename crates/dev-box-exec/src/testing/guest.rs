@@ -19,6 +19,9 @@ use tokio::time::sleep;
 
 use crate::provisioner::SHARE_TAG;
 
+/// The accounts of every scripted guest.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\ndev:x:1000:1001::/home/dev:/bin/sh\n";
+
 /// What a scripted process does, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Act {
@@ -75,7 +78,8 @@ enum Step {
 
 /// What one VM's guest is going to be asked, in order, and how it answers.
 ///
-/// Mounting and unmounting of the workspace need no script; doing either twice is a violation.
+/// Mounting and unmounting of the workspace need no script; doing either twice is a violation. `/etc/passwd` knows `root`
+/// and `dev` (1000:1001).
 ///
 /// # Examples
 /// ```
@@ -194,6 +198,12 @@ impl Guest {
                             }
                         });
                     }
+                }
+                Request::ReadFile(file) if file.path.as_bytes() == b"/etc/passwd" => {
+                    let mut stream = stream;
+                    let _ = stream.parts().output.write(PASSWD.into()).await;
+                    stream.parts().output.finish();
+                    let _ = stream.send(Message::Done).await;
                 }
                 request => {
                     let answer = self.answer(&request);

@@ -1,16 +1,12 @@
-//! A guest's metadata on a descriptor: `user.virtfs.*`, as QEMU's `accessmode='mapped'` keeps it (little-endian, see
-//! `hw/9pfs/9p-local.c` and QEMU's documentation of `security_model=mapped-xattr`).
+//! A guest's metadata on a descriptor: the IO beneath the rules of [`dev_box_comm::share`].
 
 use std::os::fd::AsFd;
 
+use dev_box_comm::share::{self, Attributes, HostKind};
 use rustix::fs::{self, FileType, XattrFlags};
 use rustix::io::Errno;
 
 use super::{Kind, Owner, Refusal};
-
-const UID: &str = "user.virtfs.uid";
-const GID: &str = "user.virtfs.gid";
-const MODE: &str = "user.virtfs.mode";
 
 /// What an entry is for the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,39 +19,50 @@ pub(super) struct GuestMeta {
 /// Gives a staged file or directory its meaning in the guest.
 pub(super) fn write(file: impl AsFd, kind: Kind, mode: u32, owner: Owner) -> Result<(), Errno> {
     let kind = match kind {
-        Kind::File => FileType::RegularFile,
-        Kind::Directory => FileType::Directory,
-        Kind::Symlink => FileType::Symlink,
+        Kind::File => share::Kind::File,
+        Kind::Directory => share::Kind::Directory,
+        Kind::Symlink => share::Kind::Symlink,
     };
-    let mode = kind.as_raw_mode() | (mode & 0o7777);
-    for (name, value) in [(UID, owner.uid), (GID, owner.gid), (MODE, mode)] {
-        fs::fsetxattr(&file, name, &value.to_le_bytes(), XattrFlags::empty())?;
+    for (name, value) in share::attributes(kind, mode, owner.uid, owner.gid) {
+        fs::fsetxattr(&file, name, &value, XattrFlags::empty())?;
     }
     Ok(())
 }
 
 /// What a guest means an entry to be; `host` is the type and mode of the host's file.
 pub(super) fn read(file: impl AsFd, host: FileType, host_mode: u32) -> Result<GuestMeta, Refusal> {
-    let mut value = [0; 4];
-    let mode = match fs::fgetxattr(&file, MODE, &mut value[..]) {
-        Ok(4) => u32::from_le_bytes(value),
+    let mut value = [0; 8];
+    let mode = match fs::fgetxattr(&file, share::XATTR_MODE, &mut value[..]) {
+        Ok(len) => value.get(..len),
         // Made by nobody through 9p; the host's own mode is what there is.
-        Err(Errno::NODATA | Errno::OPNOTSUPP) => host.as_raw_mode() | (host_mode & 0o7777),
-        Ok(_) | Err(Errno::RANGE) => return Err(Refusal::BadAttributes),
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => None,
+        Err(Errno::RANGE) => return Err(Refusal::BadAttributes),
         Err(error) => return Err(Refusal::System(error.to_string())),
     };
-    let kind = match (host, FileType::from_raw_mode(mode)) {
-        (FileType::Directory, FileType::Directory) => Kind::Directory,
-        (FileType::RegularFile, FileType::RegularFile) => Kind::File,
-        (FileType::RegularFile, FileType::Symlink) => Kind::Symlink,
-        (FileType::RegularFile, FileType::Fifo) => return Err(Refusal::Fifo),
-        (FileType::RegularFile, FileType::Socket) => return Err(Refusal::Socket),
-        (FileType::RegularFile, FileType::BlockDevice | FileType::CharacterDevice) => {
-            return Err(Refusal::Device);
-        }
-        _ => return Err(Refusal::BadAttributes),
+    let host = match host {
+        FileType::RegularFile => HostKind::File,
+        FileType::Directory => HostKind::Directory,
+        _ => HostKind::Other,
     };
-    Ok(GuestMeta { kind, mode: mode & 0o777 })
+    let meta = share::decode(host, host_mode, Attributes { mode, ..Attributes::default() })?;
+    let kind = match meta.kind {
+        share::Kind::File => Kind::File,
+        share::Kind::Directory => Kind::Directory,
+        share::Kind::Symlink => Kind::Symlink,
+    };
+    Ok(GuestMeta { kind, mode: meta.mode })
+}
+
+impl From<share::Refusal> for Refusal {
+    fn from(refusal: share::Refusal) -> Self {
+        match refusal {
+            share::Refusal::Fifo => Self::Fifo,
+            share::Refusal::Socket => Self::Socket,
+            share::Refusal::Device | share::Refusal::HostKind => Self::Device,
+            share::Refusal::Link => Self::BadTarget,
+            share::Refusal::Size(_) | share::Refusal::Type(_) => Self::BadAttributes,
+        }
+    }
 }
 
 /// Why a host file of this type is not even opened.
@@ -76,7 +83,7 @@ mod tests {
     use super::*;
 
     fn set(file: &File, mode: &[u8]) {
-        fs::fsetxattr(file, MODE, mode, XattrFlags::empty()).unwrap();
+        fs::fsetxattr(file, share::XATTR_MODE, mode, XattrFlags::empty()).unwrap();
     }
 
     #[test]
@@ -90,7 +97,7 @@ mod tests {
             assert_eq!(read, GuestMeta { kind, mode: 0o755 }, "set-user-id does not come back");
         }
         let mut raw = [0; 4];
-        fs::fgetxattr(file.as_file(), UID, &mut raw[..]).unwrap();
+        fs::fgetxattr(file.as_file(), share::XATTR_UID, &mut raw[..]).unwrap();
         assert_eq!(raw, [0xe8, 3, 0, 0]);
         let dir = File::open(dir.path()).unwrap();
         write(&dir, Kind::Directory, 0o750, owner).unwrap();
@@ -116,6 +123,7 @@ mod tests {
             set(file, &mode.to_le_bytes());
             assert_eq!(read(file, FileType::RegularFile, 0o600), Err(refusal), "{mode:o}");
         }
+        assert_eq!(read(file, FileType::Fifo, 0o600), Err(Refusal::Device));
         for bad in [&b""[..], b"abc", b"12345", &[0; 1000]] {
             set(file, bad);
             assert_eq!(read(file, FileType::RegularFile, 0o600), Err(Refusal::BadAttributes));

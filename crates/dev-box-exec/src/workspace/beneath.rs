@@ -54,11 +54,7 @@ pub(super) struct Meta {
     pub(super) uid: u32,
 }
 
-#[expect(
-    clippy::unnecessary_cast,
-    clippy::useless_conversion,
-    reason = "the fields' types differ between architectures"
-)]
+#[expect(clippy::unnecessary_cast, reason = "the fields' types differ between architectures")]
 impl From<fs::Stat> for Meta {
     fn from(stat: fs::Stat) -> Self {
         let nanos = |seconds: i128, nanos: i128| seconds * 1_000_000_000 + nanos;

@@ -83,9 +83,7 @@ impl Opened {
         file.take(TARGET_MAX + 1)
             .read_to_end(&mut target)
             .map_err(|error| Refusal::System(error.to_string()))?;
-        if target.is_empty() || target.len() as u64 > TARGET_MAX || target.contains(&0) {
-            return Err(Refusal::BadTarget);
-        }
+        dev_box_comm::share::check_symlink(&target)?;
         Ok(target)
     }
 

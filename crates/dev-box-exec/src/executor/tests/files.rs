@@ -238,3 +238,25 @@ async fn with_a_workspace_that_is_where_it_runs() {
     let dev_box_observe::AuditEvent::Exec { cwd, .. } = intent.event else { panic!("{intent:?}") };
     assert_eq!(cwd.unwrap().as_str(), "/work");
 }
+
+#[tokio::test]
+async fn a_users_workspace_is_the_users() {
+    let bench = Bench::new();
+    let vm = bench.vm(runs([Act::Exit(0)])).await;
+    let job = Job { user: Some("dev".to_owned()), ..with(bench.to_output()) };
+    let result = bench.executor.execute(&vm, job, Arc::new(DiscardSink), bench.cancel.token()).await;
+    assert!(result.success, "{result:?}");
+    for (name, id) in [("user.virtfs.uid", 1000_u32), ("user.virtfs.gid", 1001)] {
+        for path in [vm.share.clone(), vm.share.join("input")] {
+            let mut value = [0; 4];
+            rustix::fs::getxattr(&path, name, &mut value[..]).unwrap();
+            assert_eq!(u32::from_le_bytes(value), id, "{path:?}");
+        }
+    }
+    bench.provisioner.retire(vm).await.unwrap();
+    let job = Job { user: Some("nobody".to_owned()), ..with(bench.to_output()) };
+    let result = bench.execute(Script::new(), job).await;
+    assert_eq!(result.outcome, Outcome::Failed { phase: Phase::Inject });
+    assert!(result.error.unwrap().contains("no user nobody"));
+    bench.clean();
+}

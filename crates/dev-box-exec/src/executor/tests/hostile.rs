@@ -102,14 +102,14 @@ async fn a_guest_that_loses_the_process() {
 async fn a_flood_is_drained_in_little_memory() {
     let bench = Bench::new();
     let caps = OutputCaps { streamed: 1 << 20, kept: 64 << 10 };
-    let flood = Act::Flood { stdout: 256 << 20, stderr: 256 << 20 };
+    let flood = Act::Flood { stdout: 48 << 20, stderr: 48 << 20 };
     let before = peak_rss_kib();
     let result = bench.execute(runs([flood, Act::Exit(0)]), Job { caps, ..job() }).await;
     let grown = peak_rss_kib().saturating_sub(before);
     assert!(result.success && result.truncated);
-    assert_eq!(result.stdout.total + result.stderr.total, 512 << 20);
+    assert_eq!(result.stdout.total + result.stderr.total, 96 << 20);
     // Guest and host are one process here.
-    assert!(grown < 64 << 10, "{grown} KiB");
+    assert!(grown < 32 << 10, "{grown} KiB");
     bench.clean();
 }
 
@@ -138,7 +138,7 @@ async fn nothing_runs_that_cannot_be_audited() {
 #[tokio::test(start_paused = true)]
 async fn a_request_that_fits_no_frame() {
     let bench = Bench::new();
-    let long = "x".repeat(8 << 20);
+    let long = "x".repeat(2 << 20);
     let result = bench.execute(Script::new(), Job::new([long])).await;
     assert_eq!(result.outcome, Outcome::Failed { phase: Phase::Start });
     assert!(result.error.unwrap().starts_with("start: the request cannot be sent: "));
