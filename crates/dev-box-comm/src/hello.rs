@@ -167,7 +167,8 @@ impl HostHello {
     }
 }
 
-/// The guest's hello. Its nonce is the host's, put in by the session.
+/// The guest's hello. Its nonce is the host's, put in by the session. All of it is the guest's claim: print its strings
+/// through [`GuestText`] only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestHello {
     /// The agent's version.

@@ -44,6 +44,8 @@ fn drain(decoder: &mut Decoder) -> Result<Vec<Frame>, FrameError> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+
     #[test]
     fn frames_survive_any_split(frames in prop::collection::vec(frame(), 1..8), cut in 1..20_000usize) {
         let bytes = encode(&frames, false);

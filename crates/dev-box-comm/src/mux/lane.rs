@@ -45,16 +45,15 @@ impl SendLane {
         self.queued
     }
 
-    /// False when the lane was finished.
-    pub(super) fn push(&mut self, bytes: Bytes) -> bool {
-        if self.finish != Finish::No {
-            return false;
-        }
+    pub(super) fn is_finished(&self) -> bool {
+        self.finish != Finish::No
+    }
+
+    pub(super) fn push(&mut self, bytes: Bytes) {
         if !bytes.is_empty() {
             self.queued += bytes.len();
             self.queue.push_back(bytes);
         }
-        true
     }
 
     pub(super) fn finish(&mut self) {

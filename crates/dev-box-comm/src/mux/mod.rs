@@ -282,12 +282,13 @@ impl Mux {
     pub fn write(&mut self, id: u32, lane: u8, bytes: Bytes) -> Result<(), Refused> {
         let full = self.limits.send_queue;
         let send = self.sendable(id)?.send_lane(lane).ok_or(Refused::Ended)?;
+        if send.is_finished() {
+            return Err(Refused::Ended);
+        }
         if send.queued() >= full {
             return Err(Refused::Full);
         }
-        if !send.push(bytes) {
-            return Err(Refused::Ended);
-        }
+        send.push(bytes);
         self.schedule(id);
         Ok(())
     }

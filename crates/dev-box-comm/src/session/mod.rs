@@ -130,8 +130,9 @@ impl Session {
         GuestPort::new(io).accept(hello).await
     }
 
-    /// Host: opens a stream with a request. Waits while as many streams are open as the guest allows. Cancellation safe:
-    /// dropped before it returned, nothing stays open.
+    /// Host: opens a stream with a request. Waits while as many streams are open as the guest allows; one that this side gave
+    /// up counts until the guest confirms it, so set a time-out where a guest may have stopped. Cancellation safe: dropped
+    /// before it returned, nothing stays open.
     ///
     /// # Errors
     /// [`StreamError::Closed`]; [`StreamError::TooLong`] for a request that does not fit a frame.
@@ -239,6 +240,8 @@ fn start(
     config: &SessionConfig,
     back: Option<oneshot::Sender<Carrier>>,
 ) -> Arc<Owner> {
+    // A guest that allows no stream would have every caller wait for ever.
+    let peer = WireLimits { streams: peer.streams.max(1), ..peer };
     let limits = MuxLimits {
         own,
         peer,

@@ -1,6 +1,7 @@
 //! The session on an in-memory connection.
 
 mod basics;
+mod cancel;
 mod hostile;
 mod resync;
 
