@@ -32,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::id::VmId;
+use crate::size::ByteSize;
 
 pub use error::LibvirtError;
 pub use types::{
@@ -179,6 +180,14 @@ pub trait Domains: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`LibvirtError::NoSuchDomain`].
     fn stats(&self, id: VmId) -> Result<DomainStats>;
+
+    /// Lets a running domain's QEMU have so much memory and no more (`memory.limit_in_bytes`, `memory.max`). Gone when
+    /// it stops.
+    ///
+    /// # Errors
+    /// [`LibvirtError::NoSuchDomain`], [`LibvirtError::InvalidOperation`] when it does not run or the host has no memory
+    /// cgroup, [`LibvirtError::Unsupported`].
+    fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()>;
 
     /// Sends a JSON command (QMP) to QEMU's monitor and gives its JSON reply. Libvirt marks the domain as tainted.
     ///

@@ -3,6 +3,7 @@
 //! The states and which operation is legal in which are in [`state`](crate::state). A [`Vm`] is a handle by UUID:
 //! cheap to clone, and never mistaken for another domain that took over the name.
 
+mod limits;
 mod stop;
 mod wait;
 
@@ -19,6 +20,7 @@ use crate::libvirt::{
 use crate::state::{IllegalTransition, Operation, StateReason, VmState};
 use crate::template::{ReadError, VmTemplate};
 
+pub(crate) use limits::enforce;
 pub use stop::{StopOptions, Stopped};
 
 /// Why an operation on a VM failed.
@@ -110,7 +112,14 @@ impl Vm {
         let xml = template.to_xml();
         let made = connection
             .call_or_undo(
-                move |libvirt| libvirt.create(&xml, mode),
+                move |libvirt| {
+                    let made = libvirt.create(&xml, mode)?;
+                    match enforce(libvirt, made.id) {
+                        Ok(()) => Ok(made),
+                        // Without its limit it must not run.
+                        Err(error) => libvirt.destroy(made.id).and(Err(error)),
+                    }
+                },
                 |libvirt, made| {
                     if let Err(error) = libvirt.destroy(made.id) {
                         tracing::warn!(name = made.name, %error, "a VM that nobody waited for was not destroyed");
@@ -212,7 +221,11 @@ impl Vm {
     /// As [`Vm::start`].
     pub async fn start_in(&self, mode: StartMode) -> Result<(), VmError> {
         let id = self.id;
-        self.operate(Operation::Start, move |libvirt| libvirt.start(id, mode)).await?;
+        let start = move |libvirt: &dyn Libvirt| {
+            libvirt.start(id, mode)?;
+            enforce(libvirt, id).or_else(|error| libvirt.destroy(id).and(Err(error)))
+        };
+        self.operate(Operation::Start, start).await?;
         self.connection.saw(id, Seen::Started);
         Ok(())
     }

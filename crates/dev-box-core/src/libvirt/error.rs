@@ -133,6 +133,7 @@ pub enum LibvirtError {
 
 /// The codes (`virErrorNumber`) that are told apart; the numbers are part of libvirt's stable interface.
 mod code {
+    pub(super) const INTERNAL_ERROR: u32 = 1;
     pub(super) const NO_SUPPORT: u32 = 3;
     pub(super) const UNKNOWN_HOST: u32 = 4;
     pub(super) const NO_CONNECT: u32 = 5;
@@ -209,7 +210,10 @@ impl LibvirtError {
             code::DOM_EXIST | code::NETWORK_EXIST => Self::NameTaken { message },
             // "operation failed: domain 'x' already exists with uuid ..." and its like for every kind of object.
             code::OPERATION_FAILED | code::OPERATION_INVALID | code::INVALID_ARG
-                if has("already exists") || has("already defined") || has("is already in use") =>
+                if (has("domain '") && has("is already active"))
+                    || has("already exists")
+                    || has("already defined")
+                    || has("is already in use") =>
             {
                 Self::NameTaken { message }
             }
@@ -219,6 +223,10 @@ impl LibvirtError {
             code::OPERATION_INVALID if has("in use") => Self::InUse { message },
             code::RESOURCE_BUSY => Self::InUse { message },
             code::OPERATION_INVALID => Self::InvalidOperation { message },
+            // The driver `test` says so with this code.
+            code::INTERNAL_ERROR if has("' not running") || has("' not paused") => {
+                Self::InvalidOperation { message }
+            }
             code::NO_SUPPORT
             | code::CONFIG_UNSUPPORTED
             | code::ARGUMENT_UNSUPPORTED

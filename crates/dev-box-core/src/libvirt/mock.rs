@@ -9,6 +9,7 @@ use super::{
     Versions, XmlView,
 };
 use crate::id::VmId;
+use crate::size::ByteSize;
 
 mockall::mock! {
     /// A driver whose every call is told beforehand.
@@ -36,6 +37,7 @@ mockall::mock! {
         fn state(&self, id: VmId) -> Result<StateReport>;
         fn xml(&self, id: VmId, view: XmlView) -> Result<String>;
         fn stats(&self, id: VmId) -> Result<DomainStats>;
+        fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()>;
         fn monitor(&self, id: VmId, command: &str) -> Result<String>;
         fn agent(&self, id: VmId, command: &str, timeout: Duration) -> Result<String>;
     }

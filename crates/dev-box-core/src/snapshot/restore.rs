@@ -6,6 +6,7 @@ use super::{Contents, SnapshotError, SnapshotName, found, record};
 use crate::id::VmId;
 use crate::libvirt::{Libvirt, Revert, SnapshotRequest};
 use crate::state::{Operation, VmState};
+use crate::vm::enforce;
 
 /// How.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,7 +59,11 @@ pub(super) fn restore(
     report.state.after(Operation::Restore, report.persistent)?;
     match options.mode {
         RestoreMode::Restart => {
-            libvirt.revert_snapshot(id, name.as_str(), options.then).map_err(|error| found(error, vm, name))
+            libvirt
+                .revert_snapshot(id, name.as_str(), options.then)
+                .map_err(|error| found(error, vm, name))?;
+            // A new QEMU, or none.
+            if libvirt.state(id)?.state.is_active() { Ok(enforce(libvirt, id)?) } else { Ok(()) }
         }
         RestoreMode::InPlace => in_place(libvirt, id, vm, name, report.state, options.then),
     }

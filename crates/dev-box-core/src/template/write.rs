@@ -28,12 +28,6 @@ pub(super) fn domain(spec: &VmSpec) -> Node {
         .with(Node::text("memory", r.memory.as_kib().to_string()).attr("unit", "KiB"))
         .with(Node::text("currentMemory", r.memory.as_kib().to_string()).attr("unit", "KiB"))
         .with_all(r.io_weight.map(|w| Node::new("blkiotune").with(Node::text("weight", w.to_string()))))
-        .with(
-            Node::new("memtune").with(
-                Node::text("hard_limit", r.memory_limit(spec.accelerator).as_kib().to_string())
-                    .attr("unit", "KiB"),
-            ),
-        )
         .with(Node::text("vcpu", r.vcpus.to_string()).attr("placement", "static"))
         .with_all(r.cpu_quota_percent.map(cpu_quota))
         .with(os(&spec.boot))

@@ -29,6 +29,8 @@ pub(super) struct FakeDomain {
     pub(super) current_snapshot: Option<String>,
     /// Stands for what is in memory and on disk: snapshots keep and give back this number.
     pub(super) contents: u64,
+    /// The memory limit in force.
+    pub(super) limit: Option<ByteSize>,
 }
 
 impl FakeDomain {
@@ -76,6 +78,7 @@ impl State {
     pub(super) fn halt(&mut self, id: VmId, reason: StateReason) {
         if let Ok(domain) = self.domain(id) {
             domain.active = None;
+            domain.limit = None;
             domain.state = VmState::Shutoff;
             domain.reason = reason;
             domain.contents += 1;
@@ -149,6 +152,12 @@ impl State {
 }
 
 impl FakeLibvirt {
+    /// The memory limit in force on a running domain.
+    #[must_use]
+    pub fn memory_limit(&self, name: &str) -> Option<ByteSize> {
+        self.lock().domains.iter().find(|domain| domain.name == name)?.limit
+    }
+
     fn event(&self, id: VmId, name: &str, kind: DomainEventKind) {
         self.tell(DomainEvent { id, name: name.to_owned(), kind, detail: 0 });
     }
@@ -196,6 +205,7 @@ impl Domains for FakeLibvirt {
             snapshots: Vec::new(),
             current_snapshot: None,
             contents: 0,
+            limit: None,
         };
         let summary = domain.summary();
         state.domains.push(domain);
@@ -220,6 +230,7 @@ impl Domains for FakeLibvirt {
                 snapshots: Vec::new(),
                 current_snapshot: None,
                 contents: 0,
+                limit: None,
             });
         }
         let summary = state.domain(id)?.summary();
@@ -373,6 +384,12 @@ impl Domains for FakeLibvirt {
                 .collect();
         }
         Ok(stats)
+    }
+
+    fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()> {
+        let mut state = self.enter("limit_memory", true)?;
+        state.running(id)?.limit = Some(limit);
+        Ok(())
     }
 
     fn monitor(&self, id: VmId, command: &str) -> Result<String> {

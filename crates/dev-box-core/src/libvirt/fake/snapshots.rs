@@ -158,6 +158,7 @@ impl Snapshots for FakeLibvirt {
             (Revert::AsTaken, false) => snapshot.state,
         };
         let was_active = domain.is_active();
+        domain.limit = None;
         domain.contents = snapshot.contents;
         domain.current_snapshot = Some(snapshot.name);
         (domain.state, domain.reason) = (target, StateReason::Snapshot);

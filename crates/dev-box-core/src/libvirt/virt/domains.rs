@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use virt::domain::{Domain, DomainStateReason};
+use virt::domain::{Domain, DomainStateReason, MemoryParameters};
 use virt::enumutil::Enum;
 use virt_sys as sys;
 
@@ -161,6 +161,13 @@ impl Domains for VirtDriver {
                 .collect();
         }
         Ok(stats)
+    }
+
+    fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()> {
+        let parameters = MemoryParameters { hard_limit: Some(limit.as_kib()), ..MemoryParameters::default() };
+        // Live, and not in the definition: started with a hard limit, QEMU is allowed to lock as much memory, which it
+        // needs not, and which fails where libvirtd may not raise resource limits.
+        self.domain(id)?.set_memory_parameters(parameters, sys::VIR_DOMAIN_AFFECT_LIVE).map_err(of)
     }
 
     fn monitor(&self, id: VmId, command: &str) -> Result<String> {
