@@ -1,0 +1,176 @@
+//! A host made of doubles, and a look at what is left on it.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use dev_box_comm::hello::GuestHello;
+use dev_box_comm::message::{Configure, GuestError, GuestErrorKind, Message, Request};
+use dev_box_comm::session::Session;
+use dev_box_comm::testing::{MemoryDial, memory};
+use dev_box_comm::transport::{Dial, Listen};
+use dev_box_core::accel::AcceleratorPolicy;
+use dev_box_core::clock::{EasternTime, FakeClock};
+use dev_box_core::connection::{LibvirtConnection, OpenOptions};
+use dev_box_core::libvirt::Domains;
+use dev_box_core::libvirt::fake::FakeLibvirt;
+use dev_box_core::size::ByteSize;
+use dev_box_exec::{NetworkMode, Resources, TransportChoice, VmRequest};
+use dev_box_image::testing::FakeCommands;
+use dev_box_image::{Build, Builder, ImageStore, Quiet, SpaceLimits};
+use dev_box_net::guard::fake::FakeFirewall;
+use dev_box_net::{Firewall, NetSettings, VmNetwork};
+use dev_box_provision::reach::{Address, Reach};
+use dev_box_provision::vm_dir::QemuUser;
+use dev_box_provision::{LibvirtProvisioner, Settings};
+use tempfile::TempDir;
+
+/// What the guest in memory does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// Its agent answers and obeys.
+    Obeys,
+    /// Its agent refuses to be configured.
+    Refuses,
+    /// Nobody answers.
+    Silent,
+    /// It goes away in the middle of the hello.
+    HangsUp,
+}
+
+/// The way to that guest.
+#[derive(Debug)]
+struct ToGuest {
+    dial: MemoryDial,
+    addresses: Arc<Mutex<Vec<String>>>,
+}
+
+impl Reach for ToGuest {
+    fn dial(&self, address: Address<'_>) -> Box<dyn Dial> {
+        self.addresses.lock().unwrap().push(format!("{address:?}"));
+        Box::new(self.dial.clone())
+    }
+}
+
+/// The host.
+pub struct Bench {
+    pub root: TempDir,
+    pub libvirt: FakeLibvirt,
+    pub firewall: Arc<FakeFirewall>,
+    pub connection: LibvirtConnection,
+    pub network: VmNetwork,
+    pub provisioner: LibvirtProvisioner,
+    /// What the agent was told.
+    pub configured: Arc<Mutex<Vec<Configure>>>,
+    /// Where agents were looked for.
+    pub addresses: Arc<Mutex<Vec<String>>>,
+}
+
+impl Bench {
+    pub async fn new(guest: Guest) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let clock = Arc::new(FakeClock::at(EasternTime::from_unix_nanos(1_790_000_000_000_000_000)));
+        let libvirt = FakeLibvirt::new();
+        let connection = OpenOptions::new("fake:///").open_with(libvirt.connector()).await.unwrap();
+        let images = ImageStore::open(root.path()).unwrap();
+        let agent = root.path().join("agent");
+        fs::write(&agent, "an agent").unwrap();
+        Builder::new(Arc::new(FakeCommands::new()), clock.clone())
+            .limits(no_limits())
+            .build(&images, &Build::packages("default".parse().unwrap(), agent), &Quiet)
+            .unwrap();
+        let firewall = Arc::new(FakeFirewall::new());
+        let network = VmNetwork::new(
+            NetSettings::new(root.path().join("net")),
+            Arc::clone(&firewall) as Arc<dyn Firewall>,
+        );
+        let (dial, listen) = memory();
+        let (configured, addresses) = (Arc::default(), Arc::default());
+        tokio::spawn(serve(listen, guest, Arc::clone(&configured)));
+        let provisioner = LibvirtProvisioner::new(
+            Settings {
+                state_root: images.root().to_owned(),
+                qemu: this_user(),
+                owner: "tester".to_owned(),
+                boot_timeout: Duration::from_millis(400),
+                space: no_limits(),
+            },
+            connection.clone(),
+            images,
+            network.clone(),
+            Arc::new(ToGuest { dial, addresses: Arc::clone(&addresses) }),
+            clock,
+        );
+        Self { root, libvirt, firewall, connection, network, provisioner, configured, addresses }
+    }
+
+    pub fn vm_dirs(&self) -> Vec<String> {
+        names_in(&self.root.path().join("vms"))
+    }
+
+    /// Nothing of any VM is left anywhere.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        assert_eq!(self.vm_dirs(), Vec::<String>::new());
+        assert!(self.libvirt.list().unwrap().is_empty(), "domains are left");
+        assert!(self.firewall.list().unwrap().is_empty(), "rules are left");
+        assert!(self.network.list(&self.libvirt).unwrap().is_empty(), "leases are left");
+    }
+}
+
+pub fn request() -> VmRequest {
+    VmRequest {
+        image: "default".to_owned(),
+        resources: Resources { cpus: 2, memory: ByteSize::mib(256), disk: ByteSize::gib(8) },
+        network: NetworkMode::NatFiltered,
+        accelerator: AcceleratorPolicy::Tcg,
+        transport: TransportChoice::Serial,
+        purpose: "test".to_owned(),
+    }
+}
+
+pub fn this_user() -> QemuUser {
+    QemuUser { uid: rustix::process::getuid().as_raw(), gid: rustix::process::getgid().as_raw() }
+}
+
+fn no_limits() -> SpaceLimits {
+    SpaceLimits { keep_free: ByteSize::bytes(0), ..SpaceLimits::default() }
+}
+
+pub fn names_in(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+async fn serve(mut listen: impl Listen, guest: Guest, configured: Arc<Mutex<Vec<Configure>>>) {
+    while let Ok(io) = listen.accept().await {
+        let configured = Arc::clone(&configured);
+        match guest {
+            Guest::HangsUp => drop(io),
+            // Held, and never read.
+            Guest::Silent => std::mem::forget(io),
+            Guest::Obeys | Guest::Refuses => {
+                tokio::spawn(async move {
+                    let Ok((_session, mut incoming, _)) = Session::accept(io, GuestHello::new("boot")).await
+                    else {
+                        return;
+                    };
+                    while let Some((request, mut stream)) = incoming.next().await {
+                        let answer = match request {
+                            Request::Configure(_) if guest == Guest::Refuses => {
+                                Message::Failed(GuestError::new(GuestErrorKind::Other, "no thanks"))
+                            }
+                            Request::Configure(configure) => {
+                                configured.lock().unwrap().push(configure);
+                                Message::Done
+                            }
+                            _ => Message::Done,
+                        };
+                        let _ = stream.send(answer).await;
+                    }
+                });
+            }
+        }
+    }
+}

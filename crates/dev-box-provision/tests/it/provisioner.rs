@@ -1,0 +1,200 @@
+use std::time::Duration;
+
+use dev_box_core::accel::AcceleratorPolicy;
+use dev_box_core::libvirt::{Domains, LibvirtError, XmlView};
+use dev_box_core::size::ByteSize;
+use dev_box_core::template::VmTemplate;
+use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, TransportChoice};
+
+use crate::bench::{Bench, Guest, request};
+
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+#[tokio::test]
+async fn a_vm_is_made_and_goes_without_a_trace() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    let domain = bench.libvirt.find(vm.name.as_str()).unwrap().expect("a domain of its name");
+    let spec =
+        VmTemplate::from_xml(&bench.libvirt.xml(domain.id, XmlView::Current).unwrap()).unwrap().into_spec();
+    assert!(!domain.persistent, "what dies is forgotten");
+    assert_eq!((spec.resources.vcpus, spec.resources.memory), (2, ByteSize::mib(256)));
+    assert_eq!(spec.ownership.owner, "tester");
+    assert_eq!(spec.ownership.purpose, "test");
+    let interface = spec.interface.expect("an interface");
+    assert!(interface.port_isolated && interface.filter.is_some());
+    let guard = bench.firewall.rules_of(interface.ip.unwrap()).expect("the guard stands");
+    assert_eq!(Some(guard.tap()), interface.target_dev);
+
+    let configured = bench.configured.lock().unwrap().remove(0);
+    assert_eq!(configured.hostname.as_deref(), Some(vm.name.as_str()));
+    assert_eq!(configured.machine_id, Some(spec.id.as_uuid().simple().to_string()));
+    assert!(configured.entropy.is_some());
+    assert_eq!(configured.unix_time_ns, Some(1_790_000_000_000_000_000));
+    let network = configured.network.expect("an address");
+    assert_eq!(Some(network.address), interface.ip);
+    assert_eq!(network.mac, interface.mac.to_string());
+
+    assert!(vm.share.is_dir());
+    let steps: Vec<&str> = vm.facts.timings.iter().map(|(step, _)| step.as_str()).collect();
+    assert_eq!(steps, ["claim", "disk", "network", "start", "boot", "configure"]);
+    assert_eq!(vm.facts.transport, TransportChoice::Serial);
+    assert!(bench.addresses.lock().unwrap()[0].contains("channel.sock"));
+
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn an_isolated_vm_has_no_interface_and_no_address() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let vm = bench
+        .provisioner
+        .provision(&dev_box_exec::VmRequest { network: NetworkMode::Isolated, ..request() })
+        .await;
+    let vm = vm.unwrap();
+    let domain = bench.libvirt.find(vm.name.as_str()).unwrap().unwrap();
+    let spec =
+        VmTemplate::from_xml(&bench.libvirt.xml(domain.id, XmlView::Current).unwrap()).unwrap().into_spec();
+    assert_eq!(spec.interface, None);
+    assert_eq!(bench.configured.lock().unwrap()[0].network, None);
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn many_at_once_do_not_meet() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let request = request();
+    let made = tokio::join!(
+        bench.provisioner.provision(&request),
+        bench.provisioner.provision(&request),
+        bench.provisioner.provision(&request)
+    );
+    let vms = [made.0.unwrap(), made.1.unwrap(), made.2.unwrap()];
+    let told = bench.configured.lock().unwrap().clone();
+    for (at, one) in told.iter().enumerate() {
+        for other in &told[at + 1..] {
+            assert_ne!(one.hostname, other.hostname);
+            assert_ne!(one.machine_id, other.machine_id);
+            assert_ne!(one.network, other.network);
+            assert_ne!(one.entropy, other.entropy);
+        }
+    }
+    for vm in vms {
+        bench.provisioner.retire(vm).await.unwrap();
+    }
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn what_cannot_be_had_is_said_before_anything_is_made() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let mut bad = request();
+    bad.image = "nope".to_owned();
+    let error = bench.provisioner.provision(&bad).await.unwrap_err();
+    assert!(
+        matches!(&error, ProvisionError::Unsatisfiable { what } if what.contains("dev-box image build")),
+        "{error}"
+    );
+    bad.image = "No Name".to_owned();
+    assert!(matches!(bench.provisioner.provision(&bad).await, Err(ProvisionError::Unsatisfiable { .. })));
+    let kvm = dev_box_exec::VmRequest { accelerator: AcceleratorPolicy::Kvm, ..request() };
+    if dev_box_core::accel::detect().why_not_kvm.is_some() {
+        let error = bench.provisioner.provision(&kvm).await.unwrap_err();
+        assert!(error.to_string().contains("KVM is required"), "{error}");
+    }
+    assert!(bench.libvirt.calls().iter().all(|call| !call.contains("create")), "libvirt was not asked");
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn a_disk_larger_than_allowed_is_refused() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let mut huge = request();
+    huge.resources.disk = ByteSize::gib(4096);
+    let error = bench.provisioner.provision(&huge).await.unwrap_err();
+    assert!(chain(&error).contains("making the disk"), "{}", chain(&error));
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn whichever_call_of_libvirt_fails_nothing_is_left() {
+    for call in ["find_network", "define_network", "start_network", "filters", "define_filter", "create"] {
+        let bench = Bench::new(Guest::Obeys).await;
+        bench.libvirt.fail_next(call, LibvirtError::InvalidXml { message: "scripted".to_owned() });
+        let error = bench.provisioner.provision(&request()).await.unwrap_err();
+        assert!(chain(&error).contains("scripted"), "{call}: {}", chain(&error));
+        bench.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_is_silent_or_gone_is_told_with_the_console() {
+    for guest in [Guest::Silent, Guest::HangsUp] {
+        let bench = Bench::new(guest).await;
+        let error = bench.provisioner.provision(&request()).await.unwrap_err();
+        match guest {
+            Guest::HangsUp => assert!(chain(&error).contains("did not come up"), "{}", chain(&error)),
+            _ => assert!(chain(&error).contains("hello") || matches!(error, ProvisionError::NoAnswer { .. })),
+        }
+        bench.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_refuses_is_an_error() {
+    let bench = Bench::new(Guest::Refuses).await;
+    let error = bench.provisioner.provision(&request()).await.unwrap_err();
+    assert!(chain(&error).contains("no thanks"), "{}", chain(&error));
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_leaves_nothing() {
+    for after in [0, 1, 5, 20, 60] {
+        let bench = Bench::new(Guest::Silent).await;
+        let request = request();
+        let given_up =
+            tokio::time::timeout(Duration::from_millis(after), bench.provisioner.provision(&request)).await;
+        assert!(given_up.is_err());
+        bench.provisioner.drain().await;
+        bench.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_died_by_itself_is_retired_like_any_other() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    assert!(bench.libvirt.kill_qemu(vm.name.as_str()));
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn what_cannot_be_removed_is_an_error_and_stays_for_the_sweep() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    bench.libvirt.fail_next("destroy", LibvirtError::TimedOut { message: "scripted".to_owned() });
+    let error = bench.provisioner.retire(vm).await.unwrap_err();
+    assert!(chain(&error).contains("scripted"), "{}", chain(&error));
+    assert_eq!(bench.vm_dirs().len(), 1, "what a sweep finds it by");
+    let swept =
+        dev_box_provision::sweep::sweep(bench.root.path(), &bench.connection, &bench.network).await.unwrap();
+    assert!(swept.len() == 1 && swept[0].error.is_none(), "{swept:?}");
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn a_closing_provisioner_makes_no_further_vm() {
+    let bench = Bench::new(Guest::Obeys).await;
+    bench.provisioner.drain().await;
+    assert!(matches!(bench.provisioner.provision(&request()).await, Err(ProvisionError::ShuttingDown)));
+    bench.assert_clean();
+}
