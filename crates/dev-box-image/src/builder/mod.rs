@@ -336,7 +336,7 @@ impl Job<'_> {
             .map_err(io(Step::Finish, "configure", &root))?;
         disk::make(self, &root)?;
         let about = Kernel { version: kernel.version, package: kernel.package, modules: Vec::new() };
-        let manifest = self.complete(about, packages, &kernel.modules)?;
+        let manifest = self.complete(about, packages, &kernel.modules, None)?;
         fs::remove_dir_all(&work).map_err(io(Step::Initramfs, "remove", &work))?;
         Ok(manifest)
     }
@@ -351,15 +351,16 @@ impl Job<'_> {
         let old = image.initramfs();
         let modules = initramfs::modules_in(&old).map_err(io(Step::Initramfs, "read", &old))?;
         let manifest = &image.manifest;
-        self.complete(manifest.kernel.clone(), manifest.packages.clone(), &modules)
+        self.complete(manifest.kernel.clone(), manifest.packages.clone(), &modules, Some(&manifest.files))
     }
 
-    /// The initramfs, and the manifest of it all.
+    /// The initramfs, and the manifest of it all. What was taken over need not be read again.
     fn complete(
         &self,
         kernel: Kernel,
         packages: Vec<Package>,
         modules: &[modules::Module],
+        kept: Option<&Files>,
     ) -> Result<Manifest, BuildError> {
         self.progress.step(Step::Initramfs);
         let step = Step::Initramfs;
@@ -369,7 +370,11 @@ impl Job<'_> {
             let path = self.target(name);
             FileEntry::of(&path).map_err(io(step, "read", &path))
         };
-        let files = Files { kernel: entry(KERNEL)?, initramfs: entry(INITRAMFS)?, disk: entry(DISK)? };
+        let (kernel_file, disk) = match kept {
+            Some(files) => (files.kernel.clone(), files.disk.clone()),
+            None => (entry(KERNEL)?, entry(DISK)?),
+        };
+        let files = Files { kernel: kernel_file, initramfs: entry(INITRAMFS)?, disk };
         let allocated = [KERNEL, INITRAMFS, DISK]
             .iter()
             .filter_map(|name| crate::Overlay::allocated(&self.target(name)).ok())
