@@ -6,6 +6,10 @@ use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
+use dev_box_comm::message::{ExecRequest, Request};
+use dev_box_comm::session::Session;
+use dev_box_comm::{GuestHello, HostHello};
+use dev_box_guest::agent::{Agent, Containment, Surroundings};
 use dev_box_guest::cgroup::{Cgroups, GroupLimits, ROOT};
 use dev_box_guest::job::plan::{Launch, Plan};
 use dev_box_guest::job::spawn::{Isolation, Process};
@@ -38,8 +42,45 @@ fn main() -> std::io::Result<()> {
             show(name, &mut told)?;
             show("  and cleared away", &mut cleared)?;
         }
-        Ok(())
+        through_a_session(rounds).await
     })
+}
+
+/// The same for a host, by way of an agent in this very process: what a command costs beyond the bare spawn.
+async fn through_a_session(rounds: usize) -> std::io::Result<()> {
+    let root = std::path::Path::new(ROOT).join("spawn-cost");
+    std::fs::create_dir_all(&root)?;
+    let cgroups = Cgroups::new(root);
+    let _ = cgroups.prepare();
+    let agent =
+        Agent::new(Surroundings { containment: Containment::Full(cgroups), ..Surroundings::linux(0) });
+    let (ours, theirs) = tokio::io::duplex(64 * 1024);
+    tokio::spawn(async move {
+        if let Ok((session, incoming, _)) = Session::accept(theirs, GuestHello::new("cost")).await {
+            agent.serve(incoming).await;
+            drop(session);
+        }
+    });
+    let hello = HostHello::fresh().map_err(std::io::Error::other)?;
+    let (session, _) = Session::connect(ours, hello).await.map_err(std::io::Error::other)?;
+    for (name, gap) in [("a session, one after the other", 0), ("a session, 40 ms between", 40)] {
+        let mut told = Vec::new();
+        for _ in 0..rounds {
+            tokio::time::sleep(Duration::from_millis(gap)).await;
+            let begin = Instant::now();
+            let request = Request::Exec(ExecRequest::new(["/bin/true"]));
+            let mut stream = session.open(request).await.map_err(std::io::Error::other)?;
+            while stream
+                .recv()
+                .await
+                .map_err(std::io::Error::other)?
+                .is_some_and(|message| !message.is_last())
+            {}
+            told.push(begin.elapsed());
+        }
+        show(name, &mut told)?;
+    }
+    Ok(())
 }
 
 /// The time at which the end was known.
@@ -63,7 +104,7 @@ async fn once(namespaces: bool, group: bool, program: &str) -> std::io::Result<I
         true => Isolation::Namespaces(group.as_ref().map(|group| group.directory())),
         false => Isolation::ProcessGroup,
     };
-    let process = Process::spawn(&plan, [null.as_fd(); 3], isolation).map_err(std::io::Error::other)?;
+    let mut process = Process::spawn(&plan, [null.as_fd(); 3], isolation).map_err(std::io::Error::other)?;
     if process.started().await.is_ok() {
         process.ended().await;
     }

@@ -50,8 +50,6 @@ pub struct GroupUsage {
     pub user_micros: u64,
     /// Processor time in the kernel, microseconds.
     pub system_micros: u64,
-    /// Highest memory use, bytes.
-    pub peak_memory_bytes: u64,
     /// Processes the kernel killed because the group was out of memory.
     pub oom_kills: u64,
 }
@@ -144,14 +142,14 @@ impl Cgroups {
     /// controller is missing is passed over.
     pub fn create(&self, name: &str, limits: &GroupLimits) -> Result<JobGroup, CgroupError> {
         let path = self.root.join(JOBS_GROUP).join(name);
-        let group = make_directory(&path)
-            .and_then(|()| fs::File::open(&path))
-            .map(|directory| JobGroup { path: path.clone(), directory: directory.into() })
-            .map_err(|error| CgroupError::Create { path: path.display().to_string(), error })?;
+        let opened = make_directory(&path).and_then(|()| fs::File::open(&path));
+        let opened = opened.map_err(|error| CgroupError::Create { path: path.display().to_string(), error });
+        let mut group = JobGroup::new(path, opened?.into());
         if let Err(error) = group.limit(limits) {
             group.remove(Duration::ZERO);
             return Err(error);
         }
+        group.limited = *limits != GroupLimits::default();
         Ok(group)
     }
 
@@ -173,6 +171,12 @@ impl Cgroups {
 pub struct JobGroup {
     path: PathBuf,
     directory: OwnedFd,
+    /// Read again and again without being looked up.
+    cpu_stat: Option<fs::File>,
+    memory_events: Option<fs::File>,
+    /// What jobs before this one have used.
+    before: GroupUsage,
+    limited: bool,
 }
 
 impl JobGroup {
@@ -182,7 +186,31 @@ impl JobGroup {
         self.directory.as_fd()
     }
 
-    fn limit(&self, limits: &GroupLimits) -> Result<(), CgroupError> {
+    fn new(path: PathBuf, directory: OwnedFd) -> Self {
+        let cpu_stat = fs::File::open(path.join("cpu.stat")).ok();
+        let memory_events = fs::File::open(path.join("memory.events")).ok();
+        Self { path, directory, cpu_stat, memory_events, before: GroupUsage::default(), limited: false }
+    }
+
+    /// Makes an empty group ready for another job. False when it is not as a new one would be: it had limits of its own, or a job has
+    /// made groups in it or frozen it.
+    pub fn renew(&mut self) -> bool {
+        let read = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
+        let events = read("cgroup.events");
+        let empty = events.contains("populated 0") && !events.contains("frozen 1");
+        if self.limited || !empty || keyed(&read("cgroup.stat"), "nr_descendants") != 0 {
+            return false;
+        }
+        self.before = self.counters();
+        true
+    }
+
+    /// Sets the limits of a group that has the defaults.
+    ///
+    /// # Errors
+    /// [`CgroupError::Limit`] when one that was asked for cannot be set.
+    pub fn limit(&mut self, limits: &GroupLimits) -> Result<(), CgroupError> {
+        self.limited = true;
         if let Some(bytes) = limits.memory_bytes {
             self.set("memory.max", &bytes.to_string())?;
             // Otherwise a job with swap would be slow instead of refused.
@@ -215,16 +243,23 @@ impl JobGroup {
         write(&self.path.join("cgroup.kill"), "1")
     }
 
-    /// What it has used so far; zero for what cannot be read.
+    /// What its job has used so far; zero for what cannot be read.
     #[must_use]
     pub fn usage(&self) -> GroupUsage {
-        let read = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
-        let cpu = read("cpu.stat");
+        let now = self.counters();
+        GroupUsage {
+            user_micros: now.user_micros.saturating_sub(self.before.user_micros),
+            system_micros: now.system_micros.saturating_sub(self.before.system_micros),
+            oom_kills: now.oom_kills.saturating_sub(self.before.oom_kills),
+        }
+    }
+
+    fn counters(&self) -> GroupUsage {
+        let cpu = reread(self.cpu_stat.as_ref());
         GroupUsage {
             user_micros: keyed(&cpu, "user_usec"),
             system_micros: keyed(&cpu, "system_usec"),
-            peak_memory_bytes: read("memory.peak").trim().parse().unwrap_or(0),
-            oom_kills: keyed(&read("memory.events"), "oom_kill"),
+            oom_kills: keyed(&reread(self.memory_events.as_ref()), "oom_kill"),
         }
     }
 
@@ -232,6 +267,14 @@ impl JobGroup {
     pub fn remove(&self, patience: Duration) -> bool {
         remove_tree(&self.path, Instant::now() + patience)
     }
+}
+
+/// The text of a small control file, from its beginning.
+fn reread(file: Option<&fs::File>) -> String {
+    use std::os::unix::fs::FileExt as _;
+    let mut text = [0; 1024];
+    let length = file.and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
+    String::from_utf8_lossy(text.get(..length).unwrap_or_default()).into_owned()
 }
 
 fn make_directory(path: &Path) -> io::Result<()> {
@@ -383,10 +426,34 @@ mod tests {
         assert_eq!(group.usage(), GroupUsage::default());
         fs::write(root.path().join("jobs/9/cpu.stat"), "usage_usec 30\nuser_usec 10\nsystem_usec 20\n")
             .unwrap();
-        fs::write(root.path().join("jobs/9/memory.peak"), "8192\n").unwrap();
         fs::write(root.path().join("jobs/9/memory.events"), "low 0\noom 3\noom_kill 2\n").unwrap();
-        let wanted = GroupUsage { user_micros: 10, system_micros: 20, peak_memory_bytes: 8192, oom_kills: 2 };
-        assert_eq!(group.usage(), wanted);
+        let group = cgroups.create("9", &GroupLimits::default()).unwrap();
+        assert_eq!(group.usage(), GroupUsage { user_micros: 10, system_micros: 20, oom_kills: 2 });
+    }
+
+    #[test]
+    fn a_group_is_used_again_only_when_it_is_as_new() {
+        let (root, cgroups) = hierarchy();
+        let mut group = cgroups.create("9", &GroupLimits::default()).unwrap();
+        let write = |file: &str, text: &str| fs::write(root.path().join("jobs/9").join(file), text).unwrap();
+        assert!(!group.renew(), "who knows what is in it");
+        write("cgroup.events", "populated 0\nfrozen 0\n");
+        write("cpu.stat", "user_usec 10\nsystem_usec 20\n");
+        let mut group = cgroups.create("9", &GroupLimits::default()).unwrap();
+        assert!(group.renew());
+        assert_eq!(group.usage(), GroupUsage::default());
+        write("cpu.stat", "user_usec 15\nsystem_usec 26\n");
+        assert_eq!(group.usage(), GroupUsage { user_micros: 5, system_micros: 6, oom_kills: 0 });
+        write("cgroup.events", "populated 0\nfrozen 1\n");
+        assert!(!group.renew());
+        write("cgroup.events", "populated 0\nfrozen 0\n");
+        write("cgroup.stat", "nr_descendants 1\n");
+        assert!(!group.renew());
+        write("cgroup.stat", "nr_descendants 0\n");
+        assert!(group.renew());
+        write("pids.max", "");
+        group.limit(&GroupLimits { pids: Some(5), ..GroupLimits::default() }).unwrap();
+        assert!(!group.renew());
     }
 
     #[test]

@@ -56,8 +56,12 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
         Request::Configure(request) => {
             blocking(move || configure::configure(&surroundings, &request)).await.map(none)
         }
-        Request::Mount(request) => blocking(move || share::mount(&surroundings, &request)).await.map(none),
+        Request::Mount(request) => {
+            let _none = agent.spares.suspend().await;
+            blocking(move || share::mount(&surroundings, &request)).await.map(none)
+        }
         Request::Unmount(request) => {
+            let _none = agent.spares.suspend().await;
             blocking(move || share::unmount(&surroundings, &request)).await.map(none)
         }
         Request::Sync(request) => blocking(move || {

@@ -27,6 +27,7 @@ use tokio::task::JoinHandle;
 
 use super::answers::conclude;
 use super::jobs::{COMMANDS, Job};
+use super::spares::Spare;
 use super::{Agent, Containment, lanes};
 use crate::cgroup::{GroupLimits, JobGroup};
 use crate::descriptor::{watch as watch_descriptor, watch_nonblocking};
@@ -34,7 +35,7 @@ use crate::job::plan::{Launch, Plan, ResourceLimit};
 use crate::job::pty::{self, Pty, Size};
 use crate::job::report::Step;
 use crate::job::run::{Command, Outcome, Rules, supervise};
-use crate::job::spawn::{Isolation, Process, SpawnError};
+use crate::job::spawn::{Process, SpawnError};
 use crate::passwd::{Accounts, Identity};
 
 /// How long output may take to get out before the rest of a job is cleared away without waiting for it.
@@ -126,24 +127,28 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
     let plan = plan(request, identity, &agent.surroundings.containment)?;
     let (ends, theirs) =
         streams(request, &plan).map_err(|error| GuestError::from_io("open streams", &error))?;
-    let group = group(&agent.surroundings.containment, number, request)?;
-    let isolation = match agent.surroundings.containment {
-        Containment::None => Isolation::ProcessGroup,
-        _ => Isolation::Namespaces(group.as_ref().map(JobGroup::directory)),
+    let limits = limits_of(&agent.surroundings.containment, request)?;
+    let Spare { mut process, mut group } = agent.take_spare()?;
+    let limited = match group.as_mut().filter(|_| limits != GroupLimits::default()) {
+        Some(group) => group.limit(&limits),
+        None => Ok(()),
     };
-    let process = Process::spawn(&plan, theirs.streams(), isolation);
-    drop(theirs);
-    let started = match &process {
-        Ok(process) => process.started().await,
-        Err(_) => Ok(()),
-    };
-    let process = match process.and_then(|process| started.map(|()| process)) {
-        Ok(process) => process,
-        Err(error) => {
-            remove(group).await;
-            return Err(refusal(&error, request));
+    let refused = match limited {
+        Err(error) => Some(GuestError::new(GuestErrorKind::Other, error.to_string())),
+        Ok(()) => {
+            let launched = process.launch(&plan, theirs.streams());
+            drop(theirs);
+            let started = match launched {
+                Ok(()) => process.started().await,
+                Err(error) => Err(error),
+            };
+            started.err().map(|error| refusal(&error, request))
         }
     };
+    if let Some(error) = refused {
+        discard(agent, process, group).await;
+        return Err(error);
+    }
     let (sender, commands) = mpsc::channel(COMMANDS);
     let (exit, exited) = watch::channel(None);
     let job = Arc::new(Job {
@@ -159,7 +164,10 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
         output: Arc::default(),
         errors: Arc::default(),
     });
-    agent.jobs.add(job.clone())?;
+    if let Err(error) = agent.jobs.add(job.clone()) {
+        discard(agent, process, group).await;
+        return Err(error);
+    }
     let rules = Rules {
         timeout: request.timeout_ms.map(Duration::from_millis),
         grace: Duration::from_millis(request.grace_ms).min(MAX_GRACE),
@@ -245,27 +253,17 @@ fn size_of(size: PtySize) -> Size {
     Size { rows: size.rows, columns: size.cols }
 }
 
-fn group(
-    containment: &Containment,
-    number: u64,
-    request: &ExecRequest,
-) -> Result<Option<JobGroup>, GuestError> {
+fn limits_of(containment: &Containment, request: &ExecRequest) -> Result<GroupLimits, GuestError> {
     let limits = GroupLimits {
         memory_bytes: request.limits.memory_bytes,
         pids: request.limits.pids,
         cpu_millis: None,
     };
-    match containment {
-        Containment::Full(cgroups) => cgroups
-            .create(&number.to_string(), &limits)
-            .map(Some)
-            .map_err(|error| GuestError::new(GuestErrorKind::Other, error.to_string())),
-        _ if limits != GroupLimits::default() => {
-            let text = "limits of memory and processes need control groups";
-            Err(GuestError::new(GuestErrorKind::Unsupported, text))
-        }
-        _ => Ok(None),
+    if limits != GroupLimits::default() && !matches!(containment, Containment::Full(_)) {
+        let text = "limits of memory and processes need control groups";
+        return Err(GuestError::new(GuestErrorKind::Unsupported, text));
     }
+    Ok(limits)
 }
 
 /// Why a command did not start, in the host's terms: `NotFound` is a shell's 127, `PermissionDenied` its 126.
@@ -328,7 +326,7 @@ async fn in_front(agent: &Agent, running: Running, stream: GuestStream) {
         let _ = sender.send(Message::Exited(exited.clone())).await;
     }
     process.reap().await;
-    remove(group).await;
+    clear(agent, group).await;
     agent.jobs.ended(&job);
     if waited.is_err() {
         drained.await;
@@ -367,7 +365,7 @@ async fn in_background(agent: Agent, running: Running) {
     }
     let _ = exit.send(Some(exited(&outcome)));
     process.reap().await;
-    remove(group).await;
+    clear(&agent, group).await;
     agent.jobs.ended(&job);
 }
 
@@ -478,9 +476,16 @@ fn exited(outcome: &Outcome) -> Exited {
     }
 }
 
-/// Removes a group as soon as the kernel lets go of it.
-async fn remove(group: Option<JobGroup>) {
-    let Some(group) = group else { return };
+/// Ends a job that is not to be.
+async fn discard(agent: &Agent, process: Process, group: Option<JobGroup>) {
+    process.kill();
+    process.reap().await;
+    clear(agent, group).await;
+}
+
+/// Keeps a group for another job, or removes it as soon as the kernel lets go of it.
+async fn clear(agent: &Agent, group: Option<JobGroup>) {
+    let Some(group) = group.and_then(|group| agent.spares.keep_group(group)) else { return };
     let deadline = Instant::now() + GROUP_PATIENCE;
     while !group.remove(Duration::ZERO) && Instant::now() < deadline {
         let _ = group.kill();

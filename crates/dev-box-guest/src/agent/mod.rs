@@ -17,6 +17,7 @@ pub mod lanes;
 pub mod replay;
 pub mod run;
 pub mod share;
+pub mod spares;
 pub mod transfer;
 pub mod watch;
 
@@ -32,6 +33,7 @@ use crate::machine::{self, Machine};
 use crate::mounts::{self, Mounts};
 use crate::network::{self, Links};
 use jobs::Jobs;
+use spares::Spares;
 
 /// How long the jobs of a session that ended may take to be gone before the next one is served.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -95,20 +97,23 @@ impl Surroundings {
 pub struct Agent {
     pub(crate) surroundings: Arc<Surroundings>,
     pub(crate) jobs: Arc<Jobs>,
+    pub(crate) spares: Arc<Spares>,
 }
 
 impl Agent {
     /// An agent without jobs.
     #[must_use]
     pub fn new(surroundings: Surroundings) -> Self {
-        Self { surroundings: Arc::new(surroundings), jobs: Arc::new(Jobs::default()) }
+        Self { surroundings: Arc::new(surroundings), jobs: Arc::default(), spares: Arc::default() }
     }
 
     /// Serves a session to its end, then waits a moment for its foreground jobs to be gone.
     pub async fn serve(&self, mut incoming: Incoming) {
+        let keeping = tokio::spawn(self.clone().keep_spares());
         while let Some((request, stream)) = incoming.next().await {
             tokio::spawn(self.clone().answer(request, stream));
         }
+        keeping.abort();
         // Their streams are closed, which kills them; the next session must not find them alive.
         let _ = tokio::time::timeout(DRAIN, self.jobs.no_foreground()).await;
     }

@@ -14,17 +14,16 @@
 use std::ffi::{c_int, c_long, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::plan::Plan;
+use super::arena::RawPlan;
 use super::report::{Ended, Report, Step};
 
 /// Where the socket to the agent is in a job's init.
 const CONTROL: c_int = 3;
 
 /// All a job's init needs, made by the agent before the split.
-pub(super) struct Child<'a> {
-    pub(super) plan: &'a Plan,
-    /// Becomes standard input, output and error; all above 2.
-    pub(super) streams: [c_int; 3],
+pub(super) struct Child {
+    /// Where the plan will be once the streams have come.
+    pub(super) plan: *const RawPlan,
     /// This end of the socket pair.
     pub(super) control: c_int,
     /// Whether the process is pid 1 of its own namespaces.
@@ -47,7 +46,7 @@ fn leave() -> ! {
 }
 
 /// Runs as a job's init; never returns.
-pub(super) fn job_init(child: &Child<'_>) -> ! {
+pub(super) fn job_init(child: &Child) -> ! {
     let every_signal: u64 = u64::MAX;
     // SAFETY: plain system calls on this process; the mask outlives the call.
     unsafe {
@@ -55,7 +54,7 @@ pub(super) fn job_init(child: &Child<'_>) -> ! {
         libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const every_signal, 0_usize, 8_usize);
     }
     if let Err((step, errno)) = prepare(child) {
-        // The socket is in its place, and nowhere else, once the streams are wired.
+        // The socket is in its place, and nowhere else, once the namespaces are furnished.
         let control = if step == Step::Streams { child.control } else { CONTROL };
         tell(control, Report::Failed { step, errno });
         leave();
@@ -71,6 +70,11 @@ pub(super) fn job_init(child: &Child<'_>) -> ! {
             libc::SFD_CLOEXEC | libc::SFD_NONBLOCK,
         )
     } as c_int;
+    // Up to here nobody needs to know what is to be executed.
+    if let Err((step, errno)) = receive_streams() {
+        tell(CONTROL, Report::Failed { step, errno });
+        leave();
+    }
     // SAFETY: the stack belongs to nobody else; the process shares memory with this one, which sleeps until it has executed
     // the program or is gone (CLONE_VFORK), so that `child` outlives it.
     let main = unsafe {
@@ -111,15 +115,9 @@ pub(super) fn job_init(child: &Child<'_>) -> ! {
     unsafe { libc::_exit(0) }
 }
 
-fn prepare(child: &Child<'_>) -> Result<(), (Step, c_int)> {
-    // SAFETY: descriptors of this process, which the agent has opened for it; the control socket is moved last, as it may lie
-    // where a stream goes only if it was below 3, which it never is.
+fn prepare(child: &Child) -> Result<(), (Step, c_int)> {
+    // SAFETY: descriptors of this process; nothing of the agent but the socket is kept, and the console until streams come.
     unsafe {
-        for (target, source) in (0..).zip(child.streams) {
-            if libc::dup2(source, target) < 0 {
-                return Err((Step::Streams, errno()));
-            }
-        }
         if child.control == CONTROL {
             libc::fcntl(CONTROL, libc::F_SETFD, libc::FD_CLOEXEC);
         } else if libc::dup3(child.control, CONTROL, libc::O_CLOEXEC) < 0 {
@@ -134,6 +132,44 @@ fn prepare(child: &Child<'_>) -> Result<(), (Step, c_int)> {
             }
         } else {
             libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as c_long, 0, 0, 0);
+        }
+    }
+    Ok(())
+}
+
+/// Descriptors of one message, and room for their header.
+#[repr(C, align(8))]
+struct StreamsMessage([u8; 64]);
+
+/// Waits for the standard streams, which come when the plan is complete; leaves when the agent has no use for this process.
+fn receive_streams() -> Result<(), (Step, c_int)> {
+    let mut byte = 0_u8;
+    let mut space = StreamsMessage([0; 64]);
+    // SAFETY: the structures are plain data of our own and outlive the call; the kernel writes descriptors of this process into the
+    // message, whose header says how many.
+    unsafe {
+        let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = (&raw mut space).cast();
+        message.msg_controllen = 64;
+        let received = libc::recvmsg(CONTROL, &raw mut message, libc::MSG_CMSG_CLOEXEC);
+        if received <= 0 {
+            leave();
+        }
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        let wanted = libc::CMSG_LEN(3 * size_of::<c_int>() as u32) as usize;
+        if header.is_null() || (*header).cmsg_len != wanted {
+            return Err((Step::Streams, libc::EBADMSG));
+        }
+        let descriptors = libc::CMSG_DATA(header).cast::<c_int>();
+        for target in 0..3 {
+            let source = descriptors.add(target as usize).read_unaligned();
+            if libc::dup2(source, target) < 0 {
+                return Err((Step::Streams, errno()));
+            }
+            libc::close(source);
         }
     }
     Ok(())
@@ -244,15 +280,16 @@ fn failure_report(failure: u64) -> Option<Report> {
 /// The second process: becomes the user's program or leaves a failure behind. Shares memory with the first, which sleeps.
 extern "C" fn process(argument: *mut c_void) -> c_int {
     // SAFETY: the first process passes its `Child`, which outlives this one's sharing of memory.
-    let child = unsafe { &*argument.cast::<Child<'_>>() };
+    let child = unsafe { &*argument.cast::<Child>() };
     let (step, errno) = become_program(child);
     child.failure.store((step as u64 + 1) << 32 | u64::from(errno.unsigned_abs()), Ordering::SeqCst);
     leave()
 }
 
 /// Returns only when something failed.
-fn become_program(child: &Child<'_>) -> (Step, c_int) {
-    let plan = child.plan;
+fn become_program(child: &Child) -> (Step, c_int) {
+    // SAFETY: the agent has written it before it sent the streams, and does not touch it until it hears of us.
+    let plan = unsafe { &*child.plan };
     // SAFETY: plain system calls on this process; every pointer leads into the plan, which is complete and NUL-terminated.
     unsafe {
         libc::setsid();
@@ -267,7 +304,7 @@ fn become_program(child: &Child<'_>) -> (Step, c_int) {
         if score >= 0 {
             libc::write(score, c"500".as_ptr().cast(), 3);
         }
-        for limit in &plan.limits {
+        for limit in std::slice::from_raw_parts(plan.limits, plan.limit_count) {
             let value = libc::rlimit64 { rlim_cur: limit.soft, rlim_max: limit.hard };
             let none = std::ptr::null_mut::<libc::rlimit64>();
             if libc::syscall(libc::SYS_prlimit64, 0, limit.resource, &raw const value, none) != 0 {
@@ -275,12 +312,11 @@ fn become_program(child: &Child<'_>) -> (Step, c_int) {
             }
         }
         // The C library's own set*id functions would try to change threads that are not there.
-        let identity = &plan.identity;
         let unprivileged = libc::syscall(libc::SYS_geteuid) != 0;
-        let same = libc::syscall(libc::SYS_geteuid) == c_long::from(identity.uid);
+        let same = libc::syscall(libc::SYS_geteuid) == c_long::from(plan.uid);
         if !(unprivileged && same) {
-            let (uid, gid) = (c_long::from(identity.uid), c_long::from(identity.gid));
-            if libc::syscall(libc::SYS_setgroups, identity.groups.len(), identity.groups.as_ptr()) != 0
+            let (uid, gid) = (c_long::from(plan.uid), c_long::from(plan.gid));
+            if libc::syscall(libc::SYS_setgroups, plan.group_count, plan.groups) != 0
                 || libc::syscall(libc::SYS_setresgid, gid, gid, gid) != 0
                 || libc::syscall(libc::SYS_setresuid, uid, uid, uid) != 0
             {
@@ -288,7 +324,7 @@ fn become_program(child: &Child<'_>) -> (Step, c_int) {
             }
         }
         libc::umask(plan.umask);
-        if libc::chdir(plan.cwd.as_ptr()) != 0 {
+        if libc::chdir(plan.cwd) != 0 {
             let error = errno();
             if !plan.cwd_optional || libc::chdir(c"/".as_ptr()) != 0 {
                 return (Step::WorkingDirectory, error);
@@ -303,21 +339,25 @@ fn become_program(child: &Child<'_>) -> (Step, c_int) {
 }
 
 /// Tries each candidate as execvp(3) does; the error number of the one worth telling.
-fn execute(plan: &Plan) -> c_int {
+fn execute(plan: &RawPlan) -> c_int {
     let mut worst = libc::ENOENT;
-    for program in plan.programs.pointers() {
-        if program.is_null() {
-            break;
+    let mut next = plan.programs;
+    loop {
+        // SAFETY: NUL-terminated strings and arrays that end with a null, in the arena.
+        unsafe {
+            let program = *next;
+            if program.is_null() {
+                return worst;
+            }
+            libc::execve(program, plan.argv, plan.env);
+            next = next.add(1);
         }
-        // SAFETY: NUL-terminated strings and arrays that end with a null, from the plan.
-        unsafe { libc::execve(*program, plan.argv.pointers().as_ptr(), plan.env.pointers().as_ptr()) };
         match errno() {
             libc::ENOENT | libc::ENOTDIR => {}
             libc::EACCES => worst = libc::EACCES,
             other => return other,
         }
     }
-    worst
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Jobs: processes started for the host, each with a tree that ends with it.
 
+mod arena;
 mod child;
 pub mod plan;
 pub mod pty;

@@ -1,7 +1,6 @@
-//! What is to be started, in the form in which a child process can use it without allocating: NUL-terminated strings and arrays of
-//! pointers to them, made before the process is split.
+//! What is to be started, checked and in the form in which the kernel takes it: NUL-terminated strings.
 
-use std::ffi::{CString, c_char};
+use std::ffi::CString;
 
 use crate::init::services::DEFAULT_PATH;
 use crate::passwd::Identity;
@@ -156,30 +155,17 @@ fn candidates(program: &[u8], path: &[u8]) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Strings and the array of pointers to them, which ends with a null.
+/// NUL-terminated strings.
 #[derive(Debug)]
-pub(super) struct Strings {
-    _owned: Vec<CString>,
-    pointers: Vec<*const c_char>,
-}
-
-#[expect(unsafe_code, reason = "pointers into strings the value itself owns")]
-// SAFETY: the pointers lead into heap memory that this value owns and never changes.
-unsafe impl Send for Strings {}
-#[expect(unsafe_code, reason = "pointers into strings the value itself owns")]
-// SAFETY: as above; nothing is written through them.
-unsafe impl Sync for Strings {}
+pub(super) struct Strings(Vec<CString>);
 
 impl Strings {
     fn new(strings: impl IntoIterator<Item = Vec<u8>>) -> Option<Self> {
-        let owned: Vec<CString> = strings.into_iter().map(CString::new).collect::<Result<_, _>>().ok()?;
-        let pointers = owned.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect();
-        Some(Self { _owned: owned, pointers })
+        strings.into_iter().map(CString::new).collect::<Result<_, _>>().ok().map(Self)
     }
 
-    /// The array, ending with a null.
-    pub(super) fn pointers(&self) -> &[*const c_char] {
-        &self.pointers
+    pub(super) fn owned(&self) -> &[CString] {
+        &self.0
     }
 }
 
@@ -202,7 +188,7 @@ mod tests {
     }
 
     fn text(strings: &Strings) -> Vec<String> {
-        strings._owned.iter().map(|string| string.to_string_lossy().into_owned()).collect()
+        strings.0.iter().map(|string| string.to_string_lossy().into_owned()).collect()
     }
 
     #[test]
@@ -261,12 +247,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn arrays_end_with_a_null(argv in proptest::collection::vec(proptest::collection::vec(1_u8.., 1..20), 1..10)) {
+        fn arguments_are_kept_as_they_are(argv in proptest::collection::vec(proptest::collection::vec(1_u8.., 1..20), 1..10)) {
             let plan = Plan::new(&Launch { argv: argv.clone(), ..launch(&[]) }).unwrap();
-            let pointers = plan.argv.pointers();
-            prop_assert_eq!(pointers.len(), argv.len() + 1);
-            prop_assert!(pointers.last().unwrap().is_null());
-            prop_assert!(pointers.iter().take(argv.len()).all(|pointer| !pointer.is_null()));
+            let kept: Vec<Vec<u8>> = plan.argv.owned().iter().map(|text| text.as_bytes().to_vec()).collect();
+            prop_assert_eq!(kept, argv);
         }
     }
 }

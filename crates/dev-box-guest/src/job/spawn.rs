@@ -8,14 +8,11 @@ use std::sync::atomic::AtomicU64;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::arena::Arena;
 use super::child::{Child, job_init};
 use super::plan::Plan;
 use super::report::{Ended, PACKET, Report, Step};
 use crate::descriptor::watch;
-
-/// Bytes of the stack on which the user's process runs until it executes its program: the deepest call needs a few hundred, some
-/// of the C library's wrappers a few thousand.
-const STACK_BYTES: usize = 32 * 1024;
 
 /// Flags of clone3(2) that do not fit the C library crate's 32-bit constants.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
@@ -50,42 +47,72 @@ pub enum SpawnError {
 }
 
 /// A job's process tree. Dropping it kills all of it.
+///
+/// ```text
+///  prepare --> (its init waits in its namespaces) --launch--> started --> ended --> reap
+/// ```
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
     control: AsyncFd<OwnedFd>,
+    /// Until the program has started, or will not.
+    arena: Option<Arena>,
     reaped: bool,
 }
 
 impl Process {
-    /// Splits off a job whose standard streams are `streams` (input, output, error; they must be above 2, and may be the same).
+    /// Splits off a job's init, which furnishes its namespaces and waits to be told what to execute.
     ///
     /// Must be called from a thread that outlives the job, inside a tokio runtime: the kernel kills the job when that thread ends.
     ///
     /// # Errors
     /// [`SpawnError::Clone`] when the kernel refuses a process; failures of the new process come from [`started`](Self::started).
-    pub fn spawn(
-        plan: &Plan,
-        streams: [BorrowedFd<'_>; 3],
-        isolation: Isolation<'_>,
-    ) -> Result<Self, SpawnError> {
+    pub fn prepare(isolation: Isolation<'_>) -> Result<Self, SpawnError> {
         let (ours, theirs) = socket_pair().map_err(SpawnError::Clone)?;
         let control = watch(ours, Interest::READABLE).map_err(SpawnError::Clone)?;
-        let mut stack = vec![0_u8; STACK_BYTES];
-        let top = (stack.as_mut_ptr() as usize + STACK_BYTES) & !15;
+        let arena = Arena::new().map_err(SpawnError::Clone)?;
         let child = Child {
-            plan,
-            streams: streams.map(|stream| stream.as_raw_fd()),
+            plan: arena.plan(),
             control: theirs.as_raw_fd(),
             namespaced: matches!(isolation, Isolation::Namespaces(_)),
-            stack_top: top as *mut c_void,
+            stack_top: arena.stack_top(),
             failure: AtomicU64::new(0),
         };
         let (pid, pidfd) = clone_init(&child, isolation).map_err(SpawnError::Clone)?;
         drop(theirs);
         let pidfd = watch(pidfd, Interest::READABLE).map_err(SpawnError::Clone)?;
-        Ok(Self { pid, pidfd, control, reaped: false })
+        Ok(Self { pid, pidfd, control, arena: Some(arena), reaped: false })
+    }
+
+    /// Has the waiting init execute a program with these standard streams (input, output, error; they may be the same).
+    ///
+    /// # Errors
+    /// [`SpawnError::Clone`] when it cannot be told, having died for instance.
+    pub fn launch(&mut self, plan: &Plan, streams: [BorrowedFd<'_>; 3]) -> Result<(), SpawnError> {
+        use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+        let arena = self.arena.as_mut().ok_or(SpawnError::Silent)?;
+        arena.write(plan).map_err(SpawnError::Clone)?;
+        let streams = streams.map(|stream| stream.as_raw_fd());
+        let rights = [ControlMessage::ScmRights(&streams)];
+        let byte = [io::IoSlice::new(b"!")];
+        sendmsg::<()>(self.control.as_raw_fd(), &byte, &rights, MsgFlags::MSG_NOSIGNAL, None)
+            .map_err(|error| SpawnError::Clone(error.into()))?;
+        Ok(())
+    }
+
+    /// Prepares and launches at once.
+    ///
+    /// # Errors
+    /// As both.
+    pub fn spawn(
+        plan: &Plan,
+        streams: [BorrowedFd<'_>; 3],
+        isolation: Isolation<'_>,
+    ) -> Result<Self, SpawnError> {
+        let mut process = Self::prepare(isolation)?;
+        process.launch(plan, streams)?;
+        Ok(process)
     }
 
     /// Process number of the job's init in the agent's namespace: what names the job, and dies last.
@@ -98,8 +125,10 @@ impl Process {
     ///
     /// # Errors
     /// [`SpawnError`] with the step that failed.
-    pub async fn started(&self) -> Result<(), SpawnError> {
-        match self.report().await {
+    pub async fn started(&mut self) -> Result<(), SpawnError> {
+        let report = self.report().await;
+        self.arena = None;
+        match report {
             Some(Report::Started) => Ok(()),
             Some(Report::Failed { step, errno }) => {
                 Err(SpawnError::Step { step, error: io::Error::from_raw_os_error(errno) })
@@ -220,7 +249,7 @@ fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 #[expect(unsafe_code, reason = "clone3 has no safe wrapper")]
-fn clone_init(child: &Child<'_>, isolation: Isolation<'_>) -> io::Result<(i32, OwnedFd)> {
+fn clone_init(child: &Child, isolation: Isolation<'_>) -> io::Result<(i32, OwnedFd)> {
     let mut pidfd: RawFd = -1;
     let mut flags = libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND;
     let mut cgroup = 0;

@@ -60,7 +60,7 @@ fn start(launch: &Launch, isolation: Isolation<'_>) -> (Process, std::fs::File) 
 
 /// Runs it to its end.
 async fn run(launch: &Launch, isolation: Isolation<'_>) -> (Ended, String) {
-    let (process, mut output) = start(launch, isolation);
+    let (mut process, mut output) = start(launch, isolation);
     process.started().await.unwrap();
     let ended = process.ended().await;
     let mut text = String::new();
@@ -70,7 +70,7 @@ async fn run(launch: &Launch, isolation: Isolation<'_>) -> (Ended, String) {
 }
 
 async fn failure(launch: &Launch, isolation: Isolation<'_>) -> (Step, i32) {
-    let (process, _output) = start(launch, isolation);
+    let (mut process, _output) = start(launch, isolation);
     match process.started().await {
         Err(SpawnError::Step { step, error }) => (step, error.raw_os_error().unwrap()),
         other => panic!("expected a failed step, not {other:?}"),
@@ -130,7 +130,7 @@ async fn nothing_of_the_agent_is_inherited() {
 #[tokio::test]
 async fn signals_reach_the_process_group() {
     let wanted = launch(&["sh", "-c", "trap 'echo got it; exit 3' TERM; echo ready; sleep 30 & wait"]);
-    let (process, mut output) = start(&wanted, Isolation::ProcessGroup);
+    let (mut process, mut output) = start(&wanted, Isolation::ProcessGroup);
     process.started().await.unwrap();
     let mut ready = [0; 6];
     output.read_exact(&mut ready).unwrap();
@@ -146,7 +146,7 @@ async fn signals_reach_the_process_group() {
 #[tokio::test]
 async fn a_dropped_job_is_killed() {
     let wanted = launch(&["sleep", "1000"]);
-    let (process, mut output) = start(&wanted, Isolation::ProcessGroup);
+    let (mut process, mut output) = start(&wanted, Isolation::ProcessGroup);
     process.started().await.unwrap();
     let begin = Instant::now();
     drop(process);
@@ -157,7 +157,7 @@ async fn a_dropped_job_is_killed() {
 
 #[tokio::test]
 async fn an_init_that_is_killed_counts_as_killed() {
-    let (process, _output) = start(&launch(&["sleep", "1000"]), Isolation::ProcessGroup);
+    let (mut process, _output) = start(&launch(&["sleep", "1000"]), Isolation::ProcessGroup);
     process.started().await.unwrap();
     process.kill();
     assert_eq!(process.ended().await.signal(), Some(libc::SIGKILL));
@@ -228,7 +228,7 @@ async fn a_terminal_is_controlled_by_the_job() {
     let wanted = Launch { terminal: true, ..launch(&["sh", "-c", "stty size; tty; exec sleep 1000"]) };
     let plan = Plan::new(&wanted).unwrap();
     let slave = pty.slave.as_fd();
-    let process = Process::spawn(&plan, [slave, slave, slave], Isolation::ProcessGroup).unwrap();
+    let mut process = Process::spawn(&plan, [slave, slave, slave], Isolation::ProcessGroup).unwrap();
     process.started().await.unwrap();
     drop(pty.slave);
     let mut master = std::fs::File::from(pty.master);
