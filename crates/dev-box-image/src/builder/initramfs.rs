@@ -1,7 +1,7 @@
 //! The initramfs: modules, their order, and the agent as `/init`.
 //!
-//! It is not compressed: the kernel unpacks a few MiB of plain archive faster than it decompresses them, most of
-//! all where its instructions are translated.
+//! It is not compressed: gzip and zstd make it a third as large, and no boot measurably shorter or longer (3.6 to 3.8 s
+//! of CPU time under TCG, five boots each, the differences within their spread).
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter};
