@@ -374,3 +374,22 @@ fn a_closed_pipe_ends_it_quietly() {
     assert!(!done.stderr.contains("panicked"), "{}", done.stderr);
     host.assert_clean();
 }
+
+#[test]
+fn what_was_run_is_in_the_audit_log_and_an_edit_of_it_shows() {
+    let Some(host) = Host::new("what_was_run_is_in_the_audit_log_and_an_edit_of_it_shows") else { return };
+    host.run(&["--env", "TOKEN=hunter2", "--", "echo", "audited-word"]).expect_code(0);
+    let records = host.dev_box(["audit", "query"]).expect_code(0).text();
+    assert!(records.contains("audited-word") && records.contains("TOKEN"), "{records}");
+    assert!(!records.contains("hunter2"), "values of the environment are never recorded");
+    host.dev_box(["audit", "verify"]).expect_code(0);
+
+    let dir = host.root().join("audit");
+    let edited = fs::read_dir(&dir).unwrap().flatten().map(|entry| entry.path()).find(|path| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text.contains("audited-word") && fs::write(path, text.replace("audited-word", "harmless-one")).is_ok()
+    });
+    assert!(edited.is_some(), "the record lies in {}", dir.display());
+    let verdict = host.dev_box(["audit", "verify"]).expect_code(1).text();
+    assert!(verdict.contains("was edited"), "{verdict}");
+}

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use dev_box::core::clock::EasternTime;
 use dev_box::core::size::ByteSize;
 
 /// Run CLI coding agents, and the code they write, in disposable KVM virtual machines.
@@ -40,6 +41,9 @@ pub(crate) enum Command {
     /// The network of the VMs.
     #[command(subcommand)]
     Net(NetCommand),
+    /// The audit log: who did what, and whether somebody changed the record of it.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Check this host, one line a check, with a fix for what is wrong.
     Doctor(DoctorArgs),
     /// Remove what runs that were killed have left behind.
@@ -229,6 +233,39 @@ pub(crate) enum NetCommand {
     Ensure,
     /// Remove what `ensure` made; refused while a VM uses it.
     Rm,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AuditCommand {
+    /// Check the whole log against its first key; exit code 1 names the first record that is wrong.
+    #[command(after_help = "Example:\n  dev-box audit verify --key /media/stick/audit-first.key")]
+    Verify {
+        /// The first key [default: where the configuration puts it].
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        key: Option<PathBuf>,
+    },
+    /// Print records, one JSON object a line.
+    #[command(after_help = "\
+Examples:
+  dev-box audit query --vm dev-box-0b852928
+  dev-box audit query --action exec --since 2026-11-23T09:00:00-05:00 | jq .")]
+    Query {
+        /// Only of this VM.
+        #[arg(long, value_name = "NAME")]
+        vm: Option<String>,
+        /// Only of this job.
+        #[arg(long, value_name = "ID")]
+        job: Option<String>,
+        /// Only this action, such as `exec.run`, or what is before its dot.
+        #[arg(long)]
+        action: Option<String>,
+        /// Not before this time (ISO 8601 with offset).
+        #[arg(long, value_name = "TIME")]
+        since: Option<EasternTime>,
+        /// Before this time (ISO 8601 with offset).
+        #[arg(long, value_name = "TIME")]
+        until: Option<EasternTime>,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -49,6 +49,9 @@ pub struct HostConfig {
     pub state_root: PathBuf,
     /// Address leases lie here: one place for the whole host, whatever the state root, since its network is one.
     pub run_root: PathBuf,
+    /// Where the audit log's first key is put when the log begins; `audit-first.key` of the state root where this is
+    /// not set. Only verification needs it: keep it where whoever takes this host cannot reach it.
+    pub audit_key: Option<PathBuf>,
     /// The user QEMU runs as, whom a VM's share directory must belong to.
     pub qemu_user: String,
 }
@@ -59,6 +62,7 @@ impl Default for HostConfig {
             uri: "qemu:///system".to_owned(),
             state_root: PathBuf::from("/var/lib/dev-box"),
             run_root: PathBuf::from("/run/dev-box"),
+            audit_key: None,
             qemu_user: "libvirt-qemu".to_owned(),
         }
     }
@@ -168,9 +172,16 @@ impl Config {
         figment.merge(environment).extract().map_err(|error| ConfigError::Invalid(Box::new(error)))
     }
 
-    /// Where guest images lie.
-    pub fn image_root(&self) -> PathBuf {
-        self.host.state_root.join("images")
+    /// Where the audit log lies.
+    #[must_use]
+    pub fn audit_dir(&self) -> PathBuf {
+        self.host.state_root.join("audit")
+    }
+
+    /// Where the audit log's first key is put.
+    #[must_use]
+    pub fn audit_key(&self) -> PathBuf {
+        self.host.audit_key.clone().unwrap_or_else(|| self.host.state_root.join("audit-first.key"))
     }
 }
 

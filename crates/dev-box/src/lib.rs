@@ -43,7 +43,8 @@ use dev_box_exec::{
 use dev_box_image::{ImageStore, SpaceLimits, StoreError};
 use dev_box_net::network::NetworkShape;
 use dev_box_net::{NetError, NetSettings, NftFirewall, VmNetwork};
-use dev_box_observe::{AuditSink, NullSink};
+use dev_box_observe::AuditSink;
+use dev_box_observe::audit::{Actor, AuditLog, AuditOptions};
 use dev_box_provision::blocking::{self, BlockingError};
 use dev_box_provision::sweep::{self, Leftover};
 use dev_box_provision::vm_dir::{QemuUser, VmDirError};
@@ -68,6 +69,9 @@ pub enum OpenError {
         "there is no user `{0}` on this host: install libvirt, or set host.qemu_user to the user QEMU runs as"
     )]
     NoQemuUser(String),
+    /// The audit log cannot be written: nothing may be done that it would not show.
+    #[error("cannot open the audit log")]
+    Audit(#[from] BlockingError<dev_box_observe::audit::OpenError>),
     /// Leftovers could not be looked for.
     #[error("cannot look for what earlier runs left")]
     Sweep(#[from] VmDirError),
@@ -82,6 +86,7 @@ pub struct DevBox {
     network: VmNetwork,
     provisioner: LibvirtProvisioner,
     executor: AgentExecutor,
+    audit: Arc<AuditLog>,
 }
 
 impl DevBox {
@@ -95,7 +100,7 @@ impl DevBox {
         let images = ImageStore::open(&config.host.state_root)?;
         let network = network(&config);
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let audit: Arc<dyn AuditSink> = Arc::new(NullSink);
+        let audit = Arc::new(open_audit(&config, Arc::clone(&clock)).await?);
         let settings = Settings {
             state_root: images.root().to_owned(),
             qemu,
@@ -111,14 +116,8 @@ impl DevBox {
             Arc::new(Transports),
             Arc::clone(&clock),
         );
-        Ok(Self {
-            config,
-            connection,
-            images,
-            network,
-            provisioner,
-            executor: AgentExecutor::new(clock, audit),
-        })
+        let executor = executor(clock, &audit);
+        Ok(Self { config, connection, images, network, provisioner, executor, audit })
     }
 
     /// The configuration it was opened with.
@@ -191,11 +190,26 @@ impl DevBox {
         Ok(sweep::sweep(self.images.root(), &self.connection, &self.network).await?)
     }
 
-    /// Waits until every VM given up is gone. Call it before the process ends.
-    pub async fn close(&self) {
+    /// Waits until every VM given up is gone and every audit record is on disk. Call it before the process ends.
+    pub async fn close(self) {
         self.provisioner.drain().await;
         self.connection.close().await;
+        drop(self.executor);
+        // Its writer ends when the last handle goes: a thread that may block waits for that.
+        let _ = blocking::run(move || Ok::<_, std::convert::Infallible>(drop(self.audit))).await;
     }
+}
+
+/// Acts on behalf of the user that started this process.
+fn executor(clock: Arc<dyn Clock>, audit: &Arc<AuditLog>) -> AgentExecutor {
+    let sink: Arc<dyn AuditSink> = Arc::clone(audit) as _;
+    let uid = rustix::process::getuid().as_raw();
+    AgentExecutor::new(clock, sink).on_behalf_of(Actor::User { uid, name: Some(owner().into()) })
+}
+
+async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditLog, OpenError> {
+    let options = AuditOptions::new(config.audit_dir(), config.audit_key());
+    Ok(blocking::run(move || AuditLog::open(options, clock)).await?)
 }
 
 fn network(config: &Config) -> VmNetwork {
