@@ -4,12 +4,17 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use dev_box_core::size::ByteSize;
 
 use crate::lock::Lock;
 use crate::qcow2::{self, Qcow2Error};
 use crate::space::{self, SpaceError, SpaceLimits};
+
+/// How often, and how many times, a base that someone else holds alone is tried: for two seconds.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+const LOCK_TRIES: u32 = 200;
 
 /// Why an overlay was not made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -94,9 +99,7 @@ impl Overlay {
     ) -> Result<Self, OverlayError> {
         // The real file: what a link points at may change, what an overlay lies on must not.
         let base = base.canonicalize().map_err(io("find", base))?;
-        let lock = Lock::try_shared(&base)
-            .map_err(io("lock", &base))?
-            .ok_or_else(|| OverlayError::Vanishing { base: base.clone() })?;
+        let lock = hold(&base)?;
         let fail = |source| OverlayError::Base { base: base.clone(), source };
         let own = qcow2::header_of(&base).map_err(fail)?.size;
         let size = size.unwrap_or(own);
@@ -149,6 +152,27 @@ impl Overlay {
         use std::os::unix::fs::MetadataExt as _;
         Ok(ByteSize::bytes(fs::metadata(path)?.blocks().saturating_mul(512)))
     }
+}
+
+/// Shares the lock of a base. One that is held alone may be about to be removed, or just be looked at: a superseded
+/// build may share its disk with the image that took its place.
+fn hold(base: &Path) -> Result<Lock, OverlayError> {
+    let vanishing = || OverlayError::Vanishing { base: base.to_owned() };
+    let mut tries = 0;
+    let lock = loop {
+        match Lock::try_shared(base) {
+            Ok(Some(lock)) => break lock,
+            Ok(None) if tries < LOCK_TRIES => {
+                tries += 1;
+                std::thread::sleep(LOCK_INTERVAL);
+            }
+            Ok(None) => return Err(vanishing()),
+            Err(error) if tries > 0 && error.kind() == io::ErrorKind::NotFound => return Err(vanishing()),
+            Err(error) => return Err(io("lock", base)(error)),
+        }
+    };
+    // Removed between the opening and the locking: what is locked then is no longer there.
+    if base.is_file() { Ok(lock) } else { Err(vanishing()) }
 }
 
 fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OverlayError {
@@ -229,8 +253,14 @@ mod tests {
         fs::write(&odd, "not a disk").unwrap();
         assert!(matches!(Overlay::create(&odd, &path, None), Err(OverlayError::Base { .. })));
         let disk = base(directory.path());
-        let _removing = Lock::try_existing(&disk).unwrap().unwrap();
+        let removing = Lock::try_existing(&disk).unwrap().unwrap();
         assert!(matches!(Overlay::create(&disk, &path, None), Err(OverlayError::Vanishing { .. })));
+        let looking = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(removing);
+        });
+        Overlay::create(&disk, &path, None).unwrap();
+        looking.join().unwrap();
     }
 
     #[test]
