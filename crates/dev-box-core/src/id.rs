@@ -194,7 +194,7 @@ mod tests {
         assert_eq!(VmName::new("a".repeat(64)), Err(IdError::TooLong { length: 64 }));
         assert_eq!(VmName::new("a/b"), Err(IdError::Character { found: '/', at: 1 }));
         assert_eq!(VmName::new("-a"), Err(IdError::Character { found: '-', at: 0 }));
-        assert_eq!(VmName::new("..").unwrap_err().to_string().contains("position 0"), true);
+        assert!(VmName::new("..").unwrap_err().to_string().contains("position 0"));
         assert!(VmName::new("é").is_err());
         assert!(VmName::generate(&"p".repeat(60)).is_err());
         assert!(serde_json::from_str::<VmName>("\"a b\"").is_err());

@@ -181,13 +181,13 @@ pub trait Domains: fmt::Debug + Send + Sync {
     /// [`LibvirtError::NoSuchDomain`].
     fn stats(&self, id: VmId) -> Result<DomainStats>;
 
-    /// Lets a running domain's QEMU have so much memory and no more (`memory.limit_in_bytes`, `memory.max`). Gone when
-    /// it stops.
+    /// Lets a running domain's QEMU have so much memory and no more (`memory.limit_in_bytes`, `memory.max`), or, with
+    /// `None`, as much as it likes. Gone when it stops.
     ///
     /// # Errors
     /// [`LibvirtError::NoSuchDomain`], [`LibvirtError::InvalidOperation`] when it does not run or the host has no memory
     /// cgroup, [`LibvirtError::Unsupported`].
-    fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()>;
+    fn limit_memory(&self, id: VmId, limit: Option<ByteSize>) -> Result<()>;
 
     /// Sends a JSON command (QMP) to QEMU's monitor and gives its JSON reply. Libvirt marks the domain as tainted.
     ///

@@ -18,7 +18,7 @@ use crate::id::VmId;
 use crate::libvirt::{DeleteScope, Libvirt, LibvirtError, SnapshotRequest};
 use crate::state::{IllegalTransition, Operation};
 use crate::template::XmlError;
-use crate::vm::Vm;
+use crate::vm::{Vm, without};
 use crate::xml::Node;
 
 pub use name::{NameError, SnapshotName, Tag};
@@ -318,7 +318,11 @@ fn create(libvirt: &dyn Libvirt, id: VmId, vm: &str, new: &NewSnapshot) -> Resul
     if let Some(agent) = &frozen {
         agent.freeze(libvirt)?;
     }
-    let made = libvirt.create_snapshot(id, &request);
+    let made = if active {
+        without(libvirt, id, || libvirt.create_snapshot(id, &request))
+    } else {
+        libvirt.create_snapshot(id, &request)
+    };
     if let Some(agent) = &frozen {
         // Whatever became of the snapshot, the guest must go on.
         agent.thaw(libvirt)?;

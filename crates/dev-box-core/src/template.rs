@@ -9,7 +9,7 @@ mod check;
 mod read;
 mod write;
 
-use crate::spec::VmSpec;
+use crate::spec::{Ownership, VmSpec};
 
 pub use crate::xml::XmlError;
 pub use check::SpecError;
@@ -85,5 +85,14 @@ impl VmTemplate {
     /// something that dev-box does not write.
     pub fn from_xml(xml: &str) -> Result<Self, ReadError> {
         Ok(Self::new(read::domain(xml)?)?)
+    }
+
+    /// Whose a domain is: also of one that an older or newer dev-box made, and that [`VmTemplate::from_xml`] cannot
+    /// read.
+    ///
+    /// # Errors
+    /// [`ReadError::NotOurs`] when the domain lacks dev-box's metadata; the others when the metadata is damaged.
+    pub fn ownership_in(xml: &str) -> Result<Ownership, ReadError> {
+        read::owner(xml)
     }
 }

@@ -17,10 +17,11 @@ use crate::libvirt::{
     DomainStats, DomainSummary, Libvirt, LibvirtError, PowerMethod, StartMode, StateReport, UndefineMode,
     XmlView,
 };
+use crate::spec::Ownership;
 use crate::state::{IllegalTransition, Operation, StateReason, VmState};
 use crate::template::{ReadError, VmTemplate};
 
-pub(crate) use limits::enforce;
+pub(crate) use limits::{enforce, without};
 pub use stop::{StopOptions, Stopped};
 
 /// Why an operation on a VM failed.
@@ -167,22 +168,18 @@ impl Vm {
     /// # Errors
     /// When the connection is lost.
     pub async fn list(connection: &LibvirtConnection) -> Result<Vec<(Self, VmTemplate)>, VmError> {
-        let found = connection
-            .call(|libvirt| {
-                let mut found = Vec::new();
-                for domain in libvirt.list()? {
-                    match libvirt.xml(domain.id, XmlView::Current) {
-                        Ok(xml) => {
-                            found.extend(VmTemplate::from_xml(&xml).ok().map(|template| (domain, template)))
-                        }
-                        Err(error) if error.is_not_found() => {}
-                        Err(error) => return Err(error),
-                    }
-                }
-                Ok(found)
-            })
-            .await?;
+        let found = connection.call(|libvirt| ours(libvirt, VmTemplate::from_xml)).await?;
         Ok(found.into_iter().map(|(domain, template)| (Self::handle(connection, domain), template)).collect())
+    }
+
+    /// All domains that carry dev-box's metadata, and whose they are; also those that [`Vm::list`] leaves out because
+    /// another version of dev-box made them. What a sweep starts from.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub async fn owned(connection: &LibvirtConnection) -> Result<Vec<(Self, Ownership)>, VmError> {
+        let found = connection.call(|libvirt| ours(libvirt, VmTemplate::ownership_in)).await?;
+        Ok(found.into_iter().map(|(domain, owner)| (Self::handle(connection, domain), owner)).collect())
     }
 
     fn handle(connection: &LibvirtConnection, domain: DomainSummary) -> Self {
@@ -399,6 +396,23 @@ impl Vm {
             other => other.into(),
         }
     }
+}
+
+/// The domains whose XML `read` can make something of.
+fn ours<T, E>(
+    libvirt: &dyn Libvirt,
+    read: impl Fn(&str) -> Result<T, E>,
+) -> Result<Vec<(DomainSummary, T)>, LibvirtError> {
+    let mut found = Vec::new();
+    for domain in libvirt.list()? {
+        match libvirt.xml(domain.id, XmlView::Current) {
+            Ok(xml) => found.extend(read(&xml).ok().map(|it| (domain, it))),
+            // It vanished between the list and the look.
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }
 
 /// The state, of which "no such domain" is one.

@@ -75,6 +75,7 @@ impl Node {
         self
     }
 
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn name(&self) -> &str {
         &self.name
     }

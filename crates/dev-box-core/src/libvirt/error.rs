@@ -109,6 +109,12 @@ pub enum LibvirtError {
         /// Libvirt's text.
         message: String,
     },
+    /// QEMU could not write the VM's memory. (It says "input/output error" for a full disk as well.)
+    #[error("the VM's memory could not be written ({message}): is the disk that holds its image full?")]
+    StateNotWritten {
+        /// Libvirt's text.
+        message: String,
+    },
     /// The guest agent does not answer.
     #[error("the guest agent does not answer ({message}): is qemu-guest-agent running in the guest?")]
     AgentUnresponsive {
@@ -184,6 +190,9 @@ impl LibvirtError {
         {
             return Self::SnapshotBlocked { message };
         }
+        if has("Error while writing VM state") {
+            return Self::StateNotWritten { message };
+        }
         match number {
             code::NO_CONNECT | code::UNKNOWN_HOST => Self::BadUri { message },
             code::SYSTEM_ERROR if has("Failed to connect socket") || has("Cannot recv data") => {
@@ -224,7 +233,9 @@ impl LibvirtError {
             code::RESOURCE_BUSY => Self::InUse { message },
             code::OPERATION_INVALID => Self::InvalidOperation { message },
             // The driver `test` says so with this code.
-            code::INTERNAL_ERROR if has("' not running") || has("' not paused") => {
+            code::INTERNAL_ERROR
+                if ["' not running", "' not paused", "is already running"].into_iter().any(has) =>
+            {
                 Self::InvalidOperation { message }
             }
             code::NO_SUPPORT
@@ -266,7 +277,12 @@ mod tests {
     #[test]
     fn sorted_by_code_and_text() {
         let sort = LibvirtError::from_libvirt;
-        let cases: [(LibvirtError, &str); 27] = [
+        let cases: [(LibvirtError, &str); 29] = [
+            (
+                sort(9, "snapshot-save job failed: Error while writing VM state: Input/output error"),
+                "StateNotWritten",
+            ),
+            (sort(55, "Requested operation is not valid: domain 'x' is already active as 'y'"), "NameTaken"),
             (
                 sort(
                     38,

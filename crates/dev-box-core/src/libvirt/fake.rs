@@ -232,7 +232,7 @@ impl FakeLibvirt {
         state.halt(id, reason);
         drop(state);
         for &kind in events {
-            self.tell(DomainEvent { id, name: name.to_owned(), kind, detail: 0 });
+            self.tell(&DomainEvent { id, name: name.to_owned(), kind, detail: 0 });
         }
         true
     }
@@ -265,7 +265,7 @@ impl FakeLibvirt {
         Ok(state)
     }
 
-    fn tell(&self, event: DomainEvent) {
+    fn tell(&self, event: &DomainEvent) {
         let state = self.lock();
         if state.muted {
             return;

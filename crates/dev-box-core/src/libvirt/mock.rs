@@ -37,7 +37,7 @@ mockall::mock! {
         fn state(&self, id: VmId) -> Result<StateReport>;
         fn xml(&self, id: VmId, view: XmlView) -> Result<String>;
         fn stats(&self, id: VmId) -> Result<DomainStats>;
-        fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()>;
+        fn limit_memory(&self, id: VmId, limit: Option<ByteSize>) -> Result<()>;
         fn monitor(&self, id: VmId, command: &str) -> Result<String>;
         fn agent(&self, id: VmId, command: &str, timeout: Duration) -> Result<String>;
     }

@@ -90,6 +90,11 @@ pub(super) fn domain(xml: &str) -> Read<VmSpec> {
     })
 }
 
+/// Whose a domain is, whatever else it has become.
+pub(super) fn owner(xml: &str) -> Read<Ownership> {
+    ownership(metadata(&Node::parse(xml)?).ok_or(ReadError::NotOurs)?)
+}
+
 fn metadata(root: &Node) -> Option<&Node> {
     let ours = |node: &&Node| node.get("xmlns:dev-box") == Some(METADATA_NAMESPACE);
     root.child("metadata")?.children("dev-box:domain").find(ours)

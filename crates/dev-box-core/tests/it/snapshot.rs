@@ -42,6 +42,8 @@ async fn both_ways_give_the_same_guest() {
     assert_eq!((taken.description.as_str(), taken.tags.len(), taken.current), ("why", 2, true));
     assert_eq!(taken.created.to_string(), "2026-01-15T12:00:00.000-05:00");
     let contents = libvirt.contents(NAME);
+    let limit = libvirt.memory_limit(NAME);
+    assert!(limit.is_some());
     for options in [RestoreOptions::restart(), RestoreOptions::in_place()] {
         for (then, state) in [
             (Revert::AsTaken, VmState::Running),
@@ -52,6 +54,7 @@ async fn both_ways_give_the_same_guest() {
             assert_ne!(libvirt.contents(NAME), contents);
             snapshots.restore(&taken.name, options.then(then)).await.unwrap();
             assert_eq!(vm.state().await.unwrap().state, state, "{options:?} {then:?}");
+            assert_eq!(libvirt.memory_limit(NAME), limit, "in force after every way back");
             if state == VmState::Paused {
                 assert_eq!(libvirt.contents(NAME), contents, "{options:?} {then:?}");
                 vm.resume().await.unwrap();

@@ -229,6 +229,16 @@ async fn only_ours_are_listed() {
     let listed = Vm::list(vm.connection()).await.unwrap();
     assert_eq!(listed.len(), 1);
     assert_eq!((listed[0].0.id(), listed[0].1.spec().ownership.owner.as_str()), (vm.id(), "alice"));
+    // Another version's, of which only the owner can be read.
+    let xml = template(plain(Accelerator::Tcg)).to_xml().replace("0badcafe", "1badcafe");
+    let xml = xml
+        .replace("11111111-", "21111111-")
+        .replace("<vcpu placement=\"static\">1", "<vcpu placement=\"static\">0");
+    vm.connection().call(move |libvirt| libvirt.create(&xml, StartMode::Running)).await.unwrap();
+    assert_eq!(Vm::list(vm.connection()).await.unwrap().len(), 1);
+    let owned = Vm::owned(vm.connection()).await.unwrap();
+    assert_eq!(owned.iter().map(|(_, owner)| owner.owner.as_str()).collect::<Vec<_>>(), ["alice", "alice"]);
+    owned[1].0.remove().await.unwrap();
     let foreign = Vm::find(vm.connection(), &made.name).await.unwrap();
     let error = foreign.template().await.unwrap_err();
     assert!(matches!(error, VmError::Foreign { .. }), "{error:?}");

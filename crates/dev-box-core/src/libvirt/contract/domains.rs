@@ -17,7 +17,7 @@ pub fn domains(rung: &Rung) {
     refused(libvirt.xml(id, XmlView::Current), "NoSuchDomain", "xml of nothing");
     refused(libvirt.stats(id), "NoSuchDomain", "stats of nothing");
     refused(libvirt.undefine(id, UndefineMode::Plain), "NoSuchDomain", "undefine of nothing");
-    let limit = ByteSize::gib(2);
+    let limit = Some(ByteSize::gib(2));
     refused(libvirt.limit_memory(id, limit), "NoSuchDomain", "limit of nothing");
     refused(libvirt.define("<domain"), "InvalidXml", "define of no XML");
     refused(libvirt.define("<network><name>x</name></network>"), "InvalidXml", "define of another thing");
@@ -51,6 +51,7 @@ pub fn domains(rung: &Rung) {
     }
     if rung.is_qemu {
         ok(libvirt.limit_memory(id, limit), "limit");
+        ok(libvirt.limit_memory(id, None), "no limit");
         let status = ok(libvirt.monitor(id, r#"{"execute":"query-status"}"#), "monitor");
         assert!(status.contains("\"running\":true"), "{status}");
         let unknown = ok(libvirt.monitor(id, r#"{"execute":"no-such-command"}"#), "monitor");

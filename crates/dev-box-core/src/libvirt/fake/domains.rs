@@ -159,7 +159,7 @@ impl FakeLibvirt {
     }
 
     fn event(&self, id: VmId, name: &str, kind: DomainEventKind) {
-        self.tell(DomainEvent { id, name: name.to_owned(), kind, detail: 0 });
+        self.tell(&DomainEvent { id, name: name.to_owned(), kind, detail: 0 });
     }
 
     fn launched(&self, id: VmId, name: &str, mode: StartMode) {
@@ -386,9 +386,9 @@ impl Domains for FakeLibvirt {
         Ok(stats)
     }
 
-    fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()> {
+    fn limit_memory(&self, id: VmId, limit: Option<ByteSize>) -> Result<()> {
         let mut state = self.enter("limit_memory", true)?;
-        state.running(id)?.limit = Some(limit);
+        state.running(id)?.limit = limit;
         Ok(())
     }
 

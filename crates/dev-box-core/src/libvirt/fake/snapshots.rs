@@ -176,7 +176,7 @@ impl Snapshots for FakeLibvirt {
             _ => {}
         }
         for kind in kinds {
-            self.tell(DomainEvent { id, name: name.clone(), kind, detail: 0 });
+            self.tell(&DomainEvent { id, name: name.clone(), kind, detail: 0 });
         }
         Ok(())
     }

@@ -19,6 +19,9 @@ use crate::xml::Node;
 /// `VIR_DOMAIN_MEMORY_STAT_RSS`.
 const MEMORY_STAT_RSS: u32 = 7;
 
+/// `VIR_DOMAIN_MEMORY_PARAM_UNLIMITED`.
+const UNLIMITED_KIB: u64 = 9_007_199_254_740_991;
+
 impl Domains for VirtDriver {
     fn list(&self) -> Result<Vec<DomainSummary>> {
         let domains = self.connect.list_all_domains(0).map_err(of)?;
@@ -163,8 +166,11 @@ impl Domains for VirtDriver {
         Ok(stats)
     }
 
-    fn limit_memory(&self, id: VmId, limit: ByteSize) -> Result<()> {
-        let parameters = MemoryParameters { hard_limit: Some(limit.as_kib()), ..MemoryParameters::default() };
+    fn limit_memory(&self, id: VmId, limit: Option<ByteSize>) -> Result<()> {
+        let parameters = MemoryParameters {
+            hard_limit: Some(limit.map_or(UNLIMITED_KIB, ByteSize::as_kib)),
+            ..MemoryParameters::default()
+        };
         // Live, and not in the definition: started with a hard limit, QEMU is allowed to lock as much memory, which it
         // needs not, and which fails where libvirtd may not raise resource limits.
         self.domain(id)?.set_memory_parameters(parameters, sys::VIR_DOMAIN_AFFECT_LIVE).map_err(of)

@@ -1,5 +1,8 @@
 //! A VM's life, with everything that ends one.
 
+use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -239,7 +242,7 @@ async fn a_daemon_of_its_own_that_is_restarted() {
     }
     let directory = tempfile::tempdir().unwrap();
     let Some(first) = daemon(directory.path()) else { return };
-    let uri = format!("test+unix:///default?socket={}/libvirt-sock", directory.path().display());
+    let uri = format!("test+unix:///default?socket={}", socket(directory.path()).display());
     let connection = OpenOptions::new(&uri)
         .backoff(Duration::from_millis(20), Duration::from_millis(200))
         .patience(SOON)
@@ -271,29 +274,31 @@ impl Drop for Daemon {
     }
 }
 
-/// A libvirtd of the test's own, with its socket in `directory`; the host's is left alone.
-fn daemon(directory: &std::path::Path) -> Option<Daemon> {
-    let _ = std::fs::remove_file(directory.join("libvirt-sock"));
-    let config = directory.join("libvirtd.conf");
-    let text = format!("unix_sock_dir = \"{}\"\nauth_unix_rw = \"none\"\n", directory.display());
-    std::fs::write(&config, text).unwrap();
-    let spawned = Command::new("libvirtd")
-        .arg("--config")
-        .arg(&config)
-        .arg("--pid-file")
-        .arg(directory.join("pid"))
-        .env("XDG_RUNTIME_DIR", directory)
-        .stderr(std::process::Stdio::null())
-        .spawn();
-    let Ok(child) = spawned else {
+fn socket(directory: &Path) -> PathBuf {
+    directory.join("libvirt/libvirt-sock")
+}
+
+/// A libvirtd of the test's own, in `directory`; the host's is left alone. It is a session's, so not root's.
+fn daemon(directory: &Path) -> Option<Daemon> {
+    let nobody = 65534;
+    let _ = std::fs::remove_file(socket(directory));
+    let mut command = Command::new("libvirtd");
+    for variable in ["HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"] {
+        command.env(variable, directory);
+    }
+    if std::fs::metadata("/proc/self").unwrap().uid() == 0 {
+        chown(directory, Some(nobody), Some(nobody)).unwrap();
+        command.uid(nobody).gid(nobody);
+    }
+    let Ok(child) = command.stderr(std::process::Stdio::null()).spawn() else {
         eprintln!("SKIPPED: libvirtd (package libvirt-daemon) is not installed");
         return None;
     };
     let mut daemon = Daemon(child);
     let deadline = Instant::now() + SOON;
-    while !directory.join("libvirt-sock").exists() {
+    while !socket(directory).exists() {
         if daemon.0.try_wait().unwrap().is_some() || Instant::now() > deadline {
-            eprintln!("SKIPPED: a second libvirtd does not start here");
+            eprintln!("SKIPPED: a libvirtd of one's own does not start here");
             return None;
         }
         std::thread::sleep(Duration::from_millis(20));

@@ -31,7 +31,6 @@ async fn both_ways_give_the_same_guest() {
     let (at, token) = last_tick(&scratch.console()).unwrap();
 
     let mut times = Vec::new();
-    let pid = std::cell::Cell::new(None);
     for options in [RestoreOptions::in_place(), RestoreOptions::restart(), RestoreOptions::in_place()] {
         if vm.0.state().await.unwrap().state == VmState::Paused {
             vm.0.resume().await.unwrap();
@@ -52,10 +51,10 @@ async fn both_ways_give_the_same_guest() {
         assert_eq!(t, token, "the same life goes on");
         assert!((at..=at + 2).contains(&n), "{options:?}: TICK {n} after a snapshot at {at}");
         assert!(snapshots.current().await.unwrap().is_some_and(|current| current.name == name));
-        pid.set(Some(n));
     }
     eprintln!("restore (mode, done, first answer): {times:?}");
-    assert!(times[0].1 < Duration::from_secs(1), "{times:?}");
+    // How much faster is the benchmark's to say; that it is, also on a busy machine, is this test's.
+    assert!(times[0].1 * 2 < times[1].1 && times[2].1 * 2 < times[1].1, "{times:?}");
 
     // As taken means paused here.
     snapshots.restore(&name, RestoreOptions::in_place()).await.unwrap();
@@ -82,7 +81,7 @@ async fn a_tree_of_them_and_disks_alone() {
     let off = snapshots.create(named("off")).await.unwrap();
     assert_eq!((off.state, off.contents), (VmState::Shutoff, Contents::DiskOnly));
     vm.0.start().await.unwrap();
-    scratch.console_says(0, |text| last_tick(text)).await;
+    scratch.console_says(0, last_tick).await;
     let left = snapshots.create(named("left")).await.unwrap();
     assert_eq!(vm.0.state().await.unwrap().state, VmState::Running);
     let exists = snapshots.create(named("left")).await.unwrap_err();
@@ -141,15 +140,19 @@ async fn no_space_for_a_snapshot() {
     spec.disks[0].path = scratch.disk("small/vda.qcow2", "256M");
     let connection = LibvirtConnection::open("qemu:///system").await.unwrap();
     let vm = Guarded::create(&connection, spec).await;
-    scratch.console_says(0, |text| last_tick(text)).await;
+    scratch.console_says(0, last_tick).await;
     let full =
         SnapshotManager::new(&vm.0).create(NewSnapshot::named("big".parse().unwrap())).await.unwrap_err();
-    assert!(matches!(full, SnapshotError::Libvirt(LibvirtError::NoSpace { .. })), "{full:?}");
+    let typed = matches!(
+        full,
+        SnapshotError::Libvirt(LibvirtError::NoSpace { .. } | LibvirtError::StateNotWritten { .. })
+    );
+    assert!(typed, "{full:?}");
     // The VM goes on.
     let from = scratch.console().len();
     if vm.0.state().await.unwrap().state == VmState::Paused {
         vm.0.resume().await.unwrap();
     }
-    scratch.console_says(from, |text| last_tick(text)).await;
+    scratch.console_says(from, last_tick).await;
     assert!(SnapshotManager::new(&vm.0).list().await.unwrap().is_empty());
 }
