@@ -25,6 +25,8 @@ const MAX_LINE: u64 = 4096;
 const TAIL_LINES: usize = 12;
 /// How long a program may tidy up after it was told to stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
+/// How long the last lines of a program that has ended may take to arrive.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a stop is looked for.
 const STOP_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -243,6 +245,7 @@ fn watch(
     line: &mut dyn FnMut(&str),
 ) -> Result<VecDeque<String>, CommandError> {
     let mut tail = VecDeque::with_capacity(TAIL_LINES);
+    let mut ended: Option<Instant> = None;
     loop {
         if cancel.is_cancelled() {
             running.stop();
@@ -256,8 +259,16 @@ fn watch(
                 }
                 tail.push_back(text);
             }
-            // A grandchild may hold the pipe open after the program itself has ended.
-            Err(RecvTimeoutError::Timeout) if running.has_ended() => return Ok(tail),
+            Err(RecvTimeoutError::Timeout) if running.has_ended() => match ended {
+                // A helper of the program may hold the pipe open: those in its group end now, for one that left it
+                // nobody waits long.
+                None => {
+                    running.signal(Signal::KILL);
+                    ended = Some(Instant::now());
+                }
+                Some(since) if since.elapsed() > DRAIN_PATIENCE => return Ok(tail),
+                Some(_) => {}
+            },
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 while !running.has_ended() {

@@ -1,5 +1,6 @@
 //! Builds with the real programs: needs root, the programs that `cargo xtask setup` installs, and Debian's mirror.
 #![cfg(feature = "testing")]
+#![expect(clippy::unwrap_used, reason = "a test ends at the first thing that is wrong")]
 
 use std::fs;
 use std::net::{TcpStream, ToSocketAddrs as _};
