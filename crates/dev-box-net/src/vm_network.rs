@@ -284,6 +284,10 @@ impl VmNetwork {
         // An address without a lease here may still be someone's: of a VM whose owner died, or of VMs whose leases
         // lie in another directory.
         let guarded = self.firewall.list()?;
+        if guarded.is_empty() && leases.list()?.is_empty() {
+            // The first VM starts from clean tables: base rules that another version left would judge it too.
+            self.firewall.clear()?;
+        }
         let mut lease = leases.acquire(&record, |address| {
             !self.settings.host.has_interface(&tap_of(address))
                 && (!guarded.contains(&address) || leases.is_on_record(address))

@@ -211,10 +211,24 @@ fn whatever_fails_nothing_is_left() {
         assert!(error.to_string().starts_with("libvirt could not "), "{error}");
         assert!(world.is_clean(), "{call}");
     }
+    for call in [Call::List, Call::Clear, Call::Apply] {
+        let world = World::new();
+        world.firewall.fail_next(call);
+        assert!(matches!(world.attach("a"), Err(NetError::Firewall(_))));
+        assert!(world.is_clean());
+    }
+}
+
+#[test]
+fn only_the_first_vm_clears_the_tables() {
     let world = World::new();
-    world.firewall.fail_next(Call::Apply);
-    assert!(matches!(world.attach("a"), Err(NetError::Firewall(_))));
-    assert!(world.is_clean());
+    let first = world.attach("a").unwrap();
+    world.firewall.fail_next(Call::Clear);
+    let second = world.attach("b").expect("the tables are in use: they are not cleared");
+    for lease in [first, second] {
+        world.network.detach(&world.libvirt, lease).unwrap();
+    }
+    assert!(matches!(world.attach("c"), Err(NetError::Firewall(_))), "nobody uses them any more");
 }
 
 #[test]
