@@ -7,6 +7,7 @@ mod accounts;
 mod audit;
 mod failure;
 mod files;
+mod measure;
 mod output;
 mod process;
 mod report;
@@ -134,6 +135,7 @@ impl AgentExecutor {
         let who = Who { sink: &self.audit, actor: &self.actor, vm: &vm.name, job: job.id };
         if let Err(cause) = Box::pin(self.phases(vm, job, sink, cancel, &who, report)).await {
             tracing::debug!(vm = %vm.name, %cause, "the job failed");
+            measure::violation(&cause, &who);
             report.fail(&cause);
         }
     }
@@ -193,12 +195,17 @@ impl AgentExecutor {
         let process = match process::start(&vm.session, &mut plan).await {
             Ok(process) => process,
             Err(cause) => {
+                measure::refused();
                 audit::failed(Some(act), &cause).await;
                 return Err(cause);
             }
         };
         report.enter(Phase::Run);
         let end = process::run(process, &plan).await;
+        measure::ended(&end, report.elapsed());
+        if let Some(Why::Failed(cause)) = &end.why {
+            measure::violation(cause, who);
+        }
         if let Err(cause) = audit::ended(act, &end, report.elapsed()).await {
             // The act is done, and its output delivered: say so beside the result.
             report.warnings.push(chain(&cause));

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::accounts;
 use super::audit::{self, Who};
 use super::failure::{Cause, chain};
+use super::measure;
 use crate::cancel::{Cancel, Urgency};
 use crate::provisioner::{ReadyVm, SHARE_TAG};
 use crate::terminal;
@@ -119,6 +120,7 @@ pub(super) async fn inject(
     };
     if let Some(act) = act {
         let files = staged.manifest.files();
+        measure::brought_in(files, staged.bytes);
         let totals = FileTotals { files, bytes: staged.bytes, skipped: staged.skipped.len() as u64 };
         let event = AuditEvent::FilesIn { root, totals, digest: None };
         act.finish_with(event, dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
@@ -265,6 +267,7 @@ async fn bring_out(
                 bytes: files.bytes,
                 skipped: files.refused.len() as u64,
             };
+            measure::brought_out(totals.files, totals.bytes, totals.skipped);
             let event = AuditEvent::FilesOut { root, totals, digest: None };
             act.finish_with(event, dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
             Ok(files)

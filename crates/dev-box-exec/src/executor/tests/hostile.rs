@@ -77,6 +77,7 @@ async fn a_guest_that_breaks_the_protocol() {
         let result = bench.execute(runs(acts), timed(1000, 5)).await;
         assert!(lost(&result).contains(what), "{result:?}");
         bench.clean();
+        assert_eq!(bench.audit.actions().iter().filter(|one| *one == "guest.violation:observed").count(), 1);
     }
 }
 

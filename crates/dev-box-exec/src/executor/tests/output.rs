@@ -224,3 +224,35 @@ async fn the_streaming_form() {
     bench.provisioner.retire(vm).await.unwrap();
     bench.clean();
 }
+
+#[test]
+fn jobs_are_counted() {
+    let exporter = dev_box_observe::metrics::Exporter::local();
+    exporter.with(|| {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let bench = Bench::new();
+            bench.execute(runs([Act::Stdout("12345".into()), Act::Exit(0)]), job()).await;
+            bench.execute(runs([Act::Exit(1)]), job()).await;
+            bench.execute(runs([Act::Killed(9)]), job()).await;
+            bench.execute(runs([Act::AwaitSignal(15), Act::Exit(0)]), timed(1, 1)).await;
+            bench.execute(runs([Act::Sleep(Duration::from_secs(1)), Act::Die]), job()).await;
+            bench.execute(Script::new().refuses(["job"], GuestErrorKind::NotFound, ""), job()).await;
+            bench.execute(runs([Act::Send(dev_box_comm::Message::Done)]), job()).await;
+        });
+    });
+    let text = exporter.render();
+    for (series, count) in [
+        ("execs_total{outcome=\"ok\"}", 1),
+        ("execs_total{outcome=\"nonzero\"}", 1),
+        ("execs_total{outcome=\"signal\"}", 1),
+        ("execs_total{outcome=\"timeout\"}", 1),
+        ("execs_total{outcome=\"lost\"}", 2),
+        ("execs_total{outcome=\"refused\"}", 1),
+        ("exec_output_bytes_total{stream=\"stdout\"}", 5),
+        ("guest_violations_total", 1),
+    ] {
+        assert!(text.contains(&format!("dev_box_{series} {count}\n")), "{series}: {text}");
+    }
+}

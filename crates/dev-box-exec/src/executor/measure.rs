@@ -1,0 +1,60 @@
+//! The executor's numbers, and what it tells the audit of a guest that broke the rules.
+
+use std::time::Duration;
+
+use dev_box_comm::message::ExitStatus;
+use dev_box_comm::session::CloseReason;
+use dev_box_observe::metrics::{
+    EXEC_OUTPUT_BYTES, EXEC_SECONDS, EXECS, GUEST_VIOLATIONS, WORKSPACE_BYTES, WORKSPACE_FILES,
+};
+use dev_box_observe::{AuditEvent, AuditSink as _, Entry};
+
+use super::audit::Who;
+use super::failure::Cause;
+use super::process::{End, Why};
+
+/// A command that was not started.
+pub(super) fn refused() {
+    EXECS.add(1, &["refused"]);
+}
+
+/// A command that ended.
+pub(super) fn ended(end: &End, took: Duration) {
+    let outcome = match (&end.why, end.exited.as_ref().map(|exited| exited.status)) {
+        (Some(Why::TimedOut), _) => "timeout",
+        (Some(Why::Cancelled), _) => "cancelled",
+        (_, Some(ExitStatus::Code(0))) => "ok",
+        (_, Some(ExitStatus::Code(_))) => "nonzero",
+        (_, Some(ExitStatus::Signal(_))) => "signal",
+        (_, None) => "lost",
+    };
+    EXECS.add(1, &[outcome]);
+    EXEC_SECONDS.record(took, &[outcome]);
+    EXEC_OUTPUT_BYTES.add(end.stdout.total, &["stdout"]);
+    EXEC_OUTPUT_BYTES.add(end.stderr.total, &["stderr"]);
+}
+
+/// Files that went into a VM.
+pub(super) fn brought_in(files: u64, bytes: u64) {
+    WORKSPACE_FILES.add(files, &["in"]);
+    WORKSPACE_BYTES.add(bytes, &["in"]);
+}
+
+/// Files that came out of a VM.
+pub(super) fn brought_out(files: u64, bytes: u64, refused: u64) {
+    WORKSPACE_FILES.add(files, &["out"]);
+    WORKSPACE_FILES.add(refused, &["refused"]);
+    WORKSPACE_BYTES.add(bytes, &["out"]);
+}
+
+/// Counts and audits a breach of the protocol, if that is what it was: the VM is not to be used again.
+pub(super) fn violation(cause: &Cause, who: &Who<'_>) {
+    let what = match cause {
+        Cause::Violation(what) => (*what).into(),
+        Cause::Lost(CloseReason::Violation(violation)) => violation.to_string().into(),
+        Cause::Lost(CloseReason::Deadline(deadline)) => deadline.to_string().into(),
+        _ => return,
+    };
+    GUEST_VIOLATIONS.add(1, &[]);
+    who.sink.note(who.entry(Entry::fact(AuditEvent::GuestViolation { what })));
+}
