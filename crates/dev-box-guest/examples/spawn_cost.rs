@@ -42,6 +42,11 @@ fn main() -> std::io::Result<()> {
             show(name, &mut told)?;
             show("  and cleared away", &mut cleared)?;
         }
+        let mut told = Vec::new();
+        for _ in 0..rounds {
+            told.push(with_a_spare().await?);
+        }
+        show("an init that was waiting", &mut told)?;
         through_a_session(rounds).await
     })
 }
@@ -63,6 +68,14 @@ async fn through_a_session(rounds: usize) -> std::io::Result<()> {
     });
     let hello = HostHello::fresh().map_err(std::io::Error::other)?;
     let (session, _) = Session::connect(ours, hello).await.map_err(std::io::Error::other)?;
+    let mut told = Vec::new();
+    for _ in 0..rounds {
+        tokio::time::sleep(Duration::from_millis(40)).await;
+        let begin = Instant::now();
+        session.call(Request::Jobs).await.map_err(std::io::Error::other)?;
+        told.push(begin.elapsed());
+    }
+    show("a session's shortest answer", &mut told)?;
     for (name, gap) in [("a session, one after the other", 0), ("a session, 40 ms between", 40)] {
         let mut told = Vec::new();
         for _ in 0..rounds {
@@ -83,8 +96,21 @@ async fn through_a_session(rounds: usize) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The time at which the end was known.
-async fn once(namespaces: bool, group: bool, program: &str) -> std::io::Result<Instant> {
+/// From the launch to the end, the rest having been made before.
+async fn with_a_spare() -> std::io::Result<Duration> {
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let mut process = Process::prepare(Isolation::Namespaces(None)).map_err(std::io::Error::other)?;
+    tokio::time::sleep(Duration::from_millis(40)).await;
+    let begin = Instant::now();
+    process.launch(&plan("/bin/true")?, [null.as_fd(); 3]).map_err(std::io::Error::other)?;
+    process.started().await.map_err(std::io::Error::other)?;
+    process.ended().await;
+    let taken = begin.elapsed();
+    process.reap().await;
+    Ok(taken)
+}
+
+fn plan(program: &str) -> std::io::Result<Plan> {
     let launch = Launch {
         argv: vec![program.into()],
         env: Vec::new(),
@@ -94,7 +120,12 @@ async fn once(namespaces: bool, group: bool, program: &str) -> std::io::Result<I
         limits: Vec::new(),
         terminal: false,
     };
-    let plan = Plan::new(&launch).map_err(std::io::Error::other)?;
+    Plan::new(&launch).map_err(std::io::Error::other)
+}
+
+/// The time at which the end was known.
+async fn once(namespaces: bool, group: bool, program: &str) -> std::io::Result<Instant> {
+    let plan = plan(program)?;
     let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
     let group = match group {
         true => Cgroups::new(ROOT).create("cost", &GroupLimits::default()).ok(),

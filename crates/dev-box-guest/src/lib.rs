@@ -17,6 +17,7 @@ pub mod files;
 pub mod init;
 pub mod job;
 pub mod machine;
+pub mod memory;
 pub mod modules;
 pub mod mounts;
 pub mod network;

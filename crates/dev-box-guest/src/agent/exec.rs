@@ -478,7 +478,6 @@ fn exited(outcome: &Outcome) -> Exited {
 
 /// Ends a job that is not to be.
 async fn discard(agent: &Agent, process: Process, group: Option<JobGroup>) {
-    process.kill();
     process.reap().await;
     clear(agent, group).await;
 }

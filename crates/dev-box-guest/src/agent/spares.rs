@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use super::{Agent, Containment};
 use crate::cgroup::{GroupLimits, JobGroup};
 use crate::job::spawn::{Isolation, Process};
+use crate::memory;
 
 /// Spares kept.
 const SPARES: usize = 2;
@@ -105,7 +106,6 @@ impl Spares {
         let guard = Suspension { spares: self };
         let spares = std::mem::take(&mut self.waiting().spares);
         for Spare { process, group } in spares {
-            process.kill();
             // Its mounts are gone when it is.
             process.reap().await;
             if let Some(group) = group.and_then(|group| self.keep_group(group)) {
@@ -171,6 +171,9 @@ impl Agent {
                 tokio::time::sleep(IDLE).await;
             } else if let Ok(spare) = self.make_spare() {
                 self.spares.waiting().spares.push(spare);
+                if self.spares.count() >= SPARES {
+                    memory::take_back_pages();
+                }
                 tokio::task::yield_now().await;
             } else {
                 tokio::time::sleep(PAUSE).await;

@@ -191,8 +191,9 @@ impl Process {
         kill_by(self.pidfd.get_ref().as_fd());
     }
 
-    /// Waits for the job's init to be gone and reaps it: its namespaces and mounts are gone too.
+    /// Ends the job's init, which waits for that once the job has ended, and reaps it: its namespaces and mounts are gone then.
     pub async fn reap(mut self) {
+        self.kill();
         // An error means that it cannot be waited for, and so is gone.
         let _ = self.pidfd.readable().await;
         wait_for(self.pidfd.get_ref().as_fd(), libc::WNOHANG);
