@@ -3,8 +3,8 @@
 use dev_box_tests::Host;
 
 fn status<'a>(checks: &'a serde_json::Value, id: &str) -> &'a str {
-    let check = checks.as_array().unwrap().iter().find(|check| check["id"] == id);
-    check.unwrap_or_else(|| panic!("no {id} in {checks}"))["status"].as_str().unwrap()
+    let check = checks.as_array().expect("a list").iter().find(|check| check["id"] == id);
+    check.unwrap_or_else(|| panic!("no {id} in {checks}"))["status"].as_str().expect("a word")
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use dev_box_comm::message::{NetworkConfig, Request};
 use dev_box_comm::session::Session;
+use dev_box_comm::share;
 use dev_box_comm::transport::{self, Preference, Probes, TransportKind};
 use dev_box_core::accel::{self, Accelerator};
 use dev_box_core::clock::Clock;
@@ -43,9 +44,6 @@ use crate::machine::Machine;
 use crate::reach::{self, Address, Reach, ReachError};
 use crate::stopwatch::Stopwatch;
 use crate::vm_dir::{QemuUser, VmDir};
-
-/// The workspace share's 9p mount tag.
-const WORKSPACE_TAG: &str = "workspace";
 
 /// How VMs are made here.
 #[derive(Debug, Clone)]
@@ -282,6 +280,9 @@ impl Inner {
         let template = VmTemplate::new(spec).map_err(unsatisfiable)?;
         machine.started = true;
         Vm::create(&self.connection, &template).await.map_err(step("starting the VM"))?;
+        // libvirt has given QEMU's user the image's files; they are every VM's, and none may write them.
+        let image = plan.image.clone();
+        blocking::run(move || image.reclaim()).await.map_err(step("taking the image's files back"))?;
         watch.step("start");
 
         let (session, agent) = tokio::select! {
@@ -366,7 +367,7 @@ impl Inner {
         };
         // The disk goes with the VM: nobody needs it flushed.
         spec.disks = vec![Disk { cache: DiskCache::Unsafe, ..Disk::qcow2(dir.overlay(), "vda") }];
-        spec.shares = vec![Share { tag: WORKSPACE_TAG.to_owned(), path: dir.share(), read_only: false }];
+        spec.shares = vec![Share { tag: share::TAG.to_owned(), path: dir.share(), read_only: false }];
         spec.channels =
             vec![Channel { name: dev_box_comm::SERIAL_PORT_NAME.to_owned(), socket: dir.channel() }];
         spec.vsock_cid = plan.cid;

@@ -170,7 +170,7 @@ impl VmDir {
     pub fn remove(self) -> Result<(), VmDirError> {
         // Out of sight first: whoever lists VMs never sees half of one.
         let gone = self.path.with_file_name(format!("{NEW}{}", self.name));
-        let path = if fs::rename(&self.path, &gone).is_ok() { gone } else { self.path.clone() };
+        let path = if fs::rename(&self.path, &gone).is_ok() { gone } else { self.path };
         match fs::remove_dir_all(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(VmDirError::Io { action: "remove", path, source })

@@ -196,7 +196,11 @@ impl DevBox {
         self.connection.close().await;
         drop(self.executor);
         // Its writer ends when the last handle goes: a thread that may block waits for that.
-        let _ = blocking::run(move || Ok::<_, std::convert::Infallible>(drop(self.audit))).await;
+        let _ = blocking::run(move || {
+            drop(self.audit);
+            Ok::<_, std::convert::Infallible>(())
+        })
+        .await;
     }
 }
 

@@ -151,14 +151,18 @@ fn report(args: &RunArgs, result: &ExecutionResult) -> Result<(), Failure> {
         Outcome::Exited => {}
         Outcome::TimedOut => output::note("timed out: the command was ended"),
         Outcome::Cancelled => output::note("stopped"),
-        Outcome::GuestLost => output::note(format_args!("error: the VM was lost{}", because(result))),
-        Outcome::Failed { phase } => output::note(format_args!("error: {phase}{}", because(result))),
+        Outcome::GuestLost | Outcome::Failed { .. } => {
+            output::note(format_args!("error: {}", result.error.as_deref().unwrap_or("the VM was lost")));
+        }
     }
     if args.quiet {
         return Ok(());
     }
     if result.truncated && !args.json {
         output::note("the command's output was truncated (limits.output in the configuration)");
+    }
+    for warning in &result.warnings {
+        output::note(format_args!("warning: {warning}"));
     }
     if let Some(files) = &result.files {
         for refused in &files.refused {
@@ -177,10 +181,6 @@ fn report(args: &RunArgs, result: &ExecutionResult) -> Result<(), Failure> {
     .into();
     tracing::info!("{}", timings.join(", "));
     Ok(())
-}
-
-fn because(result: &ExecutionResult) -> String {
-    result.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default()
 }
 
 #[cfg(test)]
