@@ -9,8 +9,12 @@
 //!          v               |
 //!       in step ---- command ---- no answer ----> out of step
 //!          ^                                          |
-//!          +---- guest-sync-delimited, id returned ---+   (before the next command)
+//!          +---- guest-sync, id returned ------------+   (before the next command)
 //! ```
+//!
+//! The QMP of the agent has a `guest-sync-delimited` for this, whose answer begins with the byte 0xFF. Libvirt takes that
+//! byte for an error and closes its side of the channel for good (11.3.0), so the plain `guest-sync` it is; a half answer
+//! before it is libvirt's to skip, which syncs before every command itself.
 
 mod reply;
 
@@ -229,7 +233,7 @@ impl Wire {
         for _ in 0..SYNC_ATTEMPTS {
             let token = Uuid::new_v4().as_fields().0;
             let arguments = json!({"id": token});
-            match self.send(libvirt, "guest-sync-delimited", Some(&arguments)) {
+            match self.send(libvirt, "guest-sync", Some(&arguments)) {
                 Ok(value) if value.as_u64() == Some(u64::from(token)) => {
                     self.out_of_step.store(false, Ordering::SeqCst);
                     return Ok(());

@@ -63,8 +63,6 @@ pub(super) fn parse(answer: &str) -> Result<Result<Value, String>, ReplyError> {
         return Err(ReplyError::TooLong { length: answer.len() });
     }
     check_depth(answer)?;
-    // guest-sync-delimited's answer begins with the byte 0xFF, which has become a replacement character.
-    let answer = answer.trim_start_matches(['\u{fffd}', '\u{ff}']);
     let mut value: Value = serde_json::from_str(answer).map_err(|_| ReplyError::NotJson)?;
     if let Some(error) = value.get("error") {
         let part = |name| error.get(name).and_then(Value::as_str).unwrap_or("?");
@@ -140,7 +138,7 @@ mod tests {
     #[test]
     fn forms() {
         assert_eq!(parse(r#"{"return": {}}"#), Ok(Ok(json!({}))));
-        assert_eq!(parse("\u{fffd}{\"return\": 7}"), Ok(Ok(json!(7))));
+        assert_eq!(parse("{\"return\": 7}"), Ok(Ok(json!(7))));
         let refused = parse(r#"{"error": {"class": "GenericError", "desc": "no \u001b[31mway"}}"#);
         assert_eq!(refused, Ok(Err("GenericError: no [31mway".into())));
         assert_eq!(parse(r#"{"error": 1}"#), Ok(Err("?: ?".into())));

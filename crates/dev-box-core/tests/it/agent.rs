@@ -47,7 +47,7 @@ async fn a_friendly_guest() {
     assert!(matches!(agent.ping().await, Err(AgentError::Libvirt(LibvirtError::AgentUnresponsive { .. }))));
     let asked = guest(&libvirt, |name, arguments| {
         Ok(match name {
-            "guest-sync-delimited" => arguments["id"].clone(),
+            "guest-sync" => arguments["id"].clone(),
             "guest-info" => json!({"version": "10.0.2", "supported_commands": [{}, {}]}),
             "guest-get-osinfo" => {
                 json!({"id": "debian", "pretty-name": "Debian 12", "kernel-release": "6.1"})
@@ -63,8 +63,8 @@ async fn a_friendly_guest() {
     agent.set_time(EasternTime::from_unix_nanos(1_700_000_000_000_000_000)).await.unwrap();
     let asked = asked.lock().unwrap();
     // The failed ping left it out of step.
-    assert_eq!(asked[0]["execute"], "guest-sync-delimited");
-    assert_eq!(asked.iter().filter(|c| c["execute"] == "guest-sync-delimited").count(), 1);
+    assert_eq!(asked[0]["execute"], "guest-sync");
+    assert_eq!(asked.iter().filter(|c| c["execute"] == "guest-sync").count(), 1);
     assert_eq!(asked.last().unwrap()["arguments"]["time"], 1_700_000_000_000_000_000i64);
 }
 
@@ -87,7 +87,7 @@ async fn after_a_time_out_old_answers_are_skipped() {
     agent.ping().await.unwrap();
     agent.ping().await.unwrap();
     let names: Vec<_> = asked.lock().unwrap().iter().map(|c| c["execute"].clone()).collect();
-    let (ping, sync) = ("guest-ping", "guest-sync-delimited");
+    let (ping, sync) = ("guest-ping", "guest-sync");
     assert_eq!(names, [ping, sync, sync, sync, ping, ping]);
 }
 
@@ -135,7 +135,7 @@ async fn a_freeze_without_an_answer_is_thawed() {
     let agent = agent(&libvirt).await;
     let asked = guest(&libvirt, |name, arguments| match name {
         "guest-fsfreeze-freeze" => Err(timed_out()),
-        "guest-sync-delimited" => Ok(arguments["id"].clone()),
+        "guest-sync" => Ok(arguments["id"].clone()),
         _ => Ok(json!("not a number")),
     });
     assert!(agent.freeze().await.is_err());

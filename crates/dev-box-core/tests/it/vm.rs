@@ -232,7 +232,7 @@ async fn only_ours_are_listed() {
     // Another version's, of which only the owner can be read.
     let xml = template(plain(Accelerator::Tcg)).to_xml().replace("0badcafe", "1badcafe");
     let xml = xml
-        .replace("11111111-", "21111111-")
+        .replace("11112222-", "21112222-")
         .replace("<vcpu placement=\"static\">1", "<vcpu placement=\"static\">0");
     vm.connection().call(move |libvirt| libvirt.create(&xml, StartMode::Running)).await.unwrap();
     assert_eq!(Vm::list(vm.connection()).await.unwrap().len(), 1);
