@@ -126,7 +126,7 @@ fn agent_event(agent: &mut Service, status: WaitStatus) -> Verdict {
     let verdict = decide(agent, status);
     match verdict {
         Verdict::Restart => {
-            say(format_args!("the agent has ended ({}); starting it again", describe(status)))
+            say(format_args!("the agent has ended ({}); starting it again", describe(status)));
         }
         Verdict::Kill => say(format_args!("the agent was stopped; killing it")),
         _ => {}

@@ -19,13 +19,16 @@ pub struct ResourceLimit {
     pub hard: u64,
 }
 
+/// Name and value.
+pub type Variable = (Vec<u8>, Vec<u8>);
+
 /// What to start, as whom, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
     /// Program and arguments; never through a shell.
     pub argv: Vec<Vec<u8>>,
     /// Variables, added to a few defaults (`PATH`, `HOME`, `USER`, `LOGNAME`, `SHELL`, and `TERM` with a terminal).
-    pub env: Vec<(Vec<u8>, Vec<u8>)>,
+    pub env: Vec<Variable>,
     /// Working directory; without one the user's home, or `/` where that is missing.
     pub cwd: Option<Vec<u8>>,
     /// Whose process it is.
@@ -115,9 +118,9 @@ impl Plan {
 }
 
 /// The caller's variables over the defaults, each name once, the last value counting.
-fn variables(launch: &Launch) -> Result<Vec<(Vec<u8>, Vec<u8>)>, PlanError> {
+fn variables(launch: &Launch) -> Result<Vec<Variable>, PlanError> {
     let name = launch.identity.name.as_bytes().to_vec();
-    let mut variables: Vec<(Vec<u8>, Vec<u8>)> = vec![
+    let mut variables: Vec<Variable> = vec![
         (b"PATH".to_vec(), DEFAULT_PATH.as_bytes().to_vec()),
         (b"HOME".to_vec(), launch.identity.home.clone()),
         (b"USER".to_vec(), name.clone()),
