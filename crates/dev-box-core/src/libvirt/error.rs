@@ -190,6 +190,10 @@ impl LibvirtError {
         {
             return Self::SnapshotBlocked { message };
         }
+        // The daemon asks polkit about users other than root, and polkit is reached by D-Bus.
+        if has("Unable to get system bus connection") {
+            return Self::PermissionDenied { message };
+        }
         if has("Error while writing VM state") {
             return Self::StateNotWritten { message };
         }
@@ -277,7 +281,7 @@ mod tests {
     #[test]
     fn sorted_by_code_and_text() {
         let sort = LibvirtError::from_libvirt;
-        let cases: [(LibvirtError, &str); 29] = [
+        let cases: [(LibvirtError, &str); 30] = [
             (
                 sort(9, "snapshot-save job failed: Error while writing VM state: Input/output error"),
                 "StateNotWritten",
@@ -293,6 +297,10 @@ mod tests {
             (sort(38, "Failed to connect socket to '/x': Connection refused"), "DaemonNotRunning"),
             (sort(38, "Failed to connect socket to '/x': Permission denied"), "PermissionDenied"),
             (sort(45, "authentication failed"), "PermissionDenied"),
+            (
+                sort(1, "internal error: Unable to get system bus connection: No such file"),
+                "PermissionDenied",
+            ),
             (sort(38, "Cannot recv data: Connection reset by peer"), "ConnectionLost"),
             (sort(1, "internal error: client socket is closed"), "ConnectionLost"),
             (sort(38, "End of file while reading data: Input/output error"), "ConnectionLost"),

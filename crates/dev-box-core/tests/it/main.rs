@@ -1,10 +1,6 @@
 //! Integration tests, from pure to real virtual machines. What cannot run here says why, and counts as skipped.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stderr,
-    reason = "tests: a failure is a panic, and what is skipped is said"
-)]
+#![expect(clippy::unwrap_used, reason = "tests: a failure is a panic")]
 
 mod agent;
 mod bench_xml;
