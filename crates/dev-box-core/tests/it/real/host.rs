@@ -1,7 +1,5 @@
 //! What real tests need of the machine they run on.
 
-#![expect(clippy::print_stderr, reason = "what is skipped is said")]
-
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
