@@ -4,7 +4,7 @@
 use std::process::{Command, Output};
 
 fn dev_box(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_dev-box")).args(arguments).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_dev-box")).args(arguments).output().expect("the program starts")
 }
 
 #[test]

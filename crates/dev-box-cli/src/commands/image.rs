@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use dev_box::Config;
+use dev_box::core::size::ByteSize;
 use dev_box::image::{Build, BuildSource, Builder, Cancel, ImageName, ImageStore, Manifest, Outcome};
 use serde_json::json;
 
@@ -74,7 +75,8 @@ fn agent_beside_us() -> Result<PathBuf, Failure> {
 
 fn summary(manifest: &Manifest) -> String {
     let (name, kernel, created) = (&manifest.name, &manifest.kernel.version, &manifest.created);
-    format!("{name}: Linux {kernel}, {} packages, {}, {created}", manifest.packages.len(), manifest.size)
+    let size = ByteSize::mib(manifest.size.as_mib());
+    format!("{name}: Linux {kernel}, {} packages, {size}, {created}", manifest.packages.len())
 }
 
 fn list(store: &ImageStore, json: bool) -> Result<ExitCode, Failure> {

@@ -151,7 +151,8 @@ fn seccomp(facts: &HostFacts) -> Check {
 }
 
 fn space(id: &'static str, seen: Option<ByteSize>, little: ByteSize, fix: &str) -> Check {
-    match seen {
+    // To the MiB: nobody reads more digits.
+    match seen.map(|size| ByteSize::mib(size.as_mib())) {
         None => Check { id, status: Status::Warn, detail: "unknown".to_owned(), fix: None },
         Some(size) if size < little => Check::warn(id, format!("{size} left, less than {little}"), fix),
         Some(size) => Check::ok(id, format!("{size} left")),
@@ -167,4 +168,92 @@ fn clock(facts: &HostFacts) -> Check {
         format!("{}, not synchronised", facts.now),
         "run chrony or systemd-timesyncd: TLS in guests and the audit's times follow the host's clock",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use dev_box_core::accel::{Detection, NoKvm};
+    use dev_box_core::clock::EasternTime;
+
+    use super::super::facts::{Cgroups, LibvirtFacts};
+    use super::super::passed;
+    use super::*;
+
+    fn good() -> HostFacts {
+        HostFacts {
+            accelerator: Detection { accelerator: Accelerator::Kvm, why_not_kvm: None },
+            libvirt: Ok(LibvirtFacts {
+                uri: "qemu:///system".into(),
+                libvirt: (11, 3, 0),
+                qemu: (10, 0, 2),
+                nwfilter: Ok(()),
+            }),
+            image: Ok("default".into()),
+            vhost_vsock: true,
+            bridge_nf_call_iptables: Some(true),
+            cgroups: Cgroups { version: 2, controllers: vec!["cpu".into(), "io".into(), "memory".into()] },
+            seccomp_actions: vec!["kill_process".into()],
+            disk_free: Some(ByteSize::gib(100)),
+            memory_available: Some(ByteSize::gib(8)),
+            clock_synchronised: true,
+            now: EasternTime::from_unix_nanos(1_790_000_000_000_000_000),
+        }
+    }
+
+    fn told(change: impl FnOnce(&mut HostFacts)) -> Vec<(&'static str, Status)> {
+        let mut facts = good();
+        change(&mut facts);
+        let checks = evaluate(&facts);
+        for check in checks.iter().filter(|check| check.status == Status::Fail) {
+            assert!(check.fix.is_some(), "what fails says what to do: {check:?}");
+        }
+        checks
+            .into_iter()
+            .filter(|check| check.status != Status::Ok)
+            .map(|check| (check.id, check.status))
+            .collect()
+    }
+
+    #[test]
+    fn a_good_host_passes_every_check() {
+        assert_eq!(told(|_| {}), []);
+        assert!(passed(&evaluate(&good())));
+        let times: Vec<String> = evaluate(&good()).into_iter().map(|check| check.detail).collect();
+        assert!(times.last().is_some_and(|time| time.ends_with("-04:00")), "Eastern: {times:?}");
+    }
+
+    #[test]
+    fn each_fault_shows_in_its_check_alone() {
+        use Status::{Fail, Warn};
+        let tcg = |why_not_kvm| Detection { accelerator: Accelerator::Tcg, why_not_kvm };
+        let why = Some(NoKvm::NoDevice { device: "/dev/kvm".into() });
+        assert_eq!(told(|f| f.accelerator = tcg(why)), [("accelerator", Warn)]);
+        assert_eq!(told(|f| f.accelerator = tcg(None)), [("accelerator", Warn)]);
+        assert_eq!(told(|f| f.image = Err("missing".into())), [("image", Fail)]);
+        assert_eq!(told(|f| f.vhost_vsock = false), []);
+        assert_eq!(told(|f| f.bridge_nf_call_iptables = Some(false)), [("bridge-nf-call-iptables", Warn)]);
+        assert_eq!(told(|f| f.bridge_nf_call_iptables = None), [("bridge-nf-call-iptables", Warn)]);
+        assert_eq!(told(|f| f.cgroups.controllers.clear()), [("cgroups", Warn)]);
+        assert_eq!(told(|f| f.seccomp_actions.clear()), [("seccomp", Fail)]);
+        assert_eq!(told(|f| f.disk_free = Some(ByteSize::mib(1))), [("disk", Warn)]);
+        assert_eq!(told(|f| f.memory_available = None), [("memory", Warn)]);
+        assert_eq!(told(|f| f.clock_synchronised = false), [("clock", Warn)]);
+    }
+
+    #[test]
+    fn what_libvirt_cannot_tell_fails_with_it() {
+        use Status::Fail;
+        let without = told(|f| f.libvirt = Err("no daemon".into()));
+        assert_eq!(without, [("libvirt", Fail), ("qemu", Fail), ("nwfilter", Fail)]);
+        let with = |change: fn(&mut LibvirtFacts)| told(|f| change(f.libvirt.as_mut().unwrap()));
+        assert_eq!(with(|l| l.libvirt = (9, 0, 0)), [("libvirt", Fail)]);
+        assert_eq!(with(|l| l.qemu = (7, 2, 0)), [("qemu", Fail)]);
+        assert_eq!(with(|l| l.nwfilter = Err("unsupported".into())), [("nwfilter", Fail)]);
+    }
+
+    #[test]
+    fn v1_calls_the_io_controller_blkio() {
+        let v1 = Cgroups { version: 1, controllers: vec!["blkio".into(), "cpu".into(), "memory".into()] };
+        assert_eq!(told(|f| f.cgroups = v1), []);
+    }
 }
