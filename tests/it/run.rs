@@ -393,3 +393,21 @@ fn what_was_run_is_in_the_audit_log_and_an_edit_of_it_shows() {
     let verdict = host.dev_box(["audit", "verify"]).expect_code(1).text();
     assert!(verdict.contains("was edited"), "{verdict}");
 }
+
+#[test]
+fn a_full_disk_is_said_before_anything_is_made() {
+    let Some(host) = Host::new("a_full_disk_is_said_before_anything_is_made") else { return };
+    let small = host.root().join("small");
+    fs::create_dir(&small).unwrap();
+    let none: Option<&str> = None;
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(none, &small, Some("tmpfs"), flags, Some("size=40m,mode=711")).unwrap();
+    symlink(host.root().join("images"), small.join("images")).unwrap();
+    let mut command = host.command();
+    let done =
+        host.spawn(command.env("DEV_BOX_HOST__STATE_ROOT", &small).args(["run", "--", "true"])).finish();
+    let left = fs::read_dir(small.join("vms")).map(|vms| vms.count());
+    nix::mount::umount(&small).unwrap();
+    assert!(done.expect_code(125).stderr.contains("not enough room"));
+    assert_eq!(left.unwrap_or(0), 0);
+}

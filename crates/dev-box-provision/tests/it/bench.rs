@@ -28,7 +28,7 @@ use tempfile::TempDir;
 
 /// What the guest in memory does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Guest {
+pub(crate) enum Guest {
     /// Its agent answers and obeys.
     Obeys,
     /// Its agent refuses to be configured.
@@ -54,21 +54,21 @@ impl Reach for ToGuest {
 }
 
 /// The host.
-pub struct Bench {
-    pub root: TempDir,
-    pub libvirt: FakeLibvirt,
-    pub firewall: Arc<FakeFirewall>,
-    pub connection: LibvirtConnection,
-    pub network: VmNetwork,
-    pub provisioner: LibvirtProvisioner,
+pub(crate) struct Bench {
+    pub(crate) root: TempDir,
+    pub(crate) libvirt: FakeLibvirt,
+    pub(crate) firewall: Arc<FakeFirewall>,
+    pub(crate) connection: LibvirtConnection,
+    pub(crate) network: VmNetwork,
+    pub(crate) provisioner: LibvirtProvisioner,
     /// What the agent was told.
-    pub configured: Arc<Mutex<Vec<Configure>>>,
+    pub(crate) configured: Arc<Mutex<Vec<Configure>>>,
     /// Where agents were looked for.
-    pub addresses: Arc<Mutex<Vec<String>>>,
+    pub(crate) addresses: Arc<Mutex<Vec<String>>>,
 }
 
 impl Bench {
-    pub async fn new(guest: Guest) -> Self {
+    pub(crate) async fn new(guest: Guest) -> Self {
         let root = tempfile::tempdir().unwrap();
         let clock = Arc::new(FakeClock::at(EasternTime::from_unix_nanos(1_790_000_000_000_000_000)));
         let libvirt = FakeLibvirt::new();
@@ -105,13 +105,13 @@ impl Bench {
         Self { root, libvirt, firewall, connection, network, provisioner, configured, addresses }
     }
 
-    pub fn vm_dirs(&self) -> Vec<String> {
+    pub(crate) fn vm_dirs(&self) -> Vec<String> {
         names_in(&self.root.path().join("vms"))
     }
 
     /// Nothing of any VM is left anywhere.
     #[track_caller]
-    pub fn assert_clean(&self) {
+    pub(crate) fn assert_clean(&self) {
         assert_eq!(self.vm_dirs(), Vec::<String>::new());
         assert!(self.libvirt.list().unwrap().is_empty(), "domains are left");
         assert!(self.firewall.list().unwrap().is_empty(), "rules are left");
@@ -119,7 +119,7 @@ impl Bench {
     }
 }
 
-pub fn request() -> VmRequest {
+pub(crate) fn request() -> VmRequest {
     VmRequest {
         image: "default".to_owned(),
         resources: Resources { cpus: 2, memory: ByteSize::mib(256), disk: ByteSize::gib(8) },
@@ -130,7 +130,7 @@ pub fn request() -> VmRequest {
     }
 }
 
-pub fn this_user() -> QemuUser {
+pub(crate) fn this_user() -> QemuUser {
     QemuUser { uid: rustix::process::getuid().as_raw(), gid: rustix::process::getgid().as_raw() }
 }
 
@@ -138,7 +138,7 @@ fn no_limits() -> SpaceLimits {
     SpaceLimits { keep_free: ByteSize::bytes(0), ..SpaceLimits::default() }
 }
 
-pub fn names_in(dir: &Path) -> Vec<String> {
+fn names_in(dir: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
     entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
