@@ -31,7 +31,7 @@ pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failu
         match leftover.error {
             None => tracing::info!(vm = %leftover.name, "removed what a killed run had left"),
             Some(error) => {
-                tracing::warn!(vm = %leftover.name, error, "cannot remove what a killed run has left")
+                tracing::warn!(vm = %leftover.name, error, "cannot remove what a killed run has left");
             }
         }
     }

@@ -47,15 +47,20 @@ pub fn run(transport: Transport, restarts: u32) -> io::Result<()> {
         .build()?;
     runtime.block_on(async move {
         match transport {
-            Transport::Serial => serve_port(&agent).await,
+            Transport::Serial => {
+                let node = PortDirectories::default().wait_for(SERIAL_PORT_NAME, PORT_PATIENCE)?;
+                serve_port(&agent, &Port::open(&node)?).await
+            }
             Transport::Vsock => serve_vsock(&agent, VsockListen::bind(VSOCK_PORT)?).await,
         }
     })
 }
 
-async fn serve_port(agent: &Agent) -> io::Result<()> {
-    let node = PortDirectories::default().wait_for(SERIAL_PORT_NAME, PORT_PATIENCE)?;
-    let port = Port::open(&node)?;
+/// Serves whoever opens the host's end of a port, one conversation after the other.
+///
+/// # Errors
+/// What the kernel said about the device.
+pub async fn serve_port(agent: &Agent, port: &Port) -> io::Result<()> {
     ready();
     loop {
         let mut conversations = GuestPort::new(port.connection().await?);
@@ -102,4 +107,84 @@ fn ready() {
         env!("CARGO_PKG_VERSION"),
         uptime.split(' ').next().unwrap_or("?")
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use dev_box_comm::HostHello;
+    use dev_box_comm::message::{ExecRequest, Message, Request};
+    use dev_box_comm::session::CloseReason;
+    use dev_box_comm::transport::{BoxFuture, Connection};
+    use tokio::sync::{Mutex, mpsc};
+
+    use super::*;
+    use crate::agent::tests::surroundings;
+    use crate::job::pty::{Pty, Size};
+
+    /// Hands out the connections a test sends it.
+    #[derive(Debug)]
+    struct FakeListen(Arc<Mutex<mpsc::Receiver<Connection>>>);
+
+    impl Listen for FakeListen {
+        fn accept(&mut self) -> BoxFuture<'_, io::Result<Connection>> {
+            Box::pin(async {
+                let next = self.0.lock().await.recv().await;
+                next.ok_or_else(|| io::ErrorKind::ConnectionAborted.into())
+            })
+        }
+
+        fn refused(&self) -> u64 {
+            0
+        }
+    }
+
+    async fn host(connections: &mpsc::Sender<Connection>) -> Session {
+        let (ours, theirs) = tokio::io::duplex(64 * 1024);
+        connections.send(Box::new(theirs)).await.unwrap();
+        Session::connect(ours, HostHello::fresh().unwrap()).await.unwrap().0
+    }
+
+    #[tokio::test]
+    async fn a_new_vsock_session_ends_the_one_before_it() {
+        let agent = Agent::new(surroundings().surroundings);
+        let (connections, receiver) = mpsc::channel(1);
+        let listener = FakeListen(Arc::new(Mutex::new(receiver)));
+        let serving = tokio::spawn({
+            let agent = agent.clone();
+            async move { serve_vsock(&agent, listener).await }
+        });
+        let first = host(&connections).await;
+        let request = ExecRequest { cwd: Some("/".into()), ..ExecRequest::new(["sleep", "1000"]) };
+        let mut stream = first.open(Request::Exec(request)).await.unwrap();
+        assert!(matches!(stream.recv().await, Ok(Some(Message::Started(_)))));
+        let second = host(&connections).await;
+        assert!(matches!(first.closed().await, CloseReason::Peer(_) | CloseReason::Eof));
+        assert!(second.call(Request::Info).await.is_ok());
+        assert_eq!(agent.jobs.running(), 0, "the job of the old session");
+        drop(connections);
+        assert!(serving.await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_port_is_served_again_after_the_host_has_left() {
+        // A terminal's master is a port, its slave the host's end.
+        let pty = Pty::open(Size { rows: 1, columns: 1 }, 0).unwrap();
+        let mut raw = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+        nix::sys::termios::cfmakeraw(&mut raw);
+        nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &raw).unwrap();
+        let again = pty.slave.try_clone().unwrap();
+        let port = Port::from_descriptor(pty.master);
+        let agent = Agent::new(surroundings().surroundings);
+        let serving = tokio::spawn(async move { serve_port(&agent, &port).await });
+        for end in [pty.slave, again] {
+            let end = Port::from_descriptor(end).connection().await.unwrap();
+            let (session, _) = Session::connect(end, HostHello::fresh().unwrap()).await.unwrap();
+            assert!(session.call(Request::Info).await.is_ok());
+            session.close();
+            session.closed().await;
+        }
+        serving.abort();
+    }
 }

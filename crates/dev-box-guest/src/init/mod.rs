@@ -52,7 +52,7 @@ pub enum InitError {
 /// Runs as pid 1 and never returns: the way out is a power-off.
 pub fn run() -> ! {
     let words = match boot() {
-        Ok(options) => match services::supervise(&options) {
+        Ok(options) => match services::supervise(&services::Services::linux(&options)) {
             Ok(ending) => power::end(ending),
             Err(error) => InitError::Supervise(error).to_string(),
         },

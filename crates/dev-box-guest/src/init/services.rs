@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -27,25 +27,58 @@ const PORT_ATTEMPTS: u32 = 40;
 /// `PATH` of the services, and of jobs that bring none.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Supervises until a signal asks for the machine's end or the agent is given up.
+/// What is supervised, and where things are: the seam for tests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Services {
+    /// The agent's program; `agent`, the number of its start from 0 and perhaps `--vsock` are its arguments.
+    pub agent: PathBuf,
+    /// How patient its supervision is.
+    pub policy: Policy,
+    /// qemu-guest-agent's program, where there is one.
+    pub qemu_ga: Option<PathBuf>,
+    /// Where its port is looked for.
+    pub ports: PortDirectories,
+    /// The control groups.
+    pub cgroups: Cgroups,
+    /// What carries the agent's channel.
+    pub transport: Transport,
+}
+
+impl Services {
+    /// Those of a guest.
+    #[must_use]
+    pub fn linux(options: &BootOptions) -> Self {
+        let qemu_ga = ["/usr/sbin/qemu-ga", "/usr/bin/qemu-ga"].iter().map(PathBuf::from);
+        Self {
+            agent: PathBuf::from(OWN_PROGRAM),
+            policy: Policy::AGENT,
+            qemu_ga: qemu_ga.into_iter().find(|path| path.exists()),
+            ports: PortDirectories::default(),
+            cgroups: Cgroups::new(cgroup::ROOT),
+            transport: options.transport,
+        }
+    }
+}
+
+/// Supervises until a signal asks for the machine's end or the agent is given up. Blocks signals in this thread, which must be the only
+/// one, and reaps every child of this process.
 ///
 /// # Errors
 /// When signals cannot be waited for.
-pub fn supervise(options: &BootOptions) -> io::Result<Ending> {
+pub fn supervise(services: &Services) -> io::Result<Ending> {
     let signals = signals();
     signals.thread_block()?;
-    let cgroups = Cgroups::new(cgroup::ROOT);
-    for words in cgroups.prepare() {
+    for words in services.cgroups.prepare() {
         say(format_args!("{words}"));
     }
     let now = Instant::now();
-    let mut agent = Service::new(Policy::AGENT, now);
-    let mut qemu_ga = QemuGa::new(now + QEMU_GA_DELAY);
+    let mut agent = Service::new(services.policy, now);
+    let mut qemu_ga = QemuGa::new(services, now + QEMU_GA_DELAY);
     let mut restarts: u32 = 0;
     loop {
         let now = Instant::now();
         if agent.due(now) {
-            match spawn_agent(options.transport, restarts, &cgroups) {
+            match spawn_agent(services, restarts) {
                 Ok(pid) => {
                     agent.started(pid);
                     restarts += 1;
@@ -59,7 +92,7 @@ pub fn supervise(options: &BootOptions) -> io::Result<Ending> {
             }
         }
         if let Some(qemu_ga) = &mut qemu_ga {
-            qemu_ga.start_if_due(now, &cgroups);
+            qemu_ga.start_if_due(now, services);
         }
         let wakes = [agent.next_wake(), qemu_ga.as_ref().and_then(|ga| ga.service.next_wake())];
         let wake = wakes.into_iter().flatten().min();
@@ -163,7 +196,8 @@ fn spawn(command: &mut Command, cgroups: &Cgroups, group: &str, score: &str) -> 
     let unblock = move || {
         SigSet::empty().thread_set_mask()?;
         let _ = nix::unistd::setsid();
-        std::fs::write("/proc/self/oom_score_adj", &score)?;
+        // Only root may lower it; whoever else runs this is testing.
+        let _ = std::fs::write("/proc/self/oom_score_adj", &score);
         Ok(())
     };
     #[expect(unsafe_code, reason = "pid 1 has blocked signals that its services must not inherit")]
@@ -177,42 +211,41 @@ fn spawn(command: &mut Command, cgroups: &Cgroups, group: &str, score: &str) -> 
     Ok(pid)
 }
 
-fn spawn_agent(transport: Transport, restarts: u32, cgroups: &Cgroups) -> io::Result<i32> {
-    let mut command = Command::new(OWN_PROGRAM);
+fn spawn_agent(services: &Services, restarts: u32) -> io::Result<i32> {
+    let mut command = Command::new(&services.agent);
     command.arg0("dev-box-guest").arg("agent").arg(restarts.to_string());
-    if transport == Transport::Vsock {
+    if services.transport == Transport::Vsock {
         command.arg("--vsock");
     }
-    spawn(&mut command, cgroups, cgroup::AGENT_GROUP, "-1000")
+    spawn(&mut command, &services.cgroups, cgroup::AGENT_GROUP, "-1000")
 }
 
 /// qemu-guest-agent, when the root file system has it and the VM the port.
 struct QemuGa {
-    program: &'static str,
+    program: PathBuf,
     service: Service,
     attempts_left: u32,
 }
 
 impl QemuGa {
-    fn new(start: Instant) -> Option<Self> {
-        let program =
-            ["/usr/sbin/qemu-ga", "/usr/bin/qemu-ga"].into_iter().find(|path| Path::new(path).exists())?;
+    fn new(services: &Services, start: Instant) -> Option<Self> {
+        let program = services.qemu_ga.clone()?;
         Some(Self { program, service: Service::new(Policy::QEMU_GA, start), attempts_left: PORT_ATTEMPTS })
     }
 
-    fn start_if_due(&mut self, now: Instant, cgroups: &Cgroups) {
+    fn start_if_due(&mut self, now: Instant, services: &Services) {
         if !self.service.due(now) {
             return;
         }
-        let Some(port) = PortDirectories::default().find(ports::QEMU_GUEST_AGENT) else {
+        let Some(port) = services.ports.find(ports::QEMU_GUEST_AGENT) else {
             // A VM without the port is none of our business: look ever more rarely.
             self.attempts_left = self.attempts_left.saturating_sub(1);
             let pause = if self.attempts_left > 0 { PORT_PAUSE } else { Duration::from_secs(3600) };
             return self.service.postponed(now + pause);
         };
-        let mut command = Command::new(self.program);
+        let mut command = Command::new(&self.program);
         command.args(["--method=virtio-serial", "--statedir=/run", "--path"]).arg(port);
-        match spawn(&mut command, cgroups, cgroup::SERVICES_GROUP, "-900") {
+        match spawn(&mut command, &services.cgroups, cgroup::SERVICES_GROUP, "-900") {
             Ok(pid) => self.service.started(pid),
             Err(_) => {
                 let _ = self.service.start_failed(now);
