@@ -109,7 +109,7 @@ impl Running {
         self.child.stdin.take().expect("piped")
     }
 
-    /// Waits for its end; kills it and panics after [`PATIENCE`].
+    /// Waits for its end; kills it and panics when it takes longer than any test may.
     pub fn finish(mut self) -> Finished {
         drop(self.child.stdin.take());
         let drain = |pipe: Option<Box<dyn Read + Send>>| {

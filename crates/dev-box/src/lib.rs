@@ -23,7 +23,7 @@ mod config;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use check::{check_host, check_vm};
+pub use check::{CheckError, check_host, check_vm};
 pub use config::{Config, ConfigError, HostConfig, Limits, Timeouts, VmConfig};
 pub use dev_box_comm as comm;
 pub use dev_box_core as core;
