@@ -174,6 +174,8 @@ mod tests {
         let mut raw = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
         nix::sys::termios::cfmakeraw(&mut raw);
         nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &raw).unwrap();
+        let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+        nix::fcntl::fcntl(&pty.slave, flags).unwrap();
         let again = pty.slave.try_clone().unwrap();
         let port = Port::from_descriptor(pty.master);
         let agent = Agent::new(surroundings().surroundings);

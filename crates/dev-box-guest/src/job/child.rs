@@ -40,6 +40,18 @@ fn errno() -> c_int {
     unsafe { *libc::__errno_location() }
 }
 
+/// Nothing in any ordinary build. A build that measures coverage keeps its counts in memory, which `_exit` would throw away.
+fn keep_coverage() {
+    #[cfg(coverage)]
+    {
+        unsafe extern "C" {
+            fn __llvm_profile_write_file() -> c_int;
+        }
+        // SAFETY: writes the counters of this process to a file; the profiler's own function for programs that do not end by `exit`.
+        unsafe { __llvm_profile_write_file() };
+    }
+}
+
 fn leave() -> ! {
     // SAFETY: ends this process only, without running anything.
     unsafe { libc::_exit(127) }
@@ -57,6 +69,7 @@ pub(super) fn job_init(child: &Child) -> ! {
         // The socket is in its place, and nowhere else, once the namespaces are furnished.
         let control = if step == Step::Streams { child.control } else { CONTROL };
         tell(control, Report::Failed { step, errno });
+        keep_coverage();
         leave();
     }
     let child_signal: u64 = 1 << (libc::SIGCHLD - 1);
@@ -94,6 +107,7 @@ pub(super) fn job_init(child: &Child) -> ! {
         if let Some(report) = failure_report(failure) {
             tell(CONTROL, report);
         }
+        keep_coverage();
         leave();
     }
     tell(CONTROL, Report::Started);
@@ -112,6 +126,7 @@ pub(super) fn job_init(child: &Child) -> ! {
     }
     tell(CONTROL, Report::Ended(ended));
     // Taking the namespaces down takes longer than telling the host, and would come first: wait until the agent says so, or is gone.
+    keep_coverage();
     let mut nothing = 0_u8;
     // SAFETY: one byte of our own; then as in `leave`.
     unsafe {
