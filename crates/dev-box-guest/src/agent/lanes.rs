@@ -3,10 +3,12 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use dev_box_comm::message::{Forward, GuestError};
 use dev_box_comm::session::{GuestStream, GuestStreamParts, LaneEnd, LaneReader, LaneWriter};
+use nix::fcntl::{FcntlArg, fcntl};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -17,20 +19,53 @@ use super::replay::Replay;
 /// A pipe holds no more, unless told to.
 pub(crate) const PART: usize = 64 * 1024;
 
+/// Parts that follow each other faster than this are a stream, not words.
+const QUICK: Duration = Duration::from_millis(2);
+/// So many quick parts in a row, and they are collected.
+const STREAK: u32 = 3;
+/// How long they are.
+const COLLECT: Duration = Duration::from_millis(1);
+/// Bytes a pipe may hold then: a program that writes little at a time is not to be interrupted each time.
+const STREAM_PIPE: libc::c_int = 1 << 20;
+
 /// What a descriptor gives, in parts of at most [`PART`] bytes.
+///
+/// Many a program writes a few kilobytes at a time. Woken for each, an agent on the same processor would spend its time
+/// changing places with the program; so once parts come thick and fast the pipe is made larger and emptied every millisecond.
 pub(crate) struct Source {
     descriptor: Arc<AsyncFd<OwnedFd>>,
     buffer: BytesMut,
+    /// Length of the part before, until the next is asked for.
+    given: Option<usize>,
+    last: Option<Instant>,
+    streak: u32,
 }
 
 impl Source {
     pub(crate) fn new(descriptor: Arc<AsyncFd<OwnedFd>>) -> Self {
-        Self { descriptor, buffer: BytesMut::new() }
+        Self { descriptor, buffer: BytesMut::new(), given: None, last: None, streak: 0 }
+    }
+
+    /// Takes note of a part, and waits for more to come when it was one small part of many.
+    async fn collect(&mut self, length: usize) {
+        let now = Instant::now();
+        let quick = self.last.replace(now).is_some_and(|last| now.duration_since(last) < QUICK + COLLECT);
+        self.streak = if quick { self.streak.saturating_add(1) } else { 0 };
+        if self.streak == STREAK {
+            // A terminal cannot be made larger, and needs not.
+            let _ = fcntl(self.descriptor.get_ref(), FcntlArg::F_SETPIPE_SZ(STREAM_PIPE));
+        }
+        if self.streak >= STREAK && length < PART {
+            tokio::time::sleep(COLLECT).await;
+        }
     }
 
     /// The next bytes; none at the end, which for a terminal is that nobody has its other end.
     #[expect(unsafe_code, reason = "reads into memory that need not be initialised first")]
     pub(crate) async fn next(&mut self) -> Option<Bytes> {
+        if let Some(length) = self.given.take() {
+            self.collect(length).await;
+        }
         loop {
             let mut ready = self.descriptor.readable().await.ok()?;
             self.buffer.reserve(PART);
@@ -46,19 +81,27 @@ impl Source {
                 Ok(Ok(length)) => {
                     // SAFETY: the kernel has written that many bytes.
                     unsafe { self.buffer.set_len(length) };
-                    if length * 4 >= PART {
-                        return Some(self.buffer.split().freeze());
-                    }
-                    // A small part must not hold on to a large buffer while it waits for the host.
-                    let part = Bytes::copy_from_slice(&self.buffer);
-                    self.buffer.clear();
-                    return Some(part);
+                    return Some(self.part(length));
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(_)) => return None,
                 Err(_would_block) => {}
             }
         }
+    }
+}
+
+impl Source {
+    /// What the buffer holds.
+    fn part(&mut self, length: usize) -> Bytes {
+        self.given = Some(length);
+        if length * 4 >= PART {
+            return self.buffer.split().freeze();
+        }
+        // A small part must not hold on to a large buffer while it waits for the host.
+        let part = Bytes::copy_from_slice(&self.buffer);
+        self.buffer.clear();
+        part
     }
 }
 
