@@ -3,3 +3,4 @@
 mod doctor;
 mod net;
 mod run;
+mod vsock;

@@ -53,6 +53,9 @@ pub struct VmSpec {
     pub interface: Option<Interface>,
     /// Where the serial console is logged, through virtlogd, which bounds and rotates the file.
     pub console_log: Option<PathBuf>,
+    /// The user QEMU runs as, its files being given as they are. `None`: libvirt's own user, to whom libvirt gives every
+    /// file of the VM's when it starts, those that it shares with other VMs too.
+    pub run_as: Option<RunAs>,
     /// Further arguments for QEMU's command line (`<qemu:commandline>`): libvirt knows nothing of what they do, marks
     /// the domain as tainted, and labels no file they name.
     pub qemu_arguments: Vec<String>,
@@ -78,9 +81,20 @@ impl VmSpec {
             network: NetworkMode::default(),
             interface: None,
             console_log: None,
+            run_as: None,
             qemu_arguments: Vec::new(),
         }
     }
+}
+
+/// A user and a group of the host, by number. Written as a static label of libvirt's DAC driver without relabelling, so
+/// that a QEMU that was taken over owns no file it only needs to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunAs {
+    /// User id; not root's.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
 }
 
 /// Whose a VM is; the metadata element that marks a domain as dev-box's.

@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::os::unix::fs::chown;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -22,15 +23,15 @@ use dev_box_core::clock::Clock;
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_core::spec::{
-    BootSource, Channel, Disk, DiskCache, NetworkMode as SpecNetwork, Ownership, ResourceProfile, Share,
-    VmSpec,
+    BootSource, Channel, Disk, DiskCache, NetworkMode as SpecNetwork, Ownership, ResourceProfile, RunAs,
+    Share, VmSpec,
 };
 use dev_box_core::template::VmTemplate;
 use dev_box_core::vm::Vm;
 use dev_box_exec::sink::BoxFuture;
 use dev_box_exec::workspace::Owner;
 use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
-use dev_box_image::{Image, ImageStore, Overlay, SpaceLimits};
+use dev_box_image::{Image, ImageStore, Overlay, OverlayError, SpaceLimits};
 use dev_box_net::{EgressPolicy, NetLease, VmNetwork};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -146,6 +147,15 @@ impl Provisioner for LibvirtProvisioner {
     }
 }
 
+/// There is no disk, or QEMU's user cannot have it.
+#[derive(Debug, thiserror::Error)]
+enum DiskError {
+    #[error(transparent)]
+    Overlay(OverlayError),
+    #[error("cannot give QEMU's user the disk")]
+    Owner(#[source] std::io::Error),
+}
+
 /// The VM ended, or its agent did not understand us.
 #[derive(Debug, thiserror::Error)]
 #[error("the guest did not come up{}", ending(console))]
@@ -254,12 +264,15 @@ impl Inner {
         mut watch: Stopwatch,
         gone: &CancellationToken,
     ) -> Result<ReadyVm, ProvisionError> {
-        let disk = (plan.image.disk(), machine.dir.overlay(), request.resources.disk, self.settings.space);
-        let overlay = tokio::task::spawn_blocking(move || {
-            Overlay::create_within(&disk.0, &disk.1, Some(disk.2), &disk.3)
+        let (base, path) = (plan.image.disk(), machine.dir.overlay());
+        let (size, limits, qemu) = (request.resources.disk, self.settings.space, self.settings.qemu);
+        let overlay = blocking::run(move || {
+            let overlay =
+                Overlay::create_within(&base, &path, Some(size), &limits).map_err(DiskError::Overlay)?;
+            chown(overlay.path(), Some(qemu.uid), Some(qemu.gid)).map_err(DiskError::Owner)?;
+            Ok::<_, DiskError>(overlay)
         });
-        machine.overlay =
-            Some(overlay.await.map_err(step("making the disk"))?.map_err(step("making the disk"))?);
+        machine.overlay = Some(overlay.await.map_err(step("making the disk"))?);
         watch.step("disk");
         self.wanted(gone)?;
 
@@ -280,9 +293,6 @@ impl Inner {
         let template = VmTemplate::new(spec).map_err(unsatisfiable)?;
         machine.started = true;
         Vm::create(&self.connection, &template).await.map_err(step("starting the VM"))?;
-        // libvirt has given QEMU's user the image's files; they are every VM's, and none may write them.
-        let image = plan.image.clone();
-        blocking::run(move || image.reclaim()).await.map_err(step("taking the image's files back"))?;
         watch.step("start");
 
         let (session, agent) = tokio::select! {
@@ -370,6 +380,9 @@ impl Inner {
         spec.shares = vec![Share { tag: share::TAG.to_owned(), path: dir.share(), read_only: false }];
         spec.channels =
             vec![Channel { name: dev_box_comm::SERIAL_PORT_NAME.to_owned(), socket: dir.channel() }];
+        // No file is given to QEMU's user: the image's are every VM's, and an owner may change what is read-only.
+        let QemuUser { uid, gid } = self.settings.qemu;
+        spec.run_as = (uid != 0).then_some(RunAs { uid, gid });
         spec.vsock_cid = plan.cid;
         spec.console_log = Some(dir.console());
         spec.network = match request.network {

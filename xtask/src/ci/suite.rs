@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use super::{Outcome, Scope, StepError};
@@ -15,12 +16,37 @@ const LINK_LIBVIRT: &[&str] = &["dev-box", "dev-box-cli", "dev-box-benches"];
 /// A test that cannot run here appends a line `SKIPPED: name: reason` to the file that this variable names.
 const SKIP_LOG: &str = "DEV_BOX_SKIP_LOG";
 
+/// The program that tries vsock inside a guest, where there is a loopback for it.
+const VSOCK_PROBE: &str = "target/x86_64-unknown-linux-gnu/agent/examples/vsock_loopback";
+
+/// Static, as the agent is: it runs in a guest.
+fn build_vsock_probe(workspace: &Workspace) -> Command {
+    let mut command = workspace.cargo();
+    command.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
+        "build",
+        "--locked",
+        "--profile",
+        "agent",
+        "--target",
+        "x86_64-unknown-linux-gnu",
+        "-p",
+        "dev-box-comm",
+        "--features",
+        "vsock,testing",
+        "--example",
+        "vsock_loopback",
+    ]);
+    command
+}
+
 /// Every test in one instrumented run, then the coverage gate over what it left.
 pub(super) fn all(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
     let skipped = scope.workspace.reports().join("skipped.txt");
     std::fs::write(&skipped, "").map_err(|source| StepError::File { path: skipped.clone(), source })?;
+    let probe = scope.workspace.root().join(VSOCK_PROBE);
+    scope.attempt(&mut build_vsock_probe(scope.workspace));
     let mut command = coverage::nextest(scope.workspace);
-    command.env(SKIP_LOG, &skipped);
+    command.env(SKIP_LOG, &skipped).env("DEV_BOX_VSOCK_PROBE", probe);
     if scope.options.full {
         command.args(["--run-ignored", "all"]).env("PROPTEST_CASES", "4096");
     }

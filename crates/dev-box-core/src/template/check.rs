@@ -123,6 +123,10 @@ pub(super) fn check(spec: &VmSpec) -> Checked {
     if let Some(log) = &spec.console_log {
         path("the console's log", log)?;
     }
+    if spec.run_as.is_some_and(|user| user.uid == 0) {
+        let value = "0".to_owned();
+        return Err(SpecError::Range { field: "the user QEMU runs as", value, range: "another than root's" });
+    }
     spec.qemu_arguments.iter().try_for_each(|argument| text("a QEMU argument", argument, 64 * 1024))
 }
 

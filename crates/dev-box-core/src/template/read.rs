@@ -11,7 +11,7 @@ use crate::id::VmName;
 use crate::size::ByteSize;
 use crate::spec::{
     Bandwidth, BlockLimits, BootSource, Channel, Disk, DiskCache, DiskFormat, FilterRef, Interface,
-    NetworkMode, Ownership, ResourceProfile, Share, VmSpec,
+    NetworkMode, Ownership, ResourceProfile, RunAs, Share, VmSpec,
 };
 use crate::xml::Node;
 
@@ -80,6 +80,7 @@ pub(super) fn domain(xml: &str) -> Read<VmSpec> {
         network: NetworkMode::from_word(need(meta.get("network"), "network mode")?),
         interface: interface_node.map(|node| interface(node, meta)).transpose()?,
         console_log: devices.at("serial/source").and_then(|source| source.get("path")).map(Into::into),
+        run_as: run_as(&root)?,
         qemu_arguments: match root.child("qemu:commandline") {
             Some(node) => node
                 .children("qemu:arg")
@@ -93,6 +94,17 @@ pub(super) fn domain(xml: &str) -> Read<VmSpec> {
 /// Whose a domain is, whatever else it has become.
 pub(super) fn owner(xml: &str) -> Read<Ownership> {
     ownership(metadata(&Node::parse(xml)?).ok_or(ReadError::NotOurs)?)
+}
+
+/// Only what `write` makes of [`RunAs`]; a label of libvirt's choosing is none.
+fn run_as(root: &Node) -> Read<Option<RunAs>> {
+    let given = |label: &&Node| label.get("model") == Some("dac") && label.get("type") == Some("static");
+    let Some(label) = root.children("seclabel").find(given) else { return Ok(None) };
+    let text = need(label.text_at("label"), "DAC label")?;
+    let number = |part: &str| part.strip_prefix('+')?.parse().ok();
+    let ids =
+        text.split_once(':').and_then(|(uid, gid)| Some(RunAs { uid: number(uid)?, gid: number(gid)? }));
+    ids.map(Some).ok_or_else(|| bad("DAC label", text))
 }
 
 fn metadata(root: &Node) -> Option<&Node> {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{GUEST_AGENT_PORT, METADATA_NAMESPACE};
 use crate::accel::Accelerator;
-use crate::spec::{BootSource, Channel, Disk, Interface, ResourceProfile, Share, VmSpec};
+use crate::spec::{BootSource, Channel, Disk, Interface, ResourceProfile, RunAs, Share, VmSpec};
 use crate::xml::Node;
 
 /// The period of the CPU quota, in microseconds.
@@ -49,7 +49,8 @@ pub(super) fn domain(spec: &VmSpec) -> Node {
                 .with(Node::new("suspend-to-mem").attr("enabled", "no"))
                 .with(Node::new("suspend-to-disk").attr("enabled", "no")),
         )
-        .with(devices(spec));
+        .with(devices(spec))
+        .with_all(spec.run_as.map(security_label));
     if !spec.qemu_arguments.is_empty() {
         let arguments = spec.qemu_arguments.iter().map(|a| Node::new("qemu:arg").attr("value", a));
         domain = domain.with(Node::new("qemu:commandline").with_all(arguments));
@@ -84,6 +85,15 @@ fn metadata(spec: &VmSpec) -> Node {
             .attr_if("headroom", r.memory_headroom.map(|h| h.as_kib().to_string()))
             .attr_if("guest-pids", r.guest_pids.map(|pids| pids.to_string())),
     )
+}
+
+/// Numbers, not names: `+` says so.
+fn security_label(user: RunAs) -> Node {
+    Node::new("seclabel")
+        .attr("type", "static")
+        .attr("model", "dac")
+        .attr("relabel", "no")
+        .with(Node::text("label", format!("+{}:+{}", user.uid, user.gid)))
 }
 
 /// `global_`: for all threads of QEMU, or a guest could load the emulator's threads instead of its own.

@@ -74,6 +74,7 @@ pub(crate) fn full(accelerator: Accelerator) -> VmSpec {
         port_isolated: true,
     });
     spec.console_log = Some(format!("{vm}/console.log").into());
+    spec.run_as = Some(RunAs { uid: 64055, gid: 993 });
     spec.qemu_arguments = vec!["-msg".into(), "timestamp=on".into()];
     spec
 }
@@ -246,6 +247,7 @@ pub(crate) fn any_spec() -> impl Strategy<Value = VmSpec> {
                 network,
                 interface,
                 console_log,
+                run_as: (id % 3 == 0).then_some(RunAs { uid: 1 + (id as u32 >> 1), gid: id as u32 }),
                 qemu_arguments,
             }
         })

@@ -70,7 +70,7 @@ fn what_the_design_demands_is_there() {
         ] {
             assert!(xml.contains(needed), "{needed} is not in {xml}");
         }
-        for unwanted in ["passthrough\" multidevs", "<graphics", "<seclabel", "<emulator"] {
+        for unwanted in ["passthrough\" multidevs", "<graphics", "relabel=\"yes\"", "<emulator"] {
             assert!(!xml.contains(unwanted), "{unwanted} is in {xml}");
         }
     }
@@ -139,6 +139,7 @@ fn each_mistake_has_its_error() {
         (|s| s.interface.as_mut().unwrap().filter.as_mut().unwrap().parameters[0].0 = "a b".into(), "' '"),
         (|s| s.interface.as_mut().unwrap().filter.as_mut().unwrap().parameters[0].1 = "é".into(), "'é'"),
         (|s| s.console_log = Some("log".into()), "absolute"),
+        (|s| s.run_as = Some(RunAs { uid: 0, gid: 1 }), "another than root's"),
         (|s| s.qemu_arguments = vec!["\u{ffff}".into()], "QEMU argument"),
     ];
     assert!(VmTemplate::new(full(Accelerator::Tcg)).is_ok());
