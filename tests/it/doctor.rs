@@ -1,5 +1,7 @@
 //! `dev-box doctor`, on this host and on a VM that runs.
 
+use std::fs;
+
 use dev_box_tests::Host;
 
 fn status<'a>(checks: &'a serde_json::Value, id: &str) -> &'a str {
@@ -41,6 +43,12 @@ fn the_layers_around_a_running_vm_are_verified() {
         assert_eq!(status(&checks, layer), "ok", "{checks:#}");
     }
     assert_ne!(status(&checks, "layer.kvm"), "fail");
+    for file in ["vmlinuz", "initramfs.img", "root.qcow2"] {
+        let owner = std::os::unix::fs::MetadataExt::uid(
+            &fs::metadata(host.root().join("images/default").join(file)).unwrap(),
+        );
+        assert_eq!(owner, 0, "{file} is every VM's, and must not belong to QEMU's user");
+    }
     done.expect_code(0);
     running.signal(nix::sys::signal::Signal::SIGINT);
     running.finish().expect_code(130);

@@ -146,27 +146,6 @@ impl Image {
         self.dir.join(DISK)
     }
 
-    /// Gives the files back to root, where we are root.
-    ///
-    /// When a VM starts, libvirt makes its own user the owner of all its files, these too, and leaves them so while
-    /// any VM runs. An owner may change what is read-only: a VM that took its QEMU over could change every later
-    /// VM's disk. They are readable to all, so a running QEMU does not notice. Call it once a VM has started.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`].
-    pub fn reclaim(&self) -> Result<(), StoreError> {
-        if !rustix::process::geteuid().is_root() {
-            return Ok(());
-        }
-        for file in [KERNEL, INITRAMFS, DISK, crate::manifest::MANIFEST] {
-            let path = self.dir.join(file);
-            std::os::unix::fs::lchown(&path, Some(0), Some(0)).map_err(io("take back", &path))?;
-            fs::set_permissions(&path, Permissions::from_mode(0o444))
-                .map_err(io("set the mode of", &path))?;
-        }
-        Ok(())
-    }
-
     /// Reads all files again and compares them with the manifest.
     ///
     /// # Errors

@@ -171,24 +171,6 @@ fn names_of_builds_tell_their_owner() {
 }
 
 #[test]
-fn files_are_taken_back_from_whoever_got_them() {
-    use std::os::unix::fs::MetadataExt as _;
-    let (_directory, store) = store();
-    let image = publish(&store, "x", "k");
-    if !rustix::process::geteuid().is_root() {
-        image.reclaim().unwrap();
-        return;
-    }
-    std::os::unix::fs::lchown(image.disk(), Some(12), Some(12)).unwrap();
-    fs::set_permissions(image.disk(), Permissions::from_mode(0o666)).unwrap();
-    image.reclaim().unwrap();
-    let disk = fs::metadata(image.disk()).unwrap();
-    assert_eq!((disk.uid(), disk.gid(), disk.mode() & 0o777), (0, 0, 0o444));
-    fs::remove_file(image.disk()).unwrap();
-    assert!(image.reclaim().is_err());
-}
-
-#[test]
 fn state_roots_may_share_their_images() {
     let (directory, store) = store();
     let image = publish(&store, "x", "k");
