@@ -118,7 +118,8 @@ pub(crate) fn nextest(workspace: &Workspace) -> Command {
 /// Turns what the run left into a report.
 pub(crate) fn export(workspace: &Workspace) -> Command {
     let mut command = llvm_cov(workspace);
-    command.args(["report", "--lcov", "--output-path"]).arg(lcov(workspace));
+    // A process that a test kills with SIGKILL while it writes its profile leaves half of one.
+    command.args(["report", "--failure-mode", "all", "--lcov", "--output-path"]).arg(lcov(workspace));
     command
 }
 
