@@ -86,7 +86,7 @@ fn frames() {
 }
 
 fn path() -> WireBytes {
-    WireBytes::from("/work/a b")
+    WireBytes::from("/data/a b")
 }
 
 fn requests() -> Vec<Request> {
