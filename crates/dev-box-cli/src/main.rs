@@ -7,13 +7,18 @@ mod interrupt;
 mod live;
 mod output;
 mod progress;
+mod stdin;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 
 use crate::args::{Cli, Command};
 use crate::exit::Failure;
+
+/// How long calls that cannot be interrupted may go on when all is said.
+const LAST_CALLS: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -57,7 +62,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Completions { shell } => commands::completions::print(shell),
         }
     });
-    // A read of standard input cannot be cancelled: do not wait for its thread.
-    runtime.shutdown_background();
+    // Libvirt's client library loads OpenSSL, whose clean-up at exit races with its own per-thread clean-up: a thread that
+    // ends while `main` returns corrupts the heap. So wait for the threads, though not for ever: a call to a libvirtd that
+    // hangs cannot be interrupted.
+    runtime.shutdown_timeout(LAST_CALLS);
     outcome
 }

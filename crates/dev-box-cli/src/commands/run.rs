@@ -85,7 +85,7 @@ fn job(config: &Config, args: &RunArgs) -> Result<Job, Failure> {
     };
     job.workspace = Some(workspace(config, args)?);
     if args.interactive {
-        job.stdin = Stdin::Reader(Box::new(tokio::io::stdin()));
+        job.stdin = Stdin::Reader(Box::new(crate::stdin::reader().map_err(Failure::new)?));
     }
     Ok(job)
 }
