@@ -114,6 +114,20 @@ impl From<Digest> for String {
     }
 }
 
+/// A digest of bytes that come one after the other.
+#[derive(Default)]
+pub(crate) struct DigestBuilder(Sha256);
+
+impl DigestBuilder {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub(crate) fn finish(self) -> Digest {
+        Digest(self.0.finalize().into())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

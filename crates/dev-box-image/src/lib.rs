@@ -5,6 +5,7 @@
 //! | [`store`] | [`ImageStore`]: look up, list, remove, sweep; one [`Image`] is a directory that never changes |
 //! | [`manifest`] | [`Manifest`]: what an image is and where it came from |
 //! | [`builder`] | [`Builder`]: from packages or a tarball to an image, whole or not at all |
+//! | [`template`] | [`TemplateStore`]: the state of VMs that were booted once, kept to be cloned |
 //! | [`overlay`], [`qcow2`] | [`Overlay`]: one VM's disk over an image's |
 //! | [`space`] | [`SpaceLimits`]: room is asked for first |
 //! | [`command`] | the seam to other programs |
@@ -40,6 +41,7 @@ pub mod qcow2;
 pub mod space;
 mod staging;
 pub mod store;
+pub mod template;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod tree;
@@ -54,3 +56,4 @@ pub use overlay::{Overlay, OverlayError};
 pub use progress::{Progress, Quiet, Step};
 pub use space::SpaceLimits;
 pub use store::{Image, ImageStore, StoreError};
+pub use template::{Template, TemplateStore};
