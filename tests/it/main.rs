@@ -3,4 +3,5 @@
 mod doctor;
 mod net;
 mod run;
+mod template;
 mod vsock;

@@ -14,6 +14,11 @@ use tempfile::TempDir;
 /// Where `cargo xtask setup` puts the guest image that all tests share.
 const SHARED_IMAGES: &str = "/var/lib/dev-box/images";
 
+/// Where the guest image is: `DEV_BOX_TEST_IMAGES` tries another.
+fn images() -> PathBuf {
+    std::env::var_os("DEV_BOX_TEST_IMAGES").map_or_else(|| SHARED_IMAGES.into(), PathBuf::from)
+}
+
 /// Longer than any test's VM lives: the limit that keeps a hanging test from hanging the suite.
 const PATIENCE: Duration = Duration::from_secs(110);
 
@@ -165,14 +170,14 @@ impl Host {
             skip(test, "needs root");
             return None;
         }
-        if !Path::new(SHARED_IMAGES).join("default/manifest.json").exists() {
+        if !images().join("default/manifest.json").exists() {
             skip(test, "no guest image: cargo xtask setup");
             return None;
         }
         let root = tempfile::Builder::new().prefix("dev-box-it-").tempdir().expect("a temporary directory");
         // QEMU's user passes through it.
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o711)).expect("our own directory");
-        symlink(SHARED_IMAGES, root.path().join("images")).expect("our own directory");
+        symlink(images(), root.path().join("images")).expect("our own directory");
         Some(Self { root })
     }
 

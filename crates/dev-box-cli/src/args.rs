@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use dev_box::core::clock::EasternTime;
 use dev_box::core::size::ByteSize;
+use dev_box::image::ImageName;
 
 /// Run CLI coding agents, and the code they write, in disposable KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -38,6 +39,9 @@ pub(crate) enum Command {
     /// Guest images: build, list, inspect, remove.
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Templates: running machines, kept to be cloned.
+    #[command(subcommand)]
+    Template(crate::commands::template::TemplateCommand),
     /// The network of the VMs.
     #[command(subcommand)]
     Net(NetCommand),
@@ -116,6 +120,14 @@ pub(crate) struct RunArgs {
     /// Guest image.
     #[arg(long, value_name = "NAME")]
     pub(crate) image: Option<String>,
+
+    /// Clone this template; fail if it does not serve [default: any that serves, else a boot].
+    #[arg(long, value_name = "NAME", conflicts_with = "no_template")]
+    pub(crate) template: Option<ImageName>,
+
+    /// Boot the VM, even if a template would serve.
+    #[arg(long)]
+    pub(crate) no_template: bool,
 
     /// Run as this user of the image [default: root].
     #[arg(short, long, value_name = "USER")]
@@ -293,7 +305,7 @@ pub(crate) struct GcArgs {
     pub(crate) json: bool,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(Duration::ZERO) => Err("must be longer than nothing".to_owned()),
         Ok(duration) => Ok(duration),

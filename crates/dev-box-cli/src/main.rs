@@ -55,6 +55,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         match cli.command {
             Command::Run(args) => commands::run::run(config, args).await,
             Command::Image(command) => commands::image::run(config, command).await,
+            Command::Template(command) => commands::template::run(config, command).await,
             Command::Net(command) => commands::net::run(config, command).await,
             Command::Audit(command) => commands::audit::run(&config, command),
             Command::Doctor(args) => commands::doctor::run(config, args).await,

@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`provisioner`] | [`LibvirtProvisioner`]: a VM for a request, step by step, undone when a step fails |
+//! | [`template`] | making templates, and what a clone of one needs |
 //! | [`reach`] | the way to the agent of a VM that may still be starting |
 //! | [`vm_dir`] | a VM's directory on the host, and who owns it |
 //! | [`blocking`] | calls that block, where they do no harm |
@@ -18,7 +19,9 @@ pub mod provisioner;
 pub mod reach;
 mod stopwatch;
 pub mod sweep;
+pub mod template;
 pub mod vm_dir;
 
 pub use machine::TearDownError;
 pub use provisioner::{LibvirtProvisioner, Settings};
+pub use template::{CreateError, NewTemplate, TemplateUse};

@@ -1,8 +1,8 @@
-//! [`LibvirtProvisioner`]: boots a VM for each request, and takes it away again.
+//! [`LibvirtProvisioner`]: makes a VM for each request, cloned from a template or booted, and takes it away again.
 //!
 //! ```text
-//!  request -> claim -> disk -> network -> start -> connect -> configure -> ReadyVm
-//!               \________\________\__________\________\____________\-- failed, or nobody waits: torn down
+//!  request -> claim -> disk -> network -> start [-> load] -> connect -> configure -> ReadyVm
+//!               \________\________\__________\__________\________\____________\-- failed, or nobody waits: torn down
 //! ```
 //! A VM is made on a task of its own, so that a caller who goes away half-way leaves nothing behind: the task notices
 //! between two steps, and takes down what there is.
@@ -19,9 +19,10 @@ use dev_box_comm::session::Session;
 use dev_box_comm::share;
 use dev_box_comm::transport::{self, Preference, Probes, TransportKind};
 use dev_box_core::accel::{self, Accelerator};
-use dev_box_core::clock::Clock;
+use dev_box_core::clock::{Clock, EasternTime};
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
+use dev_box_core::libvirt::StartMode;
 use dev_box_core::spec::{
     BootSource, Channel, Disk, DiskCache, NetworkMode as SpecNetwork, Ownership, ResourceProfile, RunAs,
     Share, VmSpec,
@@ -31,19 +32,21 @@ use dev_box_core::vm::Vm;
 use dev_box_exec::sink::BoxFuture;
 use dev_box_exec::workspace::Owner;
 use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
-use dev_box_image::{Image, ImageStore, Overlay, OverlayError, SpaceLimits};
+use dev_box_image::template::{HostFacts, Shape, Template, TemplateError, TemplateStore};
+use dev_box_image::{Digest, Image, ImageName, ImageStore, Overlay, OverlayError, SpaceLimits};
 use dev_box_net::{EgressPolicy, NetLease, VmNetwork};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::blocking;
+use crate::blocking::{self, BlockingError};
 use crate::console;
 use crate::identity;
 use crate::machine::Machine;
 use crate::reach::{self, Address, Reach, ReachError};
 use crate::stopwatch::Stopwatch;
+use crate::template::{self, TemplateUse};
 use crate::vm_dir::{QemuUser, VmDir};
 
 /// How VMs are made here.
@@ -61,9 +64,46 @@ pub struct Settings {
     pub space: SpaceLimits,
 }
 
-/// Makes VMs by booting them. A clone is another handle to the same one.
+/// Makes VMs, by cloning a template where one serves, else by booting. A clone of it is another handle to the same one.
 #[derive(Debug, Clone)]
-pub struct LibvirtProvisioner(Arc<Inner>);
+pub struct LibvirtProvisioner(Arc<Inner>, TemplateUse);
+
+/// What a VM comes from.
+#[derive(Debug)]
+enum Origin {
+    /// A boot of its image.
+    Boot,
+    /// A boot of its image, with its memory in this file.
+    Recorded(PathBuf),
+    /// A template.
+    Clone(Box<Template>),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Boot => f.write_str("a boot"),
+            Self::Recorded(_) => f.write_str("a boot that becomes a template"),
+            Self::Clone(template) => write!(f, "the template {}", template.manifest.name),
+        }
+    }
+}
+
+/// What a VM is to come from.
+#[derive(Debug)]
+enum Wanted {
+    /// What serves best.
+    Ready(TemplateUse),
+    /// A boot with its memory in this file.
+    Recorded(PathBuf),
+}
+
+/// What of an image a template remembers, and when.
+pub(crate) struct Made {
+    pub(crate) name: ImageName,
+    pub(crate) digest: Digest,
+    pub(crate) now: EasternTime,
+}
 
 struct Inner {
     settings: Settings,
@@ -94,17 +134,88 @@ impl LibvirtProvisioner {
         reach: Arc<dyn Reach>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        Self(Arc::new(Inner {
-            settings,
-            connection,
-            images,
-            network,
-            reach,
-            clock,
-            machines: Mutex::default(),
-            work: TaskTracker::new(),
-            closing: CancellationToken::new(),
-        }))
+        Self(
+            Arc::new(Inner {
+                settings,
+                connection,
+                images,
+                network,
+                reach,
+                clock,
+                machines: Mutex::default(),
+                work: TaskTracker::new(),
+                closing: CancellationToken::new(),
+            }),
+            TemplateUse::default(),
+        )
+    }
+
+    /// The same, with another choice of templates.
+    #[must_use]
+    pub fn using(&self, templates: TemplateUse) -> Self {
+        Self(Arc::clone(&self.0), templates)
+    }
+
+    /// The templates of this state root.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn templates(&self) -> Result<TemplateStore, BlockingError<TemplateError>> {
+        Ok(TemplateStore::open(&self.0.settings.state_root)?)
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.0.settings
+    }
+
+    pub(crate) fn connection(&self) -> &LibvirtConnection {
+        &self.0.connection
+    }
+
+    /// Where the disk of a VM of ours lies.
+    pub(crate) fn overlay_of(&self, name: &VmName) -> PathBuf {
+        VmDir::overlay_in(&self.0.settings.state_root.join("vms"), name)
+    }
+
+    /// Boots a VM whose memory lies in `ram`.
+    pub(crate) async fn provision_recorded(
+        &self,
+        request: &VmRequest,
+        ram: PathBuf,
+    ) -> Result<ReadyVm, ProvisionError> {
+        self.make(request, Wanted::Recorded(ram)).await
+    }
+
+    /// What a template of this request, made here and now, depends on.
+    pub(crate) async fn describe(
+        &self,
+        request: &VmRequest,
+    ) -> Result<(Shape, HostFacts, Made), ProvisionError> {
+        let plan = self.0.plan(request)?;
+        let host = template::host_facts(&self.0.connection, plan.accelerator).await;
+        let manifest = plan.image.manifest;
+        let made = Made { name: manifest.name, digest: manifest.digest, now: self.0.clock.now() };
+        Ok((template::shape(request, word(plan.transport)), host.map_err(step("asking libvirt"))?, made))
+    }
+
+    fn make(&self, request: &VmRequest, wanted: Wanted) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
+        let gone = CancellationToken::new();
+        // Dropped with the future below: then nobody waits for the VM any more.
+        let waiting = gone.clone().drop_guard();
+        let (reply, answer) = oneshot::channel();
+        let (inner, request) = (Arc::clone(&self.0), request.clone());
+        self.0.work.spawn(async move {
+            let made = inner.make(&request, wanted, &gone).await;
+            if let Err(Ok(unwanted)) = reply.send(made)
+                && let Err(error) = inner.take_down(&unwanted.name).await
+            {
+                tracing::warn!(vm = %unwanted.name, %error, "a VM nobody waited for was not removed");
+            }
+        });
+        Box::pin(async move {
+            let _waiting = waiting;
+            answer.await.unwrap_or(Err(ProvisionError::ShuttingDown))
+        })
     }
 
     /// Makes no further VM, gives up those being made, and waits until everything given up or retired is gone.
@@ -118,23 +229,7 @@ impl LibvirtProvisioner {
 
 impl Provisioner for LibvirtProvisioner {
     fn provision<'a>(&'a self, request: &'a VmRequest) -> BoxFuture<'a, Result<ReadyVm, ProvisionError>> {
-        let gone = CancellationToken::new();
-        // Dropped with the future below: then nobody waits for the VM any more.
-        let waiting = gone.clone().drop_guard();
-        let (reply, answer) = oneshot::channel();
-        let (inner, request) = (Arc::clone(&self.0), request.clone());
-        self.0.work.spawn(async move {
-            let made = inner.make(&request, &gone).await;
-            if let Err(Ok(unwanted)) = reply.send(made)
-                && let Err(error) = inner.take_down(&unwanted.name).await
-            {
-                tracing::warn!(vm = %unwanted.name, %error, "a VM nobody waited for was not removed");
-            }
-        });
-        Box::pin(async move {
-            let _waiting = waiting;
-            answer.await.unwrap_or(Err(ProvisionError::ShuttingDown))
-        })
+        self.make(request, Wanted::Ready(self.1.clone()))
     }
 
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
@@ -194,15 +289,22 @@ impl Inner {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn make(&self, request: &VmRequest, gone: &CancellationToken) -> Result<ReadyVm, ProvisionError> {
+    async fn make(
+        &self,
+        request: &VmRequest,
+        wanted: Wanted,
+        gone: &CancellationToken,
+    ) -> Result<ReadyVm, ProvisionError> {
         let mut watch = Stopwatch::start();
         let plan = self.plan(request)?;
+        let origin = self.origin(&plan, request, wanted).await?;
         let dir = VmDir::create(&self.settings.state_root.join("vms"), &plan.name, self.settings.qemu)
             .map_err(step("making the VM's directory"))?;
         watch.step("claim");
         let mut machine = Machine::new(dir);
-        match self.raise(&mut machine, plan, request, watch, gone).await {
+        match self.raise(&mut machine, plan, &origin, request, watch, gone).await {
             Ok(vm) => {
+                tracing::info!(vm = %vm.name, from = %origin, steps = ?vm.facts.timings, "a VM is ready");
                 self.machines().insert(vm.name.clone(), machine);
                 Ok(vm)
             }
@@ -214,6 +316,31 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    async fn origin(
+        &self,
+        plan: &Plan,
+        request: &VmRequest,
+        wanted: Wanted,
+    ) -> Result<Origin, ProvisionError> {
+        let templates = match wanted {
+            Wanted::Recorded(ram) => return Ok(Origin::Recorded(ram)),
+            Wanted::Ready(TemplateUse::Never) => return Ok(Origin::Boot),
+            Wanted::Ready(templates) => templates,
+        };
+        let host = template::host_facts(&self.connection, plan.accelerator).await;
+        let host = host.map_err(step("asking libvirt"))?;
+        let (root, image) = (self.settings.state_root.clone(), plan.image.clone());
+        let shape = template::shape(request, word(plan.transport));
+        let chosen = blocking::run(move || {
+            let store = TemplateStore::open(root)?;
+            template::choose(&store, &templates, &image, &shape, &host)
+        });
+        Ok(match chosen.await.map_err(unsatisfiable)? {
+            Some(template) => Origin::Clone(Box::new(template)),
+            None => Origin::Boot,
+        })
     }
 
     async fn take_down(&self, name: &VmName) -> Result<(), ProvisionError> {
@@ -260,11 +387,16 @@ impl Inner {
         &self,
         machine: &mut Machine,
         plan: Plan,
+        origin: &Origin,
         request: &VmRequest,
         mut watch: Stopwatch,
         gone: &CancellationToken,
     ) -> Result<ReadyVm, ProvisionError> {
-        let (base, path) = (plan.image.disk(), machine.dir.overlay());
+        let base = match origin {
+            Origin::Clone(template) => template.disk(),
+            Origin::Boot | Origin::Recorded(_) => plan.image.disk(),
+        };
+        let path = machine.dir.overlay();
         let (size, limits, qemu) = (request.resources.disk, self.settings.space, self.settings.qemu);
         let overlay = blocking::run(move || {
             let overlay =
@@ -288,19 +420,34 @@ impl Inner {
         watch.step("network");
         self.wanted(gone)?;
 
-        let spec = self.spec(&machine.dir, &plan, request, machine.lease.as_ref());
+        let mut spec = self.spec(&machine.dir, &plan, request, machine.lease.as_ref());
         let id = spec.id;
+        let mode = match origin {
+            Origin::Boot => StartMode::Running,
+            Origin::Recorded(ram) => {
+                spec.qemu_arguments = template::recording_arguments(ram, spec.resources.memory);
+                StartMode::Running
+            }
+            Origin::Clone(template) => {
+                spec.qemu_arguments = template::clone_arguments(template);
+                StartMode::Paused
+            }
+        };
         let template = VmTemplate::new(spec).map_err(unsatisfiable)?;
         machine.started = true;
-        Vm::create(&self.connection, &template).await.map_err(step("starting the VM"))?;
+        let vm = Vm::create_in(&self.connection, &template, mode).await.map_err(step("starting the VM"))?;
         watch.step("start");
+        if let Origin::Clone(template) = origin {
+            template::wake(&vm, template).await.map_err(step("loading the template"))?;
+            watch.step("load");
+        }
 
         let (session, agent) = tokio::select! {
             connected = self.connect(&machine.dir, &plan) => connected?,
             () = gone.cancelled() => return Err(ProvisionError::ShuttingDown),
             () = self.closing.cancelled() => return Err(ProvisionError::ShuttingDown),
         };
-        watch.step("boot");
+        watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
 
         let network = machine.lease.as_ref().map(network_config);
         let identity = identity::identity(&plan.name, id, &*self.clock, network)
@@ -349,10 +496,7 @@ impl Inner {
     }
 
     fn spec(&self, dir: &VmDir, plan: &Plan, request: &VmRequest, lease: Option<&NetLease>) -> VmSpec {
-        let transport = match plan.transport {
-            TransportKind::Serial => "serial",
-            TransportKind::Vsock => "vsock",
-        };
+        let transport = word(plan.transport);
         let boot = BootSource::DirectKernel {
             kernel: plan.image.kernel(),
             initrd: Some(plan.image.initramfs()),
@@ -391,6 +535,13 @@ impl Inner {
         };
         spec.interface = lease.map(NetLease::interface);
         spec
+    }
+}
+
+fn word(transport: TransportKind) -> &'static str {
+    match transport {
+        TransportKind::Serial => "serial",
+        TransportKind::Vsock => "vsock",
     }
 }
 

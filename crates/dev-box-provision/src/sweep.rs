@@ -7,6 +7,7 @@ use std::path::Path;
 
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
+use dev_box_image::TemplateStore;
 use dev_box_net::VmNetwork;
 use serde::Serialize;
 
@@ -62,6 +63,10 @@ pub async fn sweep(
         swept.push(Leftover { name, error });
     }
     vm_dir::remove_unfinished(&root);
+    let templates = state_root.to_owned();
+    if let Err(error) = blocking::run(move || TemplateStore::open(templates)?.sweep()).await {
+        tracing::warn!(error = told(&error), "unfinished templates stay for the next sweep");
+    }
     // Only now are the taps gone by which the network sees that an address is still in use.
     let network = network.clone();
     if let Err(error) = blocking::with_libvirt(connection, move |libvirt| network.sweep(libvirt)).await {

@@ -25,6 +25,7 @@ use rustix::fs::{FlockOperation, flock};
 /// How old a directory without a lock must be before it counts as abandoned: its maker needs microseconds.
 const UNLOCKED_GRACE: Duration = Duration::from_secs(60);
 const NEW: &str = ".new-";
+const OVERLAY: &str = "overlay.qcow2";
 
 /// Why a VM's directory cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -145,7 +146,12 @@ impl VmDir {
 
     /// The VM's disk.
     pub fn overlay(&self) -> PathBuf {
-        self.path.join("overlay.qcow2")
+        self.path.join(OVERLAY)
+    }
+
+    /// The disk of the VM of that name beneath `root`, whoever owns it.
+    pub(crate) fn overlay_in(root: &Path, name: &VmName) -> PathBuf {
+        root.join(name.as_str()).join(OVERLAY)
     }
 
     /// What the guest sees by 9p.

@@ -40,7 +40,7 @@ use dev_box_exec::{
     AgentExecutor, Cancel, ExecutionResult, Job, NetworkMode, OutputSink, Provisioner, Resources,
     TransportChoice, VmRequest,
 };
-use dev_box_image::{ImageStore, SpaceLimits, StoreError};
+use dev_box_image::{ImageStore, SpaceLimits, StoreError, Template};
 use dev_box_net::network::NetworkShape;
 use dev_box_net::{NetError, NetSettings, NftFirewall, VmNetwork};
 use dev_box_observe::AuditSink;
@@ -48,7 +48,9 @@ use dev_box_observe::audit::{Actor, AuditLog, AuditOptions};
 use dev_box_provision::blocking::{self, BlockingError};
 use dev_box_provision::sweep::{self, Leftover};
 use dev_box_provision::vm_dir::{QemuUser, VmDirError};
-use dev_box_provision::{LibvirtProvisioner, Settings, reach::Transports};
+use dev_box_provision::{
+    CreateError, LibvirtProvisioner, NewTemplate, Settings, TemplateUse, reach::Transports,
+};
 
 /// Why dev-box cannot work here.
 #[derive(Debug, thiserror::Error)]
@@ -174,6 +176,26 @@ impl DevBox {
     ) -> ExecutionResult {
         let provisioner: Arc<dyn Provisioner> = Arc::new(self.provisioner.clone());
         self.executor.execute_once(&provisioner, request, job, sink, cancel).await
+    }
+
+    /// The same, cloning from these templates; from any that serves where this is not called.
+    #[must_use]
+    pub fn using(mut self, templates: TemplateUse) -> Self {
+        self.provisioner = self.provisioner.using(templates);
+        self
+    }
+
+    /// Makes a template. See [`LibvirtProvisioner::create_template`].
+    ///
+    /// # Errors
+    /// [`CreateError`]; nothing is left then.
+    pub async fn create_template(
+        &self,
+        new: NewTemplate,
+        sink: Arc<dyn OutputSink>,
+        cancel: Cancel,
+    ) -> Result<Template, CreateError> {
+        self.provisioner.create_template(new, &self.executor, sink, cancel).await
     }
 
     /// What makes VMs ready, for those who hold them longer than a job.

@@ -7,3 +7,4 @@ pub(crate) mod gc;
 pub(crate) mod image;
 pub(crate) mod net;
 pub(crate) mod run;
+pub(crate) mod template;

@@ -10,6 +10,7 @@ use dev_box::exec::{
     CollectTo, DiscardSink, ExecutionResult, Job, NetworkMode, Outcome, OutputCaps, OutputSink, Owner, Stdin,
     TransportChoice, VmRequest, WorkspaceIn,
 };
+use dev_box::provision::TemplateUse;
 use dev_box::{Config, DevBox};
 
 use crate::args::{ChannelChoice, Net, RunArgs};
@@ -37,6 +38,12 @@ pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failu
     }
     let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { Arc::new(Live::new()) };
     let request = request(&dev_box, &args);
+    let templates = match (&args.template, args.no_template) {
+        (Some(name), _) => TemplateUse::Named(name.clone()),
+        (None, true) => TemplateUse::Never,
+        (None, false) => TemplateUse::Fitting,
+    };
+    let dev_box = dev_box.using(templates);
     let result = dev_box.run(&request, job, sink, cancel.token()).await;
     dev_box.close().await;
     report(&args, &result)?;

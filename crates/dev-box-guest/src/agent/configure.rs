@@ -31,6 +31,7 @@ pub fn configure(surroundings: &Surroundings, wanted: &Configure) -> Result<(), 
         replace(root, "etc/hosts", &hosts(name)).map_err(failed("write /etc/hosts"))?;
     }
     if let Some(identifier) = &wanted.machine_id {
+        super::info::new_boot_id(root);
         let line = format!("{identifier}\n");
         replace(root, "etc/machine-id", &line).map_err(failed("write /etc/machine-id"))?;
         // D-Bus keeps a copy, or a link to the other; a copy would be the template's.

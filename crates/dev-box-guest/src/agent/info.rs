@@ -5,6 +5,10 @@ use std::path::Path;
 use dev_box_comm::message::GuestInfo;
 
 use super::Surroundings;
+use crate::console::say;
+
+/// On a file system that ends with the machine.
+const BOOT_ID: &str = "run/dev-box-boot-id";
 
 /// Reads it afresh; what cannot be read is zero or empty.
 #[must_use]
@@ -15,7 +19,7 @@ pub fn info(surroundings: &Surroundings, jobs: usize) -> GuestInfo {
     GuestInfo {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel: first_line("/proc/sys/kernel/osrelease"),
-        boot_id: boot_id(),
+        boot_id: boot_id(&surroundings.root),
         hostname: first_line("/proc/sys/kernel/hostname"),
         uptime_ms: uptime_ms(&first_line("/proc/uptime")),
         cpus: std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1)),
@@ -28,10 +32,28 @@ pub fn info(surroundings: &Surroundings, jobs: usize) -> GuestInfo {
     }
 }
 
-/// This boot's identifier, which is how a host notices that a guest has started anew.
+/// This machine's identifier until it starts anew or is told that it is another one.
+///
+/// It is not the kernel's `boot_id`: that is made when it is first read, and stays. If the agent read it, all clones of a template
+/// would have their template's; unread it is each clone's own.
 #[must_use]
-pub fn boot_id() -> String {
-    first_line("/proc/sys/kernel/random/boot_id")
+pub fn boot_id(root: &Path) -> String {
+    let path = root.join(BOOT_ID);
+    match first_line(&path) {
+        id if id.is_empty() => new_boot_id(root),
+        id => id,
+    }
+}
+
+/// Gives the machine another identifier: it is a clone that has just learned who it is.
+pub fn new_boot_id(root: &Path) -> String {
+    let id = first_line("/proc/sys/kernel/random/uuid");
+    let path = root.join(BOOT_ID);
+    // Without a place to keep it, it is a new one each time: the host then takes the guest for one that started anew.
+    if let Err(error) = std::fs::write(&path, format!("{id}\n")) {
+        say(format_args!("cannot write {}: {error}", path.display()));
+    }
+    id
 }
 
 fn first_line(path: impl AsRef<Path>) -> String {
@@ -65,6 +87,18 @@ mod tests {
         assert!(info.cpus > 0 && info.uptime_ms > 0 && info.disk_bytes > 0);
         assert_eq!((info.jobs, info.boot_id.len()), (3, 36));
         assert!(!info.kernel.is_empty() && !info.hostname.is_empty());
+    }
+
+    #[test]
+    fn a_boot_id_stays_until_the_machine_is_another() {
+        let root = tempfile::tempdir().unwrap();
+        assert_ne!(boot_id(root.path()), boot_id(root.path()), "nowhere to keep it");
+        std::fs::create_dir(root.path().join("run")).unwrap();
+        let first = boot_id(root.path());
+        assert_eq!((first.len(), boot_id(root.path())), (36, first.clone()));
+        let second = new_boot_id(root.path());
+        assert_ne!(first, second);
+        assert_eq!(boot_id(root.path()), second);
     }
 
     #[test]

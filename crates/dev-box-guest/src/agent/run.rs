@@ -65,7 +65,7 @@ pub async fn serve_port(agent: &Agent, port: &Port) -> io::Result<()> {
     loop {
         let mut conversations = GuestPort::new(port.connection().await?);
         loop {
-            match conversations.accept(GuestHello::new(info::boot_id())).await {
+            match conversations.accept(GuestHello::new(info::boot_id(&agent.surroundings.root))).await {
                 Ok((session, incoming, _host)) => {
                     agent.serve(incoming).await;
                     drop(session);
@@ -87,7 +87,7 @@ pub async fn serve_vsock(agent: &Agent, mut listener: impl Listen) -> io::Result
     let mut current: Option<(Session, tokio::task::JoinHandle<()>)> = None;
     loop {
         let connection = listener.accept().await?;
-        let hello = GuestHello::new(info::boot_id());
+        let hello = GuestHello::new(info::boot_id(&agent.surroundings.root));
         let accepted = tokio::time::timeout(HELLO_PATIENCE, Session::accept(connection, hello)).await;
         let Ok(Ok((session, incoming, _host))) = accepted else { continue };
         if let Some((old, served)) = current.take() {

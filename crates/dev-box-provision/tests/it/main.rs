@@ -6,3 +6,4 @@
 mod bench;
 mod provisioner;
 mod sweep;
+mod template;

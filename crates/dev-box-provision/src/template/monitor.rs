@@ -1,0 +1,98 @@
+//! The few things that are said to QEMU behind libvirt's back: QMP's migration commands
+//! (<https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html#migration>).
+
+use std::path::Path;
+use std::time::Duration;
+
+use dev_box_core::vm::{Vm, VmError};
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+/// Between two looks at whether it is done; it takes a few milliseconds.
+const POLL: Duration = Duration::from_millis(2);
+/// Device state is less than a megabyte.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Of what QEMU says, in an error.
+const TEXT_MAX: usize = 500;
+
+/// Why QEMU did not save or load.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// Libvirt did not pass it on.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// QEMU said no.
+    #[error("QEMU refused {command}: {text}")]
+    Refused {
+        /// What was asked.
+        command: &'static str,
+        /// What it said.
+        text: String,
+    },
+    /// QEMU began, and failed.
+    #[error("QEMU could not {what} the devices' state: {text}")]
+    Failed {
+        /// `save` or `load`.
+        what: &'static str,
+        /// What it said.
+        text: String,
+    },
+    /// It takes too long.
+    #[error("QEMU did not {what} the devices' state within {} s", PATIENCE.as_secs())]
+    Slow {
+        /// `save` or `load`.
+        what: &'static str,
+    },
+}
+
+async fn ask(vm: &Vm, command: &'static str, arguments: Value) -> Result<Value, MonitorError> {
+    let reply = vm.monitor(json!({ "execute": command, "arguments": arguments }).to_string()).await?;
+    let refused = |text: &str| MonitorError::Refused { command, text: cut(text) };
+    let mut reply: Value = serde_json::from_str(&reply).map_err(|_| refused("an answer that is not JSON"))?;
+    if let Some(error) = reply.get("error") {
+        return Err(refused(error.get("desc").and_then(Value::as_str).unwrap_or("no reason given")));
+    }
+    reply.get_mut("return").map(Value::take).ok_or_else(|| refused("no answer"))
+}
+
+fn cut(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect()
+}
+
+/// Memory that lies in a file is neither saved nor loaded.
+pub(super) async fn leave_ram_alone(vm: &Vm) -> Result<(), MonitorError> {
+    let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+    ask(vm, "migrate-set-capabilities", capabilities).await.map(drop)
+}
+
+/// Writes the devices' state to a file. The VM is over then.
+pub(super) async fn save(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
+    ask(vm, "migrate", json!({ "uri": uri(file) })).await?;
+    done(vm, "save").await
+}
+
+/// Reads it into a VM that was started to wait for it.
+pub(super) async fn load(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
+    ask(vm, "migrate-incoming", json!({ "uri": uri(file) })).await?;
+    done(vm, "load").await
+}
+
+fn uri(file: &Path) -> String {
+    format!("file:{}", file.display())
+}
+
+async fn done(vm: &Vm, what: &'static str) -> Result<(), MonitorError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = ask(vm, "query-migrate", json!({})).await?;
+        match answer.get("status").and_then(Value::as_str) {
+            Some("completed") => return Ok(()),
+            Some("failed" | "cancelled") => {
+                let text = answer.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
+                return Err(MonitorError::Failed { what, text: cut(text) });
+            }
+            _ if Instant::now() > deadline => return Err(MonitorError::Slow { what }),
+            _ => sleep(POLL).await,
+        }
+    }
+}
