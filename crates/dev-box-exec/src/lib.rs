@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`job`], [`outcome`] | what is to be run, and what came of it | none |
 //! | [`provisioner`] | the seam: `Provisioner`, and the `ReadyVm` it gives | none |
+//! | [`pool`] | [`VmPool`](pool::VmPool): VMs that are ready before they are asked for | none of its own |
 //! | [`executor`] | [`AgentExecutor`]: a job through all its phases | the VM's session |
 //! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
 //! | [`terminal`] | what of a guest's output a person may see | none |
@@ -16,6 +17,7 @@ pub mod cancel;
 pub mod executor;
 pub mod job;
 pub mod outcome;
+pub mod pool;
 pub mod provisioner;
 pub mod sink;
 pub mod terminal;

@@ -132,6 +132,12 @@ impl FakeProvisioner {
         self.state().live.len()
     }
 
+    /// Their names.
+    #[must_use]
+    pub fn live_names(&self) -> Vec<VmName> {
+        self.state().live.keys().cloned().collect()
+    }
+
     /// What was asked for.
     #[must_use]
     pub fn provisioned(&self) -> Vec<VmRequest> {

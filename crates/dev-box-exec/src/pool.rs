@@ -1,0 +1,269 @@
+//! [`VmPool`]: VMs that are ready before they are asked for.
+//!
+//! ```text
+//!   acquire ---> queue (FIFO) ---> Lease ---> dropped ---> retired
+//!                  ^                                          |
+//!   Provisioner -> ready <------ refilled to `min` <----------+
+//! ```
+//! One task owns all of it: a pure state machine decides, and the task carries out. Making, checking and taking down are
+//! tasks of their own, so that a hand-over waits for none of them: it is a message there and a message back.
+//!
+//! A lease ends by being dropped, and its VM is never used again: it is taken down, and another takes its place.
+
+mod driver;
+mod machine;
+mod pooled;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::provisioner::{Provisioner, ReadyVm, VmRequest};
+use driver::{Command, Driver};
+
+pub use pooled::PooledProvisioner;
+
+/// Commands under way: senders wait when the driver does not keep up.
+const COMMANDS: usize = 64;
+
+/// How a pool behaves. [`PoolSettings::new`] fills in what has a default.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolSettings {
+    /// VMs that are kept ready.
+    pub min: usize,
+    /// VMs at most: those being made, ready, leased, and those not gone yet.
+    pub max: usize,
+    /// VMs being made at a time: the number of cores.
+    pub parallel: usize,
+    /// Callers that may wait at a time.
+    pub max_waiting: usize,
+    /// A VM that was ready longer than this is replaced (an hour).
+    pub max_age: Duration,
+    /// A VM above `min` that nobody wanted for this long goes (five minutes).
+    pub idle: Duration,
+    /// Between two checks of a ready VM (one second); one that does not answer for as long is replaced.
+    pub check: Duration,
+    /// The pause after making a VM failed (a second); it doubles with each failure in a row.
+    pub backoff: Duration,
+    /// The longest such pause (a minute).
+    pub backoff_max: Duration,
+    /// After so many failures in a row (3) callers are told at once, until the pause is over.
+    pub breaker: u32,
+}
+
+impl PoolSettings {
+    /// A pool of `min` to `max` VMs; `max` is at least one and `min` at most `max`.
+    #[must_use]
+    pub fn new(min: usize, max: usize) -> Self {
+        let max = max.max(1);
+        Self {
+            min: min.min(max),
+            max,
+            parallel: std::thread::available_parallelism().map_or(1, usize::from),
+            max_waiting: 1024,
+            max_age: Duration::from_secs(3600),
+            idle: Duration::from_secs(300),
+            check: Duration::from_secs(1),
+            backoff: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(60),
+            breaker: 3,
+        }
+    }
+}
+
+/// Why there is no VM.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PoolError {
+    /// None came free in time.
+    #[error("no VM came free within {} ms: wait longer, or enlarge the pool", waited.as_millis())]
+    Timeout {
+        /// How long the caller waited.
+        waited: Duration,
+    },
+    /// The pool is closing, or gone.
+    #[error("the pool is shutting down")]
+    ShuttingDown,
+    /// Too many wait already.
+    #[error("{waiting} callers wait for a VM already: no more are let in")]
+    Exhausted {
+        /// How many.
+        waiting: usize,
+    },
+    /// VMs cannot be made.
+    #[error("the pool cannot make VMs: {why}")]
+    Unhealthy {
+        /// The last failure.
+        why: String,
+    },
+}
+
+/// A pool's numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct PoolStatus {
+    /// VMs that are kept ready.
+    pub min: usize,
+    /// VMs at most.
+    pub max: usize,
+    /// Ready now.
+    pub ready: usize,
+    /// In somebody's hands.
+    pub leased: usize,
+    /// Being made.
+    pub making: usize,
+    /// Being taken down.
+    pub retiring: usize,
+    /// Callers that wait.
+    pub waiting: usize,
+    /// VMs made since the beginning.
+    pub made: u64,
+    /// VMs handed over.
+    pub granted: u64,
+    /// Callers turned away.
+    pub refused: u64,
+    /// VMs that could not be made.
+    pub failed: u64,
+    /// Ready VMs that died or did not answer.
+    pub unhealthy: u64,
+    /// The longest that a caller waited who got one.
+    pub longest_wait: Duration,
+    /// Why the last VM could not be made, until one can.
+    pub trouble: Option<String>,
+}
+
+/// A pool of VMs of one kind. A clone is another handle to the same one; when the last goes, the pool shuts down.
+///
+/// ```no_run
+/// use std::sync::Arc;
+/// use std::time::Duration;
+/// use dev_box_exec::pool::{PoolSettings, VmPool};
+/// # async fn example(provisioner: Arc<dyn dev_box_exec::Provisioner>, request: dev_box_exec::VmRequest)
+/// # -> Result<(), dev_box_exec::pool::PoolError> {
+/// let pool = VmPool::new(PoolSettings::new(2, 8), provisioner, request);
+/// let lease = pool.acquire(Duration::from_secs(30)).await?;
+/// println!("{}", lease.vm().name);
+/// drop(lease);
+/// pool.shutdown().await;
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone)]
+pub struct VmPool {
+    commands: mpsc::Sender<Command>,
+}
+
+impl VmPool {
+    /// A pool of VMs that meet `request`. It begins to fill at once; needs a tokio runtime.
+    pub fn new(settings: PoolSettings, provisioner: Arc<dyn Provisioner>, request: VmRequest) -> Self {
+        let (commands, inbox) = mpsc::channel(COMMANDS);
+        tokio::spawn(Driver::new(settings, provisioner, request, inbox).run());
+        Self { commands }
+    }
+
+    /// Waits until `min` VMs are ready.
+    ///
+    /// # Errors
+    /// [`PoolError::Unhealthy`] when making them fails, [`PoolError::ShuttingDown`].
+    pub async fn initialize(&self) -> Result<(), PoolError> {
+        loop {
+            let status = self.status().await.ok_or(PoolError::ShuttingDown)?;
+            if status.ready + status.leased >= status.min {
+                return Ok(());
+            }
+            if let Some(why) = status.trouble {
+                return Err(PoolError::Unhealthy { why });
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Gets a VM, in the order in which callers asked. Dropping the future gives up the place in the queue.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub async fn acquire(&self, timeout: Duration) -> Result<Lease, PoolError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = CancellationToken::new();
+        let _waiting = gone.clone().drop_guard();
+        let command = Command::Acquire { deadline: Instant::now() + timeout, reply, gone };
+        self.commands.send(command).await.map_err(|_| PoolError::ShuttingDown)?;
+        let mut lease = answer.await.map_err(|_| PoolError::ShuttingDown)??;
+        lease.claimed = true;
+        Ok(lease)
+    }
+
+    /// Ends a lease: the same as dropping it.
+    pub fn release(&self, lease: Lease) {
+        drop(lease);
+    }
+
+    /// The numbers; `None` when the pool has shut down.
+    pub async fn status(&self) -> Option<PoolStatus> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Status(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Keeps `ready` VMs ready from now on, `max` at most, and tries at once even after failures.
+    pub async fn fill(&self, ready: usize) {
+        let _ = self.commands.send(Command::Fill(ready)).await;
+    }
+
+    /// Takes all ready VMs away and keeps none from now on; leases go on, and who asks is still served.
+    pub async fn drain(&self) {
+        let _ = self.commands.send(Command::Drain).await;
+    }
+
+    /// Turns everybody away, and waits until all VMs are gone, the leased ones when their leases end.
+    pub async fn shutdown(&self) {
+        let _ = self.commands.send(Command::Shutdown).await;
+        self.commands.closed().await;
+    }
+}
+
+/// A VM in somebody's hands. Dropped, the VM goes back to the pool, which takes it down.
+#[derive(Debug)]
+pub struct Lease {
+    vm: Option<ReadyVm>,
+    back: Option<oneshot::Sender<Returned>>,
+    claimed: bool,
+}
+
+/// What comes back of a lease.
+#[derive(Debug)]
+struct Returned {
+    vm: ReadyVm,
+    /// Whether anybody had it.
+    used: bool,
+}
+
+impl Lease {
+    /// The VM.
+    #[must_use]
+    pub fn vm(&self) -> &ReadyVm {
+        match &self.vm {
+            Some(vm) => vm,
+            // Only `drop` and `part` take it, and both end the lease.
+            None => unreachable!("a lease has its VM until it ends"),
+        }
+    }
+
+    /// The VM, and the way back for it.
+    fn part(mut self) -> Option<(ReadyVm, oneshot::Sender<Returned>)> {
+        self.vm.take().zip(self.back.take())
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let (Some(vm), Some(back)) = (self.vm.take(), self.back.take()) {
+            // Fails only when the driver is gone with its runtime: then the process ends, and a sweep finds the VM.
+            let _ = back.send(Returned { vm, used: self.claimed });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! The one task that owns a pool.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::machine::{Action, Event, Machine, Ticket, VmNumber};
+use super::{Lease, PoolError, PoolSettings, PoolStatus, Returned};
+use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
+
+type Reply = oneshot::Sender<Result<Lease, PoolError>>;
+
+/// What handles ask for.
+#[derive(Debug)]
+pub(super) enum Command {
+    Acquire { deadline: Instant, reply: Reply, gone: CancellationToken },
+    Status(oneshot::Sender<PoolStatus>),
+    Fill(usize),
+    Drain,
+    Shutdown,
+}
+
+/// What tasks come back with.
+#[derive(Debug)]
+enum Note {
+    Made(VmNumber, Result<ReadyVm, ProvisionError>),
+    Returned(VmNumber, Option<Returned>),
+    Gone(VmNumber),
+    Died(VmNumber),
+    Abandoned(Ticket),
+}
+
+#[derive(Debug)]
+pub(super) struct Driver {
+    machine: Machine,
+    settings: PoolSettings,
+    provisioner: Arc<dyn Provisioner>,
+    request: VmRequest,
+    inbox: mpsc::Receiver<Command>,
+    began: Instant,
+    tasks: JoinSet<Note>,
+    next_ticket: Ticket,
+    replies: BTreeMap<Ticket, Reply>,
+    /// Ready or about to be retired, with the task that looks after it.
+    idle: BTreeMap<VmNumber, (ReadyVm, AbortHandle)>,
+    making: BTreeMap<VmNumber, CancellationToken>,
+}
+
+impl Driver {
+    pub(super) fn new(
+        settings: PoolSettings,
+        provisioner: Arc<dyn Provisioner>,
+        request: VmRequest,
+        inbox: mpsc::Receiver<Command>,
+    ) -> Self {
+        Self {
+            machine: Machine::new(settings.clone()),
+            settings,
+            provisioner,
+            request,
+            inbox,
+            began: Instant::now(),
+            tasks: JoinSet::new(),
+            next_ticket: 0,
+            replies: BTreeMap::new(),
+            idle: BTreeMap::new(),
+            making: BTreeMap::new(),
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        self.feed(Event::Tick);
+        let mut handles = true;
+        while !self.machine.is_over() {
+            let wake = self.machine.next_wake().map(|at| self.began + at);
+            tokio::select! {
+                command = self.inbox.recv(), if handles => match command {
+                    Some(command) => self.command(command),
+                    None => {
+                        handles = false;
+                        self.feed(Event::Shutdown);
+                    }
+                },
+                Some(done) = self.tasks.join_next() => {
+                    // An aborted check has nothing to say.
+                    if let Ok(note) = done {
+                        self.note(note);
+                    }
+                }
+                () = sleep_until(wake.unwrap_or(self.began)), if wake.is_some() => self.feed(Event::Tick),
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Acquire { deadline, reply, gone } => {
+                let ticket = self.next_ticket;
+                self.next_ticket += 1;
+                self.replies.insert(ticket, reply);
+                self.feed(Event::Acquire(ticket, deadline.saturating_duration_since(self.began)));
+                if self.replies.contains_key(&ticket) {
+                    self.tasks.spawn(async move {
+                        gone.cancelled().await;
+                        Note::Abandoned(ticket)
+                    });
+                }
+            }
+            Command::Status(reply) => {
+                let _ = reply.send(self.machine.status());
+            }
+            Command::Fill(ready) => self.feed(Event::Fill(ready)),
+            Command::Drain => self.feed(Event::Drain),
+            Command::Shutdown => self.feed(Event::Shutdown),
+        }
+    }
+
+    fn note(&mut self, note: Note) {
+        let event = match note {
+            Note::Made(number, Ok(vm)) => {
+                self.making.remove(&number);
+                self.keep(number, vm);
+                Event::Made(number)
+            }
+            Note::Made(number, Err(error)) => {
+                self.making.remove(&number);
+                tracing::warn!(error = &error as &dyn std::error::Error, "the pool could not make a VM");
+                Event::Failed(number, error.to_string())
+            }
+            Note::Returned(number, Some(Returned { vm, used })) => {
+                self.keep(number, vm);
+                if used { Event::Returned(number) } else { Event::Unclaimed(number) }
+            }
+            // It was leaked: it cannot be taken down, and is not there either.
+            Note::Returned(number, None) => Event::Returned(number),
+            Note::Gone(number) => Event::Gone(number),
+            Note::Died(number) => Event::Unhealthy(number),
+            Note::Abandoned(ticket) => {
+                self.replies.remove(&ticket);
+                Event::Abandon(ticket)
+            }
+        };
+        self.feed(event);
+    }
+
+    fn keep(&mut self, number: VmNumber, vm: ReadyVm) {
+        let (session, check) = (vm.session.clone(), self.settings.check);
+        let look = self.tasks.spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = session.closed() => break,
+                    () = sleep(check) => {}
+                }
+                if !matches!(timeout(check, session.ping()).await, Ok(Ok(_))) {
+                    break;
+                }
+            }
+            Note::Died(number)
+        });
+        self.idle.insert(number, (vm, look));
+    }
+
+    fn feed(&mut self, event: Event) {
+        let now = Instant::now().saturating_duration_since(self.began);
+        for action in self.machine.on(now, event) {
+            self.carry_out(action);
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Make(number) => {
+                let (provisioner, request) = (Arc::clone(&self.provisioner), self.request.clone());
+                let unwanted = CancellationToken::new();
+                self.making.insert(number, unwanted.clone());
+                self.tasks.spawn(async move {
+                    let made = tokio::select! {
+                        made = provisioner.provision(&request) => made,
+                        () = unwanted.cancelled() => Err(ProvisionError::ShuttingDown),
+                    };
+                    Note::Made(number, made)
+                });
+            }
+            Action::Cancel(number) => {
+                if let Some(making) = self.making.get(&number) {
+                    making.cancel();
+                }
+            }
+            Action::Grant(ticket, number) => self.grant(ticket, number),
+            Action::Refuse(ticket, error) => {
+                if let Some(reply) = self.replies.remove(&ticket) {
+                    let _ = reply.send(Err(error));
+                }
+            }
+            Action::Retire(number) => self.retire(number),
+        }
+    }
+
+    fn grant(&mut self, ticket: Ticket, number: VmNumber) {
+        let Some((vm, look)) = self.idle.remove(&number) else { return };
+        look.abort();
+        let (back, returned) = oneshot::channel();
+        self.tasks.spawn(async move { Note::Returned(number, returned.await.ok()) });
+        let lease = Lease { vm: Some(vm), back: Some(back), claimed: false };
+        // Who has gone meanwhile drops the lease unclaimed, here or there, and it comes back.
+        if let Some(reply) = self.replies.remove(&ticket) {
+            let _ = reply.send(Ok(lease));
+        }
+    }
+
+    fn retire(&mut self, number: VmNumber) {
+        let vm = self.idle.remove(&number);
+        let provisioner = Arc::clone(&self.provisioner);
+        self.tasks.spawn(async move {
+            if let Some((vm, look)) = vm {
+                look.abort();
+                let name = vm.name.clone();
+                if let Err(error) = provisioner.retire(vm).await {
+                    tracing::warn!(vm = %name, error = &error as &dyn std::error::Error, "a pooled VM was not removed; `dev-box gc` tries again");
+                }
+            }
+            Note::Gone(number)
+        });
+    }
+}

@@ -1,0 +1,102 @@
+//! Pools behind the seam that the executor knows.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use dev_box_core::id::VmName;
+use tokio::sync::oneshot;
+
+use super::{PoolError, PoolSettings, PoolStatus, Returned, VmPool};
+use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
+use crate::sink::BoxFuture;
+
+/// A [`Provisioner`] that takes VMs from a pool where there is one for the request, and has others made.
+///
+/// A request that no pool serves (another image, size or network) is a miss: it is logged, and goes to the provisioner
+/// behind. Retiring a pooled VM only hands it back: it is taken down in the background.
+#[derive(Debug)]
+pub struct PooledProvisioner {
+    behind: Arc<dyn Provisioner>,
+    patience: Duration,
+    pools: Mutex<HashMap<VmRequest, VmPool>>,
+    leased: Mutex<HashMap<VmName, oneshot::Sender<Returned>>>,
+}
+
+fn whole<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Owned values only: whole whatever panicked beside them.
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a VM is for says nothing of what it is.
+fn kind(request: &VmRequest) -> VmRequest {
+    VmRequest { purpose: "pool".to_owned(), ..request.clone() }
+}
+
+impl PooledProvisioner {
+    /// No pools yet, over this provisioner. A caller waits `patience` for a pooled VM.
+    #[must_use]
+    pub fn new(behind: Arc<dyn Provisioner>, patience: Duration) -> Self {
+        Self { behind, patience, pools: Mutex::default(), leased: Mutex::default() }
+    }
+
+    /// Begins a pool for VMs like `request`; gives the one that is there already.
+    pub fn pool(&self, settings: PoolSettings, request: &VmRequest) -> VmPool {
+        let kind = kind(request);
+        let new = || VmPool::new(settings, Arc::clone(&self.behind), kind.clone());
+        whole(&self.pools).entry(kind.clone()).or_insert_with(new).clone()
+    }
+
+    /// Each pool's kind of VM and its numbers.
+    pub async fn status(&self) -> Vec<(VmRequest, PoolStatus)> {
+        let pools: Vec<_> =
+            whole(&self.pools).iter().map(|(kind, pool)| (kind.clone(), pool.clone())).collect();
+        let mut all = Vec::new();
+        for (kind, pool) in pools {
+            all.extend(pool.status().await.map(|status| (kind, status)));
+        }
+        all
+    }
+
+    /// Shuts all pools down, and waits until their VMs are gone.
+    pub async fn shutdown(&self) {
+        let pools: Vec<VmPool> = whole(&self.pools).drain().map(|(_, pool)| pool).collect();
+        for pool in pools {
+            pool.shutdown().await;
+        }
+    }
+}
+
+impl Provisioner for PooledProvisioner {
+    fn provision<'a>(&'a self, request: &'a VmRequest) -> BoxFuture<'a, Result<ReadyVm, ProvisionError>> {
+        Box::pin(async move {
+            let pool = whole(&self.pools).get(&kind(request)).cloned();
+            let Some(pool) = pool else {
+                tracing::info!(image = request.image, "no pool has such a VM: it is made");
+                return self.behind.provision(request).await;
+            };
+            let lease = pool.acquire(self.patience).await.map_err(|error| match error {
+                PoolError::ShuttingDown => ProvisionError::ShuttingDown,
+                error @ (PoolError::Timeout { .. } | PoolError::Exhausted { .. }) => {
+                    ProvisionError::Exhausted { resource: "VMs", what: error.to_string() }
+                }
+                error @ PoolError::Unhealthy { .. } => ProvisionError::Step {
+                    step: "taking a VM from the pool".to_owned(),
+                    source: error.into(),
+                },
+            })?;
+            let (vm, back) = lease.part().ok_or(ProvisionError::ShuttingDown)?;
+            whole(&self.leased).insert(vm.name.clone(), back);
+            Ok(vm)
+        })
+    }
+
+    fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
+        let back = whole(&self.leased).remove(&vm.name);
+        let Some(back) = back else { return self.behind.retire(vm) };
+        match back.send(Returned { vm, used: true }) {
+            Ok(()) => Box::pin(std::future::ready(Ok(()))),
+            Err(Returned { vm, .. }) => self.behind.retire(vm),
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The driver, over VMs that are tasks, in time that stands still.
+
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::testing::{FakeProvisioner, Script, request};
+
+struct Bench {
+    provisioner: Arc<FakeProvisioner>,
+    pool: VmPool,
+    _root: tempfile::TempDir,
+}
+
+fn bench(settings: PoolSettings, scripted: usize) -> Bench {
+    let root = tempfile::tempdir().unwrap();
+    let provisioner = Arc::new(FakeProvisioner::new(root.path()));
+    for _ in 0..scripted {
+        provisioner.next(Script::new());
+    }
+    let pool = VmPool::new(settings, Arc::clone(&provisioner) as _, request());
+    Bench { provisioner, pool, _root: root }
+}
+
+const LONG: Duration = Duration::from_secs(100);
+
+impl Bench {
+    async fn end(self) {
+        self.pool.shutdown().await;
+        assert_eq!(self.provisioner.live(), 0, "VMs are left");
+        assert_eq!(self.provisioner.violations(), Vec::<String>::new());
+        assert_eq!(self.pool.status().await, None);
+        assert!(matches!(self.pool.acquire(LONG).await, Err(PoolError::ShuttingDown)));
+    }
+
+    async fn status(&self) -> PoolStatus {
+        self.pool.status().await.unwrap()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_is_handed_over_once_and_another_takes_its_place() {
+    let bench = bench(PoolSettings::new(2, 3), 50);
+    bench.pool.initialize().await.unwrap();
+    let mut seen = BTreeSet::new();
+    for _ in 0..10 {
+        let lease = bench.pool.acquire(LONG).await.unwrap();
+        lease.vm().session.ping().await.unwrap();
+        assert!(seen.insert(lease.vm().name.clone()), "never the same VM twice");
+        bench.pool.release(lease);
+    }
+    bench.pool.initialize().await.unwrap();
+    let status = bench.status().await;
+    assert_eq!((status.granted, status.leased, status.refused), (10, 0, 0));
+    assert!(bench.provisioner.retired().iter().all(|name| seen.contains(name)));
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_first_is_served_first_and_time_outs_are_kept() {
+    let bench = bench(PoolSettings::new(0, 1), 500);
+    let held = bench.pool.acquire(LONG).await.unwrap();
+    let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let mut callers = tokio::task::JoinSet::new();
+    for number in 0..20 {
+        let (pool, order) = (bench.pool.clone(), Arc::clone(&order));
+        callers.spawn(async move {
+            let lease = pool.acquire(LONG).await.unwrap();
+            order.lock().unwrap().push(number);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            drop(lease);
+        });
+        // The next one asks after this one.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let began = Instant::now();
+    let error = bench.pool.acquire(Duration::from_millis(50)).await.unwrap_err();
+    assert_eq!(error, PoolError::Timeout { waited: Duration::from_millis(50) });
+    assert_eq!(began.elapsed().as_millis(), 50);
+    drop(held);
+    while callers.join_next().await.is_some() {}
+    assert_eq!(*order.lock().unwrap(), (0..20).collect::<Vec<_>>());
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn five_hundred_at_once_on_five() {
+    let bench = bench(PoolSettings::new(5, 5), 2000);
+    let mut callers = tokio::task::JoinSet::new();
+    for _ in 0..500 {
+        let (pool, provisioner) = (bench.pool.clone(), Arc::clone(&bench.provisioner));
+        callers.spawn(async move {
+            let lease = pool.acquire(LONG).await.unwrap();
+            assert!(provisioner.live() <= 5);
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            lease.vm().name.clone()
+        });
+    }
+    let mut names = BTreeSet::new();
+    while let Some(name) = callers.join_next().await {
+        assert!(names.insert(name.unwrap()));
+    }
+    assert_eq!(names.len(), 500);
+    bench.end().await;
+}
+
+/// The future is dropped after each number of polls it can take: whatever it was doing, no VM is lost and none is taken
+/// down for it.
+#[tokio::test(start_paused = true)]
+async fn giving_up_at_any_await_loses_nothing() {
+    let bench = bench(PoolSettings::new(1, 1), 50);
+    bench.pool.initialize().await.unwrap();
+    for polls in 0..6 {
+        let mut acquiring = Box::pin(bench.pool.acquire(LONG));
+        for _ in 0..polls {
+            let done = std::future::poll_fn(|context| {
+                std::task::Poll::Ready(acquiring.as_mut().poll(context).is_ready())
+            })
+            .await;
+            if done {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        drop(acquiring);
+        bench.pool.initialize().await.unwrap();
+        while bench.status().await.ready != 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let status = bench.status().await;
+        assert_eq!((status.leased, status.waiting), (0, 0), "after {polls} polls");
+    }
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ready_vm_that_dies_is_replaced() {
+    let bench = bench(PoolSettings::new(1, 2), 50);
+    bench.pool.initialize().await.unwrap();
+    let provisioned = bench.provisioner.live_names();
+    bench.provisioner.kill(&provisioned[0]);
+    while bench.status().await.unhealthy == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let lease = bench.pool.acquire(LONG).await.unwrap();
+    assert_ne!(lease.vm().name, provisioned[0]);
+    // One that dies while leased is the holder's trouble, and goes all the same.
+    bench.provisioner.kill(&lease.vm().name);
+    drop(lease);
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_made_is_said_and_tried_again() {
+    let bench = bench(PoolSettings { breaker: 1, ..PoolSettings::new(0, 1) }, 0);
+    bench.provisioner.fail_next(crate::ProvisionError::Unsatisfiable { what: "no such image".into() });
+    let error = bench.pool.acquire(LONG).await.unwrap_err();
+    assert_eq!(error, PoolError::Unhealthy { why: "no such image".into() });
+    bench.provisioner.next(Script::new());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    drop(bench.pool.acquire(LONG).await.unwrap());
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_is_filled_and_drained() {
+    let bench = bench(PoolSettings::new(0, 3), 50);
+    bench.pool.fill(9).await;
+    while bench.status().await.ready != 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    bench.pool.drain().await;
+    while bench.status().await.retiring != 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(bench.provisioner.live(), 0);
+    drop(bench.pool.acquire(LONG).await.unwrap());
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_waits_for_leases_and_cancels_what_is_being_made() {
+    let bench = bench(PoolSettings::new(1, 3), 50);
+    let lease = bench.pool.acquire(LONG).await.unwrap();
+    bench.provisioner.delay(Duration::from_secs(3600));
+    bench.pool.fill(3).await;
+    let began = Instant::now();
+    let pool = bench.pool.clone();
+    let closing = tokio::spawn(async move { pool.shutdown().await });
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(!closing.is_finished(), "a lease is out");
+    drop(lease);
+    closing.await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(10));
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn ten_thousand_leases_leave_nothing() {
+    let bench = bench(PoolSettings::new(4, 8), 10_100);
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    bench.pool.initialize().await.unwrap();
+    let before = descriptors();
+    for _ in 0..10_000 {
+        drop(bench.pool.acquire(LONG).await.unwrap());
+    }
+    assert!(bench.provisioner.live() <= 8);
+    assert!(descriptors() <= before + 8);
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn behind_the_provisioners_seam_a_miss_is_made() {
+    let root = tempfile::tempdir().unwrap();
+    let fake = Arc::new(FakeProvisioner::new(root.path()));
+    for _ in 0..20 {
+        fake.next(Script::new());
+    }
+    let pooled = PooledProvisioner::new(Arc::clone(&fake) as _, LONG);
+    let pool = pooled.pool(PoolSettings::new(1, 2), &request());
+    pool.initialize().await.unwrap();
+    let other = VmRequest { image: "other".into(), ..request() };
+    let (hit, miss) = (pooled.provision(&request()).await.unwrap(), pooled.provision(&other).await.unwrap());
+    assert_eq!(pooled.status().await[0].1.granted, 1);
+    assert_eq!((hit.facts.image.as_str(), miss.facts.image.as_str()), ("default", "other"));
+    let name = hit.name.clone();
+    pooled.retire(hit).await.unwrap();
+    pooled.retire(miss).await.unwrap();
+    pool.initialize().await.unwrap();
+    assert!(fake.retired().contains(&name) || fake.live() > 0);
+    pooled.shutdown().await;
+    assert_eq!((fake.live(), fake.violations()), (0, Vec::new()));
+    let shut = PooledProvisioner::new(fake, LONG);
+    shut.pool(PoolSettings::new(0, 1), &request()).shutdown().await;
+    assert!(matches!(shut.provision(&request()).await, Err(crate::ProvisionError::ShuttingDown)));
+}
