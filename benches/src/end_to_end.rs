@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use dev_box::comm::message::{ExecRequest, ExitStatus};
 use dev_box::comm::{Message, Request, Session};
 use dev_box::exec::{NetworkMode, Provisioner, VmRequest};
+use dev_box::provision::TemplateUse;
 use dev_box::{Config, DevBox};
 
 use crate::figure::{Figure, Unit};
@@ -17,7 +18,7 @@ const BOOTS: usize = 7;
 const COMMANDS: usize = 300;
 const WARM_UP: usize = 30;
 
-fn milliseconds(time: Duration) -> f64 {
+pub(crate) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
@@ -27,7 +28,7 @@ fn request(dev_box: &DevBox) -> VmRequest {
     request
 }
 
-fn block_on<T>(future: impl Future<Output = Result<T, NotRun>>) -> Result<T, NotRun> {
+pub(crate) fn block_on<T>(future: impl Future<Output = Result<T, NotRun>>) -> Result<T, NotRun> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(future)
 }
 
@@ -40,7 +41,7 @@ pub(crate) fn boot_cold() -> Result<Vec<Figure>, NotRun> {
         let mut steps: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         for _ in 0..BOOTS {
             let began = Instant::now();
-            let vm = dev_box.provisioner().provision(&request).await?;
+            let vm = dev_box.provisioner().using(TemplateUse::Never).provision(&request).await?;
             whole.push(milliseconds(began.elapsed()));
             for (step, took) in &vm.facts.timings {
                 steps.entry(step.clone()).or_default().push(milliseconds(*took));
@@ -86,7 +87,7 @@ async fn measure(session: &Session) -> Result<Vec<Figure>, NotRun> {
     ])
 }
 
-async fn exec(session: &Session) -> Result<(), NotRun> {
+pub(crate) async fn exec(session: &Session) -> Result<(), NotRun> {
     let mut stream = session.open(Request::Exec(ExecRequest::new(["/bin/true"]))).await?;
     while let Some(message) = stream.recv().await? {
         match message {

@@ -8,6 +8,7 @@ mod end_to_end;
 mod environment;
 mod figure;
 mod micro;
+mod pool;
 mod registry;
 mod sampling;
 

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use crate::figure::Figure;
-use crate::{end_to_end, micro};
+use crate::{end_to_end, micro, pool};
 
 /// Why a benchmark could not run.
 pub(crate) type NotRun = Box<dyn Error>;
@@ -33,6 +33,11 @@ const ALL: &[Benchmark] = &[
         name: "exec.true",
         about: "/bin/true in a VM, from the request to its exit; and a ping beside it",
         run: end_to_end::exec_true,
+    },
+    Benchmark {
+        name: "pool",
+        about: "clones of a template and hand-overs of a pool, beside cold boots",
+        run: pool::run,
     },
 ];
 
