@@ -80,7 +80,7 @@ pub(crate) fn choose(
                 match fits {
                     Ok(template) if template.manifest.setup.is_empty() => return Ok(Some(template)),
                     Ok(_) => {
-                        tracing::debug!(%name, "the template has commands of its own: not unless it is named")
+                        tracing::debug!(%name, "the template has commands of its own: not unless it is named");
                     }
                     Err(why) => tracing::info!(%name, why = %why, "the template does not serve"),
                 }
@@ -141,14 +141,14 @@ fn cpu_of(cpuinfo: &str) -> String {
 
 /// Has QEMU keep the memory in this file, so that it outlives QEMU.
 pub(crate) fn recording_arguments(ram: &Path, memory: ByteSize) -> Vec<String> {
-    backend(json!({
+    backend(&json!({
         "qom-type": "memory-backend-file", "id": RAM_ID, "size": memory.as_bytes(), "mem-path": ram, "share": true,
     }))
 }
 
 /// Has QEMU map a template's memory for itself alone and wait for the devices.
 pub(crate) fn clone_arguments(template: &Template) -> Vec<String> {
-    let mut arguments = backend(json!({
+    let mut arguments = backend(&json!({
         "qom-type": "memory-backend-file", "id": RAM_ID, "size": template.manifest.shape.memory.as_bytes(),
         "mem-path": template.ram(), "share": false,
         // The file is opened for reading only; the guest may still write to its private pages.
@@ -158,7 +158,7 @@ pub(crate) fn clone_arguments(template: &Template) -> Vec<String> {
     arguments
 }
 
-fn backend(object: serde_json::Value) -> Vec<String> {
+fn backend(object: &serde_json::Value) -> Vec<String> {
     ["-object".to_owned(), object.to_string(), "-machine".to_owned(), format!("memory-backend={RAM_ID}")]
         .into()
 }
