@@ -501,7 +501,8 @@ impl Inner {
             kernel: plan.image.kernel(),
             initrd: Some(plan.image.initramfs()),
             cmdline: format!(
-                "console=ttyS0 panic=-1 quiet dev-box.root=/dev/vda dev-box.transport={transport}"
+                "console=ttyS0 panic=-1 quiet cryptomgr.notests dev-box.root=/dev/vda \
+                 dev-box.transport={transport}"
             ),
         };
         let ownership = Ownership {

@@ -1,8 +1,8 @@
 //! The libvirt network filter: what holds at a VM's tap even when our own tables are gone.
 //!
 //! All rules are of the Ethernet kind (libvirt makes ebtables rules of them), because rules of the IP kind silently
-//! do nothing while `bridge-nf-call-iptables` is 0. So the filter knows no connections: it holds identity, the static
-//! classes and the ports, in both directions; [`crate::guard`] holds these too, and the rest.
+//! do nothing while `bridge-nf-call-iptables` is 0. So the filter knows no connections: it holds identity and the ports
+//! in both directions, and the static classes on the way out; [`crate::guard`] holds these too, and the rest.
 
 use std::io;
 
@@ -103,7 +103,6 @@ fn rule(
 
 fn rules(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
     let (gateway, gateway_mac) = (network.gateway().to_string(), network.gateway_mac().to_string());
-    let by_port = policy.allow().len() * policy.ports().len() <= MAX_ALLOW_BY_PORT;
     let mut rules = vec![
         rule(Action::Drop, Direction::Out, "mac", &[("match", "no"), ("srcmacaddr", "$MAC")]),
         rule(Action::Drop, Direction::In, "mac", &[("match", "no"), ("srcmacaddr", &gateway_mac)]),
@@ -129,28 +128,64 @@ fn rules(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
             rules.push(rule(Action::Accept, direction, "ip", &attributes));
         }
     }
-    for direction in [Direction::Out, Direction::In] {
-        rules.push(range(Action::Drop, direction, network.subnet().range(), None));
-        rules.extend(policy.deny().iter().map(|deny| range(Action::Drop, direction, *deny, None)));
-        for allow in policy.allow() {
-            if by_port {
-                rules.extend(ports(policy).map(|port| range(Action::Accept, direction, *allow, Some(port))));
-            } else {
-                rules.push(range(Action::Accept, direction, *allow, None));
-            }
-        }
-        rules.extend(special_ranges().map(|special| range(Action::Drop, direction, special, None)));
-        if policy.destinations() == Destinations::Public {
-            rules.extend(ports(policy).map(|port| {
-                let (_, first, last) = sides(direction);
-                let attributes = [("protocol", port.0), (first, port.1.as_str()), (last, port.2.as_str())];
-                rule(Action::Accept, direction, "ip", &attributes)
-            }));
-        }
-    }
+    rules.extend(outbound(network, policy));
+    rules.extend(inbound(network, policy));
     rules.push(rule(Action::Drop, Direction::Out, "mac", &[]));
     rules.push(rule(Action::Drop, Direction::In, "mac", &[]));
     rules
+}
+
+/// What may leave: the static classes are held here.
+fn outbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
+    let out = Direction::Out;
+    let mut rules = Vec::new();
+    if !policy.allow().is_empty() {
+        // Otherwise one of the special ranges covers it.
+        rules.push(range(Action::Drop, out, network.subnet().range(), None));
+    }
+    rules.extend(policy.deny().iter().map(|deny| range(Action::Drop, out, *deny, None)));
+    for allow in policy.allow() {
+        if by_port(policy) {
+            rules.extend(ports(policy).map(|port| range(Action::Accept, out, *allow, Some(port))));
+        } else {
+            rules.push(range(Action::Accept, out, *allow, None));
+        }
+    }
+    let special = Ipv4Net::aggregate(&special_ranges().collect());
+    rules.extend(special.into_iter().map(|special| range(Action::Drop, out, special, None)));
+    if policy.destinations() == Destinations::Public {
+        rules.extend(ports(policy).map(|port| at_any_address(out, &port)));
+    }
+    rules
+}
+
+/// What may come in: answers, as far as a filter that knows no connections can tell them. The gateway's MAC and the VM's
+/// address are checked before; an answer to an address that the VM cannot write to is of no use, so the classes are not
+/// repeated here: libvirt runs a command for each rule at each start of a VM.
+fn inbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
+    let inward = Direction::In;
+    let mut rules = vec![range(Action::Drop, inward, network.subnet().range(), None)];
+    let public = policy.destinations() == Destinations::Public;
+    for allow in policy.allow() {
+        if !by_port(policy) {
+            rules.push(range(Action::Accept, inward, *allow, None));
+        } else if !public {
+            rules.extend(ports(policy).map(|port| range(Action::Accept, inward, *allow, Some(port))));
+        }
+    }
+    if public {
+        rules.extend(ports(policy).map(|port| at_any_address(inward, &port)));
+    }
+    rules
+}
+
+fn by_port(policy: &EgressPolicy) -> bool {
+    policy.allow().len() * policy.ports().len() <= MAX_ALLOW_BY_PORT
+}
+
+fn at_any_address(direction: Direction, (protocol, start, end): &(&'static str, String, String)) -> Rule {
+    let (_, first, last) = sides(direction);
+    rule(Action::Accept, direction, "ip", &[("protocol", *protocol), (first, start), (last, end)])
 }
 
 /// The attributes for the other side's address and ports.
