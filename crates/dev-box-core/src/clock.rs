@@ -74,8 +74,9 @@ impl EasternTime {
     /// The same moment without what `Display` leaves out (anything below a millisecond).
     #[must_use]
     pub fn truncated(&self) -> Self {
-        let nanos = self.0.nanosecond() / 1_000_000 * 1_000_000;
-        Self(self.0.with_nanosecond(nanos).unwrap_or(self.0))
+        // Taken from the moment, not set in the local time, which autumn has twice.
+        let below = TimeDelta::nanoseconds(i64::from(self.0.nanosecond() % 1_000_000));
+        Self(self.0.checked_sub_signed(below).unwrap_or(self.0))
     }
 
     /// This moment and `by` later; saturates at the calendar's end.
@@ -283,6 +284,17 @@ mod tests {
         assert_eq!(end.plus(Duration::MAX), end);
         assert_eq!(EasternTime::from_unix_seconds(100_000_000_000).unwrap().unix_nanos(), i64::MAX);
         assert_eq!(EasternTime::from_unix_seconds(-100_000_000_000).unwrap().unix_nanos(), i64::MIN);
+    }
+
+    #[test]
+    fn the_hour_that_comes_twice_is_truncated_too() {
+        // 2026-11-01, 01:00 in summer time and again in standard time.
+        for seconds in [1_793_509_200, 1_793_512_800] {
+            let moment = seconds * 1_000_000_000;
+            let t = EasternTime::from_unix_nanos(moment + 7_000_001);
+            assert!(t.to_string().starts_with("2026-11-01T01:00:00.007-0"), "{t}");
+            assert_eq!(t.truncated().unix_nanos(), moment + 7_000_000);
+        }
     }
 
     proptest! {
