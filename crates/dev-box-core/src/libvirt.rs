@@ -189,6 +189,15 @@ pub trait Domains: fmt::Debug + Send + Sync {
     /// cgroup, [`LibvirtError::Unsupported`].
     fn limit_memory(&self, id: VmId, limit: Option<ByteSize>) -> Result<()>;
 
+    /// Changes a device of a running domain, found by what cannot be changed of it (an interface by its Ethernet address), to what
+    /// this element says: an interface's filter and link. Blocks until a filter is in force. Gone when the domain stops.
+    ///
+    /// # Errors
+    /// [`LibvirtError::NoSuchDomain`], [`LibvirtError::InvalidOperation`] when it does not run, [`LibvirtError::InvalidXml`],
+    /// [`LibvirtError::NoSuchDevice`], [`LibvirtError::OperationFailed`] when the filter is not there,
+    /// [`LibvirtError::Unsupported`] where devices cannot be changed.
+    fn update_device(&self, id: VmId, xml: &str) -> Result<()>;
+
     /// Sends a JSON command (QMP) to QEMU's monitor and gives its JSON reply. Libvirt marks the domain as tainted.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use crate::accel::Accelerator;
 use crate::clock::EasternTime;
 use crate::id::{LeaseId, VmId, VmName};
 
-pub use device::{Channel, Disk, DiskCache, DiskFormat, FilterRef, Interface, Share};
+pub use device::{Channel, Disk, DiskCache, DiskFormat, FilterRef, Interface, LinkState, Share};
 pub use mac::{MacAddress, MacError};
 pub use resources::{Bandwidth, BlockLimits, ResourceProfile};
 

@@ -118,7 +118,8 @@ impl VmState {
                 | Self::Unknown,
             ) => Ok(stopped),
             (Op::Undefine, Self::Shutoff | Self::Crashed) => Ok(Self::Undefined),
-            (Op::Snapshot, Self::Running | Self::Paused | Self::Shutoff) => Ok(self),
+            (Op::Snapshot, Self::Running | Self::Paused | Self::Shutoff)
+            | (Op::Plug, Self::Running | Self::Paused) => Ok(self),
             (operation, state) => Err(IllegalTransition { operation, state }),
         }
     }
@@ -155,11 +156,13 @@ pub enum Operation {
     Snapshot,
     /// Go back to a snapshot.
     Restore,
+    /// Change its interface's filter or link.
+    Plug,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Define,
         Self::Create,
         Self::Start,
@@ -171,6 +174,7 @@ impl Operation {
         Self::Undefine,
         Self::Snapshot,
         Self::Restore,
+        Self::Plug,
     ];
 }
 
@@ -188,6 +192,7 @@ impl fmt::Display for Operation {
             Self::Undefine => "undefine",
             Self::Snapshot => "snapshot",
             Self::Restore => "restore",
+            Self::Plug => "plug in or unplug",
         })
     }
 }
@@ -289,6 +294,7 @@ mod tests {
         );
         assert_eq!(legal(O::Undefine), [S::Shutoff, S::Crashed]);
         assert_eq!(legal(O::Snapshot), [S::Shutoff, S::Running, S::Paused]);
+        assert_eq!(legal(O::Plug), [S::Running, S::Paused]);
         assert_eq!(legal(O::Restore), [S::Shutoff, S::Running, S::Paused, S::Crashed]);
     }
 

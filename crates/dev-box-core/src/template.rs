@@ -9,7 +9,7 @@ mod check;
 mod read;
 mod write;
 
-use crate::spec::{Ownership, VmSpec};
+use crate::spec::{Interface, LinkState, Ownership, VmSpec};
 
 pub use crate::xml::XmlError;
 pub use check::SpecError;
@@ -76,6 +76,24 @@ impl VmTemplate {
     #[must_use]
     pub fn to_xml(&self) -> String {
         write::domain(&self.spec).to_xml()
+    }
+
+    /// The same VM with its interface's link down and without its filter: to start with when
+    /// [`Vm::plug_in`](crate::vm::Vm::plug_in) follows, so that the guest boots while libvirt is busy with the filter.
+    #[must_use]
+    pub fn unplugged(&self) -> Self {
+        let mut unplugged = self.clone();
+        if let Some(interface) = &mut unplugged.spec.interface {
+            interface.filter = None;
+            interface.link = LinkState::Down;
+        }
+        unplugged
+    }
+
+    /// The XML of its interface alone, with this link; `None` where it has none.
+    pub(crate) fn interface_xml(&self, link: LinkState) -> Option<String> {
+        let interface = Interface { link, ..self.spec.interface.clone()? };
+        Some(write::interface(&interface, &self.spec.resources).to_xml())
     }
 
     /// Reads what [`VmTemplate::to_xml`] wrote, also after libvirt has taken it in and added its own details.

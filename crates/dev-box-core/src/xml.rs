@@ -92,6 +92,16 @@ impl Node {
         self.children.iter().filter(move |child| child.name == name)
     }
 
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn children_mut(&mut self, name: &str) -> impl Iterator<Item = &mut Self> {
+        self.children.iter_mut().filter(move |child| child.name == name)
+    }
+
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn child_mut(&mut self, name: &str) -> Option<&mut Self> {
+        self.children_mut(name).next()
+    }
+
     pub(crate) fn child(&self, name: &str) -> Option<&Self> {
         self.children.iter().find(|child| child.name == name)
     }

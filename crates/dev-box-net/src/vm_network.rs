@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
-use dev_box_core::spec::{FilterRef, Interface, MacAddress};
+use dev_box_core::spec::{FilterRef, Interface, LinkState, MacAddress};
 
 use crate::guard::{Fingerprint, Firewall, FirewallError, GuardError, Traffic, VmGuard};
 use crate::host::HostPaths;
@@ -110,6 +110,7 @@ impl NetLease {
             ip: Some(self.address),
             target_dev: Some(self.tap.clone()),
             filter: Some(FilterRef::named(&self.filter)),
+            link: LinkState::Up,
             port_isolated: true,
         }
     }

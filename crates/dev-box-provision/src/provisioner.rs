@@ -1,9 +1,14 @@
 //! [`LibvirtProvisioner`]: makes a VM for each request, cloned from a template or booted, and takes it away again.
 //!
 //! ```text
-//!  request -> claim -> disk -> network -> start [-> load] -> connect -> configure -> ReadyVm
-//!               \________\________\__________\__________\________\____________\-- failed, or nobody waits: torn down
+//!                                                     +-> plug in --+
+//!  request -> claim -> disk -> network -> start [-> load]            +-> configure -> ReadyVm
+//!               |        |        |          |         +-> connect --+      |
+//!               +--------+--------+----------+---------------+--------------+---- failed, or nobody waits: torn down
 //! ```
+//! A VM starts with its interface's link down: the guard stands before it starts, and libvirt, which takes a second or so, puts
+//! the filter on while the guest boots. Then the link goes up. See docs/adr/0007.
+//!
 //! A VM is made on a task of its own, so that a caller who goes away half-way leaves nothing behind: the task notices
 //! between two steps, and takes down what there is.
 
@@ -22,13 +27,13 @@ use dev_box_core::accel::{self, Accelerator};
 use dev_box_core::clock::{Clock, EasternTime};
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
-use dev_box_core::libvirt::StartMode;
+use dev_box_core::libvirt::{LibvirtError, StartMode};
 use dev_box_core::spec::{
     BootSource, Channel, Disk, DiskCache, NetworkMode as SpecNetwork, Ownership, ResourceProfile, RunAs,
     Share, VmSpec,
 };
 use dev_box_core::template::VmTemplate;
-use dev_box_core::vm::Vm;
+use dev_box_core::vm::{Vm, VmError};
 use dev_box_exec::sink::BoxFuture;
 use dev_box_exec::workspace::Owner;
 use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
@@ -435,15 +440,23 @@ impl Inner {
         };
         let template = VmTemplate::new(spec).map_err(unsatisfiable)?;
         machine.started = true;
-        let vm = Vm::create_in(&self.connection, &template, mode).await.map_err(step("starting the VM"))?;
+        let vm = Vm::create_in(&self.connection, &template.unplugged(), mode).await;
+        let vm = vm.map_err(step("starting the VM"))?;
         watch.step("start");
-        if let Origin::Clone(template) = origin {
-            template::wake(&vm, template).await.map_err(step("loading the template"))?;
+        if let Origin::Clone(origin) = origin {
+            template::wake(&vm, origin).await.map_err(step("loading the template"))?;
             watch.step("load");
         }
 
-        let (session, agent) = tokio::select! {
-            connected = self.connect(&machine.dir, &plan) => connected?,
+        let plug = async {
+            match vm.plug_in(&template).await {
+                // It is over, of which its channel tells more.
+                Err(error) if is_over(&error) => std::future::pending().await,
+                plugged => plugged.map_err(step("putting the network's filter in force")),
+            }
+        };
+        let ((session, agent), ()) = tokio::select! {
+            both = async { tokio::try_join!(self.connect(&machine.dir, &plan), plug) } => both?,
             () = gone.cancelled() => return Err(ProvisionError::ShuttingDown),
             () = self.closing.cancelled() => return Err(ProvisionError::ShuttingDown),
         };
@@ -536,6 +549,16 @@ impl Inner {
         };
         spec.interface = lease.map(NetLease::interface);
         spec
+    }
+}
+
+fn is_over(error: &VmError) -> bool {
+    match error {
+        VmError::Illegal(_) | VmError::NotFound { .. } => true,
+        VmError::Libvirt(error) => {
+            error.is_not_found() || matches!(error, LibvirtError::InvalidOperation { .. })
+        }
+        _ => false,
     }
 }
 

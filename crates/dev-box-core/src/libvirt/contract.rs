@@ -3,6 +3,7 @@
 //!
 //! Each function panics at the first broken promise, and leaves nothing behind when it passes.
 
+mod devices;
 mod domains;
 mod snapshots;
 mod virtual_networks;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::{Access, Connector, DomainEventKind, DriverEvent, EventSink, Libvirt, LibvirtError};
 use crate::id::VmId;
 
+pub use devices::devices;
 pub use domains::{domains, events, names, read_only, transient};
 pub use snapshots::snapshots;
 pub use virtual_networks::{filters, networks};

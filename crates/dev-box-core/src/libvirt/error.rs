@@ -65,6 +65,12 @@ pub enum LibvirtError {
         /// Libvirt's text.
         message: String,
     },
+    /// The domain has no such device.
+    #[error("no such device ({message})")]
+    NoSuchDevice {
+        /// Libvirt's text.
+        message: String,
+    },
     /// The name or UUID belongs to another.
     #[error("the name or UUID is taken ({message}): choose another, or remove what has it")]
     NameTaken {
@@ -171,6 +177,7 @@ mod code {
     pub(super) const XML_INVALID_SCHEMA: u32 = 92;
     pub(super) const AUTH_UNAVAILABLE: u32 = 94;
     pub(super) const AGENT_UNSYNCED: u32 = 97;
+    pub(super) const DEVICE_MISSING: u32 = 99;
     pub(super) const AGENT_COMMAND_TIMEOUT: u32 = 112;
     pub(super) const AGENT_COMMAND_FAILED: u32 = 113;
 }
@@ -219,6 +226,7 @@ impl LibvirtError {
             code::NO_DOMAIN => Self::NoSuchDomain { message },
             code::NO_DOMAIN_SNAPSHOT => Self::NoSuchSnapshot { message },
             code::NO_NETWORK => Self::NoSuchNetwork { message },
+            code::DEVICE_MISSING => Self::NoSuchDevice { message },
             code::NO_NWFILTER => Self::NoSuchFilter { message },
             code::DOM_EXIST | code::NETWORK_EXIST => Self::NameTaken { message },
             // "operation failed: domain 'x' already exists with uuid ..." and its like for every kind of object.
@@ -281,7 +289,7 @@ mod tests {
     #[test]
     fn sorted_by_code_and_text() {
         let sort = LibvirtError::from_libvirt;
-        let cases: [(LibvirtError, &str); 30] = [
+        let cases: [(LibvirtError, &str); 31] = [
             (
                 sort(9, "snapshot-save job failed: Error while writing VM state: Input/output error"),
                 "StateNotWritten",
@@ -309,6 +317,7 @@ mod tests {
             (sort(42, "Domain not found"), "NoSuchDomain"),
             (sort(72, "no domain snapshot with matching name 'x'"), "NoSuchSnapshot"),
             (sort(43, "Network not found"), "NoSuchNetwork"),
+            (sort(99, "device not found: no device matching MAC address x"), "NoSuchDevice"),
             (sort(62, "no nwfilter with matching name 'x'"), "NoSuchFilter"),
             (sort(9, "operation failed: domain 'x' already exists with uuid y"), "NameTaken"),
             (sort(55, "domain is already active as 'x': is already in use"), "NameTaken"),

@@ -38,6 +38,7 @@ mockall::mock! {
         fn xml(&self, id: VmId, view: XmlView) -> Result<String>;
         fn stats(&self, id: VmId) -> Result<DomainStats>;
         fn limit_memory(&self, id: VmId, limit: Option<ByteSize>) -> Result<()>;
+        fn update_device(&self, id: VmId, xml: &str) -> Result<()>;
         fn monitor(&self, id: VmId, command: &str) -> Result<String>;
         fn agent(&self, id: VmId, command: &str, timeout: Duration) -> Result<String>;
     }

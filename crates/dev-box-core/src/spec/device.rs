@@ -106,10 +106,22 @@ pub struct Interface {
     pub ip: Option<Ipv4Addr>,
     /// The host's end (`tap` name), at most 15 bytes, not beginning with `vnet` (libvirt's own).
     pub target_dev: Option<String>,
-    /// The network filter. May be missing only under a named policy.
+    /// The network filter. May be missing only under a named policy, or while the link is down.
     pub filter: Option<FilterRef>,
+    /// Whether its cable is plugged in.
+    pub link: LinkState,
     /// Whether the bridge keeps it from other isolated ports (`<port isolated='yes'/>`).
     pub port_isolated: bool,
+}
+
+/// Whether packets get from the guest's interface to the host's, and back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LinkState {
+    /// They do, as far as the filter lets them.
+    #[default]
+    Up,
+    /// None does: QEMU drops them, and the guest sees no carrier.
+    Down,
 }
 
 /// A reference to a libvirt network filter.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::accel::Accelerator;
 use crate::size::ByteSize;
-use crate::spec::{BootSource, Interface, NetworkMode, VmSpec};
+use crate::spec::{BootSource, Interface, LinkState, NetworkMode, VmSpec};
 use crate::xml::is_legal;
 
 /// The longest path of a Unix socket, in bytes (`sun_path` without its final NUL, unix(7)).
@@ -79,7 +79,7 @@ pub enum SpecError {
     NoDisk,
     /// An interface that nothing filters.
     #[error(
-        "the interface has no filter: network mode {mode} must have one (only a named policy may go without)"
+        "the interface has no filter: network mode {mode} must have one (only a named policy may go without, or a link that is down)"
     )]
     Unfiltered {
         /// The network mode.
@@ -255,9 +255,9 @@ fn check_interface(interface: &Interface, mode: &NetworkMode) -> Checked {
         }
     }
     let Some(filter) = &interface.filter else {
-        return match mode {
-            NetworkMode::Named(_) => Ok(()),
-            mode => Err(SpecError::Unfiltered { mode: mode.as_str().to_owned() }),
+        return match (mode, interface.link) {
+            (NetworkMode::Named(_), _) | (_, LinkState::Down) => Ok(()),
+            (mode, LinkState::Up) => Err(SpecError::Unfiltered { mode: mode.as_str().to_owned() }),
         };
     };
     if interface.ip.is_none() {

@@ -11,7 +11,7 @@ use crate::id::VmName;
 use crate::size::ByteSize;
 use crate::spec::{
     Bandwidth, BlockLimits, BootSource, Channel, Disk, DiskCache, DiskFormat, FilterRef, Interface,
-    NetworkMode, Ownership, ResourceProfile, RunAs, Share, VmSpec,
+    LinkState, NetworkMode, Ownership, ResourceProfile, RunAs, Share, VmSpec,
 };
 use crate::xml::Node;
 
@@ -244,6 +244,10 @@ fn interface(node: &Node, meta: &Node) -> Read<Interface> {
         ip,
         target_dev: node.at("target").and_then(|t| t.get("dev")).map(str::to_owned),
         filter,
+        link: match node.at("link").and_then(|l| l.get("state")) {
+            Some("down") => LinkState::Down,
+            _ => LinkState::Up,
+        },
         port_isolated: node.at("port").and_then(|p| p.get("isolated")) == Some("yes"),
     })
 }

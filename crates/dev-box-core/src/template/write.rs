@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{GUEST_AGENT_PORT, METADATA_NAMESPACE};
 use crate::accel::Accelerator;
-use crate::spec::{BootSource, Channel, Disk, Interface, ResourceProfile, RunAs, Share, VmSpec};
+use crate::spec::{BootSource, Channel, Disk, Interface, LinkState, ResourceProfile, RunAs, Share, VmSpec};
 use crate::xml::Node;
 
 /// The period of the CPU quota, in microseconds.
@@ -225,7 +225,7 @@ fn channel(channel: &Channel) -> Node {
         .with(Node::new("target").attr("type", "virtio").attr("name", &channel.name))
 }
 
-fn interface(interface: &Interface, resources: &ResourceProfile) -> Node {
+pub(super) fn interface(interface: &Interface, resources: &ResourceProfile) -> Node {
     let limits = &resources.bandwidth;
     let bandwidth = (limits.download_kib.is_some() || limits.upload_kib.is_some()).then(|| {
         let limit = |name, kib: Option<u64>| kib.map(|kib| Node::new(name).attr("average", kib.to_string()));
@@ -249,6 +249,7 @@ fn interface(interface: &Interface, resources: &ResourceProfile) -> Node {
         .with(Node::new("model").attr("type", "virtio"))
         .with_all(filter)
         .with_all(bandwidth)
+        .with_all((interface.link == LinkState::Down).then(|| Node::new("link").attr("state", "down")))
         .with_all(interface.port_isolated.then(|| Node::new("port").attr("isolated", "yes")))
 }
 

@@ -29,7 +29,7 @@ mod on_the_fake {
         Some((Rung::new(libvirt.connector(), "fake:///", "contract-", domain, "/none"), libvirt))
     }
 
-    contract!(rung; domains, names, transient, events, read_only, snapshots, networks, filters);
+    contract!(rung; devices, domains, names, transient, events, read_only, snapshots, networks, filters);
 }
 
 #[cfg(feature = "libvirt")]
@@ -63,7 +63,7 @@ mod on_libvirts_test_driver {
         Some((rung, directory))
     }
 
-    contract!(rung; domains, names, transient, events, read_only, snapshots, networks, filters);
+    contract!(rung; devices, domains, names, transient, events, read_only, snapshots, networks, filters);
 }
 
 #[cfg(feature = "libvirt")]
@@ -101,5 +101,5 @@ mod on_qemu {
         Some((rung, scratch))
     }
 
-    contract!(rung; domains, names, transient, events, read_only, snapshots, networks, filters);
+    contract!(rung; devices, domains, names, transient, events, read_only, snapshots, networks, filters);
 }

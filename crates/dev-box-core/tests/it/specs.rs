@@ -71,6 +71,7 @@ pub(crate) fn full(accelerator: Accelerator) -> VmSpec {
             name: "dev-box-nat-filtered".into(),
             parameters: vec![("GATEWAY".into(), "192.168.240.1".into())],
         }),
+        link: LinkState::Up,
         port_isolated: true,
     });
     spec.console_log = Some(format!("{vm}/console.log").into());
@@ -99,7 +100,13 @@ pub(crate) fn variants() -> Vec<(&'static str, VmSpec)> {
         interface.target_dev = None;
         interface.port_isolated = false;
     }
+    let mut unplugged = full(Tcg);
+    if let Some(interface) = &mut unplugged.interface {
+        interface.filter = None;
+        interface.link = LinkState::Down;
+    }
     vec![
+        ("unplugged", unplugged),
         ("plain-kvm", plain(Kvm)),
         ("plain-tcg", plain(Tcg)),
         ("full-kvm", full(Kvm)),
@@ -138,13 +145,15 @@ fn interface(named: bool) -> impl Strategy<Value = Interface> {
     let parameters = vec(("[A-Z_]{1,8}x", "[A-Za-z0-9_./:-]{1,20}"), 0..3);
     let filter = (text(), parameters).prop_map(|(name, parameters)| FilterRef { name, parameters });
     let filter = (filter, any::<bool>()).prop_map(move |(f, keep)| (!named || keep).then_some(f));
-    (text(), any::<[u8; 3]>(), any::<u32>(), option::of("t[a-z0-9.-]{0,14}"), filter, any::<bool>()).prop_map(
-        |(network, [a, b, c], ip, target_dev, filter, port_isolated)| Interface {
+    let flags = (any::<bool>(), any::<bool>());
+    (text(), any::<[u8; 3]>(), any::<u32>(), option::of("t[a-z0-9.-]{0,14}"), filter, flags).prop_map(
+        |(network, [a, b, c], ip, target_dev, filter, (up, port_isolated))| Interface {
             network,
             mac: MacAddress::qemu(a, b, c),
             ip: Some(ip.into()),
             target_dev,
             filter,
+            link: if up { LinkState::Up } else { LinkState::Down },
             port_isolated,
         },
     )

@@ -174,6 +174,9 @@ impl LibvirtProvisioner {
         vm.session.close();
         let domain = Vm::find(self.connection(), vm.name.as_str()).await.map_err(CreateError::Vm)?;
         domain.pause().await.map_err(CreateError::Vm)?;
+        // The link's state is part of the device's: a clone's interface stays unplugged until its filter stands.
+        let template = domain.template().await.map_err(CreateError::Vm)?;
+        domain.unplug(&template).await.map_err(CreateError::Vm)?;
         monitor::leave_ram_alone(&domain).await.map_err(CreateError::Save)?;
         monitor::save(&domain, &staged.state()).await.map_err(CreateError::Save)?;
         domain.remove().await.map_err(CreateError::Vm)?;

@@ -3,6 +3,7 @@ use std::time::Duration;
 use dev_box_core::accel::AcceleratorPolicy;
 use dev_box_core::libvirt::{Domains, LibvirtError, XmlView};
 use dev_box_core::size::ByteSize;
+use dev_box_core::spec::LinkState;
 use dev_box_core::template::VmTemplate;
 use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, TransportChoice};
 
@@ -132,6 +133,45 @@ async fn whichever_call_of_libvirt_fails_nothing_is_left() {
         assert!(chain(&error).contains("scripted"), "{call}: {}", chain(&error));
         bench.assert_clean();
     }
+}
+
+#[tokio::test]
+async fn a_network_whose_filter_or_link_does_not_come_is_no_network() {
+    for nth in [1, 2] {
+        let bench = Bench::new(Guest::Obeys).await;
+        let error = LibvirtError::OperationFailed { code: 1, message: "scripted".to_owned() };
+        bench.libvirt.fail_nth("update_device", nth, error);
+        let error = bench.provisioner.provision(&request()).await.unwrap_err();
+        assert!(chain(&error).contains("network's filter"), "{}", chain(&error));
+        assert!(chain(&error).contains("scripted"), "{}", chain(&error));
+        bench.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn a_vm_starts_unplugged_and_is_handed_out_with_its_link_up() {
+    let bench = Bench::new(Guest::Obeys).await;
+    bench.libvirt.delay("update_device", Duration::from_millis(100));
+    let provisioner = bench.provisioner.clone();
+    let making = tokio::spawn(async move { provisioner.provision(&request()).await });
+    let interface = || {
+        let domain = bench.libvirt.list().unwrap().pop()?;
+        let xml = bench.libvirt.xml(domain.id, XmlView::Current).unwrap();
+        VmTemplate::from_xml(&xml).unwrap().into_spec().interface
+    };
+    let started = loop {
+        match interface() {
+            Some(interface) => break interface,
+            None => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+    };
+    assert_eq!((started.link, started.filter.is_some()), (LinkState::Down, false));
+    let vm = making.await.unwrap().unwrap();
+    let plugged = interface().unwrap();
+    assert_eq!((plugged.link, plugged.filter.is_some()), (LinkState::Up, true));
+    assert_eq!(plugged.mac, started.mac);
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.assert_clean();
 }
 
 #[tokio::test]

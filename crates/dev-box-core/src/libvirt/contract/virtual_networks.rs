@@ -6,7 +6,7 @@ use super::{Rung, ok, refused};
 use crate::libvirt::Access;
 use crate::xml::Node;
 
-fn network(name: &str, id: Uuid, bridge: &str) -> String {
+pub(super) fn network(name: &str, id: Uuid, bridge: &str) -> String {
     // Without addresses, so that it starts wherever there is a bridge to be made.
     Node::new("network")
         .with(Node::text("name", name))
@@ -50,7 +50,7 @@ pub fn networks(rung: &Rung) {
     assert_eq!(ok(libvirt.find_network(&name), "find"), None);
 }
 
-fn filter(name: &str, id: Uuid, port: u16) -> String {
+pub(super) fn filter(name: &str, id: Uuid, port: u16) -> String {
     let tcp = Node::new("tcp").attr("dstportstart", port.to_string());
     Node::new("filter")
         .attr("name", name)

@@ -392,6 +392,30 @@ impl Domains for FakeLibvirt {
         Ok(())
     }
 
+    fn update_device(&self, id: VmId, xml: &str) -> Result<()> {
+        let mut state = self.enter("update_device", true)?;
+        let mut root = Node::parse(state.running(id)?.xml()).unwrap_or_default();
+        let new = Node::parse(xml).map_err(|error| LibvirtError::from_libvirt(27, &error.to_string()))?;
+        if new.name() != "interface" {
+            return refuse(67, format!("unsupported configuration: can't modify device '{}'", new.name()));
+        }
+        let mac = |node: &Node| node.child("mac").and_then(|mac| mac.get("address")).map(str::to_owned);
+        let interface = root
+            .child_mut("devices")
+            .and_then(|devices| devices.children_mut("interface").find(|it| mac(it) == mac(&new)));
+        let Some(interface) = interface else {
+            return refuse(
+                99,
+                format!("device not found: no device matching MAC address {:?} found", mac(&new)),
+            );
+        };
+        *interface = new;
+        let changed = root.to_xml();
+        state.can_start(&changed)?;
+        state.running(id)?.active = Some(changed);
+        Ok(())
+    }
+
     fn monitor(&self, id: VmId, command: &str) -> Result<String> {
         let mut state = self.enter("monitor", true)?;
         state.running(id)?;

@@ -176,6 +176,10 @@ impl Domains for VirtDriver {
         self.domain(id)?.set_memory_parameters(parameters, sys::VIR_DOMAIN_AFFECT_LIVE).map_err(of)
     }
 
+    fn update_device(&self, id: VmId, xml: &str) -> Result<()> {
+        self.domain(id)?.update_device_flags(xml, sys::VIR_DOMAIN_AFFECT_LIVE).map_err(of)
+    }
+
     fn monitor(&self, id: VmId, command: &str) -> Result<String> {
         self.domain(id)?.qemu_monitor_command(command, 0).map_err(of)
     }
