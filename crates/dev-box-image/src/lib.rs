@@ -34,6 +34,7 @@ pub mod digest;
 mod lock;
 pub mod manifest;
 mod modinfo;
+mod modsig;
 pub mod name;
 pub mod overlay;
 pub mod progress;

@@ -247,6 +247,8 @@ pub(super) fn interface(interface: &Interface, resources: &ResourceProfile) -> N
         .with(Node::new("source").attr("network", &interface.network))
         .with_all(interface.target_dev.as_ref().map(|dev| Node::new("target").attr("dev", dev)))
         .with(Node::new("model").attr("type", "virtio"))
+        // Nothing boots from it: the firmware need not run its boot program.
+        .with(Node::new("rom").attr("enabled", "no"))
         .with_all(filter)
         .with_all(bandwidth)
         .with_all((interface.link == LinkState::Down).then(|| Node::new("link").attr("state", "down")))

@@ -9,6 +9,7 @@ use super::modules::{self, Module, ModuleError};
 use super::{BuildError, Job, packages, vmlinux};
 use crate::command::Command;
 use crate::manifest::Package;
+use crate::modsig;
 use crate::progress::Step;
 use crate::store;
 
@@ -129,9 +130,22 @@ fn choose(job: &Job<'_>, tree: &Path, version: &str) -> Result<Vec<Module>, Kern
     let mut files = std::collections::BTreeMap::new();
     collect(&directory, 0, &mut files)
         .map_err(|source| KernelError::Io { path: directory.clone(), source })?;
-    let mut read =
-        |path: &Path| content(job, path).map_err(|source| KernelError::Io { path: path.to_owned(), source });
+    let insists = insists_on_signatures(tree, version);
+    let mut read = |path: &Path| {
+        let mut module =
+            content(job, path).map_err(|source| KernelError::Io { path: path.to_owned(), source })?;
+        if !insists {
+            modsig::strip(&mut module);
+        }
+        Ok(module)
+    };
     modules::closure(&files, &modules::builtin_names(&builtin), &mut read)
+}
+
+/// Whether the kernel loads no module without a signature. Debian's does not insist.
+fn insists_on_signatures(tree: &Path, version: &str) -> bool {
+    let config = fs::read_to_string(tree.join("boot").join(format!("config-{version}"))).unwrap_or_default();
+    config.lines().any(|line| line == "CONFIG_MODULE_SIG_FORCE=y")
 }
 
 fn collect(
@@ -206,6 +220,19 @@ mod tests {
         assert_eq!(version_in(at).unwrap(), "6.1");
         fs::create_dir_all(at.join("usr/lib/modules/6.2")).unwrap();
         assert!(matches!(version_in(at), Err(KernelError::NoKernel { .. })));
+    }
+
+    #[test]
+    fn a_kernel_that_insists_on_signatures_says_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path();
+        assert!(!insists_on_signatures(at, "6.1"));
+        fs::create_dir(at.join("boot")).unwrap();
+        fs::write(at.join("boot/config-6.1"), "CONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not set\n")
+            .unwrap();
+        assert!(!insists_on_signatures(at, "6.1"));
+        fs::write(at.join("boot/config-6.1"), "CONFIG_MODULE_SIG_FORCE=y\n").unwrap();
+        assert!(insists_on_signatures(at, "6.1"));
     }
 
     #[test]
