@@ -1,5 +1,6 @@
 //! dev-box as a whole, on real VMs.
 
+mod daemon;
 mod doctor;
 mod net;
 mod run;

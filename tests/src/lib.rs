@@ -1,6 +1,8 @@
 //! The harness of the whole-system tests: a state root of its own for each test, the `dev-box` program as a user
 //! would call it, and a look at the host afterwards for anything left behind.
 
+mod daemon;
+
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
@@ -10,6 +12,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+
+pub use daemon::Daemon;
 
 /// Where `cargo xtask setup` puts the guest image that all tests share.
 const SHARED_IMAGES: &str = "/var/lib/dev-box/images";
@@ -128,11 +132,12 @@ impl Running {
         };
         let stdout = drain(self.child.stdout.take().map(|pipe| Box::new(pipe) as _));
         let stderr = drain(self.child.stderr.take().map(|pipe| Box::new(pipe) as _));
+        let waiting = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("a child of ours") {
                 break status;
             }
-            if self.started.elapsed() > PATIENCE {
+            if waiting.elapsed() > PATIENCE {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 let text = |thread: std::thread::JoinHandle<Vec<u8>>| {
@@ -186,11 +191,17 @@ impl Host {
         self.root.path()
     }
 
+    /// Where this host's daemon listens.
+    pub fn socket(&self) -> PathBuf {
+        self.root.path().join("dev-box.sock")
+    }
+
     /// `dev-box` with this host's state, ready for arguments.
     pub fn command(&self) -> Command {
         let mut command = Command::new(program());
         command
             .env("DEV_BOX_HOST__STATE_ROOT", self.root.path())
+            .env("DEV_BOX_DAEMON__SOCKET", self.socket())
             .env("DEV_BOX_VM__MEMORY", "256MiB")
             .env("DEV_BOX_VM__CPUS", "1")
             .env_remove("RUST_LOG")

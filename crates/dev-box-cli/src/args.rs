@@ -1,13 +1,17 @@
 //! The command line, as clap reads it.
 
+mod vm;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueHint};
 use dev_box::core::clock::EasternTime;
-use dev_box::core::size::ByteSize;
-use dev_box::image::ImageName;
+
+use crate::commands;
+
+pub(crate) use vm::{Net, VmOptions};
 
 /// Run CLI coding agents, and the code they write, in disposable KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -36,12 +40,22 @@ Examples:
 pub(crate) enum Command {
     /// Run a command in a fresh VM, and remove the VM.
     Run(RunArgs),
+    /// Own VMs that live longer than a command, and serve the other commands, until stopped.
+    Serve(commands::serve::ServeArgs),
+    /// Make a VM that the daemon keeps.
+    Start(commands::start::StartArgs),
+    /// Run a command in a VM that the daemon keeps.
+    Exec(commands::exec::ExecArgs),
+    /// List the VMs that the daemon keeps.
+    Ps(commands::ps::PsArgs),
+    /// Remove VMs that the daemon keeps.
+    Rm(commands::rm::RmArgs),
     /// Guest images: build, list, inspect, remove.
     #[command(subcommand)]
     Image(ImageCommand),
     /// Templates: running machines, kept to be cloned.
     #[command(subcommand)]
-    Template(crate::commands::template::TemplateCommand),
+    Template(commands::template::TemplateCommand),
     /// The network of the VMs.
     #[command(subcommand)]
     Net(NetCommand),
@@ -105,29 +119,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) env_from_host: Vec<String>,
 
-    /// The network the VM gets.
-    #[arg(long, value_enum, default_value_t = Net::NatFiltered)]
-    pub(crate) net: Net,
-
-    /// Virtual CPUs.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub(crate) cpus: Option<u32>,
-
-    /// Guest memory: 512MiB, 4GiB.
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) memory: Option<ByteSize>,
-
-    /// Guest image.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) image: Option<String>,
-
-    /// Clone this template; fail if it does not serve [default: any that serves, else a boot].
-    #[arg(long, value_name = "NAME", conflicts_with = "no_template")]
-    pub(crate) template: Option<ImageName>,
-
-    /// Boot the VM, even if a template would serve.
-    #[arg(long)]
-    pub(crate) no_template: bool,
+    #[command(flatten)]
+    pub(crate) vm: VmOptions,
 
     /// Run as this user of the image [default: root].
     #[arg(short, long, value_name = "USER")]
@@ -141,14 +134,6 @@ pub(crate) struct RunArgs {
     #[arg(short, long)]
     pub(crate) interactive: bool,
 
-    /// Refuse to run where KVM does not work, instead of emulating.
-    #[arg(long)]
-    pub(crate) require_kvm: bool,
-
-    /// The control channel.
-    #[arg(long, value_enum, default_value_t = ChannelChoice::Auto)]
-    pub(crate) channel: ChannelChoice,
-
     /// Print the result as one JSON object on stdout when done; the command's own output is in it, not streamed.
     #[arg(long)]
     pub(crate) json: bool,
@@ -160,26 +145,6 @@ pub(crate) struct RunArgs {
     /// The command and its arguments; no shell is put between.
     #[arg(trailing_var_arg = true, required = true, value_name = "CMD", value_hint = ValueHint::CommandWithArguments)]
     pub(crate) argv: Vec<OsString>,
-}
-
-/// The network a VM gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Net {
-    /// Out: DNS, HTTP, HTTPS, SSH, git, to public addresses only. In: nothing.
-    NatFiltered,
-    /// No network interface at all.
-    Isolated,
-}
-
-/// The control channel between host and guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ChannelChoice {
-    /// vsock where the host has it, else virtio-serial.
-    Auto,
-    /// virtio-serial.
-    Serial,
-    /// virtio-vsock.
-    Vsock,
 }
 
 #[derive(Debug, Subcommand)]
@@ -313,7 +278,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn variable(text: &str) -> Result<(String, String), String> {
+pub(crate) fn variable(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("expected NAME=VALUE (to pass a variable on from here: --env-from-host NAME)".to_owned()),
@@ -354,7 +319,7 @@ mod tests {
         let cli = Cli::try_parse_from(["dev-box", "run", "--cpus", "2", "--", "ls", "--cpus", "-v"]).unwrap();
         let Command::Run(run) = cli.command else { panic!("not run") };
         assert_eq!(run.argv, ["ls", "--cpus", "-v"]);
-        assert_eq!(run.cpus, Some(2));
+        assert_eq!(run.vm.cpus, Some(2));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod daemon;
 mod exit;
 mod interrupt;
 mod live;
@@ -34,14 +35,14 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             output::error(&failure);
-            // 1 is a job's own business: `run` keeps to the codes that shells and container tools use.
+            // 1 is a job's own business: `run` and `exec` keep to the codes that shells and container tools use.
             ExitCode::from(if running { exit::DEV_BOX_FAILED } else { 1 })
         }
     }
 }
 
 fn is_run(command: &Command) -> bool {
-    matches!(command, Command::Run(_))
+    matches!(command, Command::Run(_) | Command::Exec(_))
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
@@ -54,6 +55,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let outcome = runtime.block_on(async {
         match cli.command {
             Command::Run(args) => commands::run::run(config, args).await,
+            Command::Serve(args) => commands::serve::run(config, args).await,
+            Command::Start(args) => commands::start::run(config, args).await,
+            Command::Exec(args) => Box::pin(commands::exec::run(config, args)).await,
+            Command::Ps(args) => commands::ps::run(config, args).await,
+            Command::Rm(args) => commands::rm::run(config, args).await,
             Command::Image(command) => commands::image::run(config, command).await,
             Command::Template(command) => commands::template::run(config, command).await,
             Command::Net(command) => commands::net::run(config, command).await,

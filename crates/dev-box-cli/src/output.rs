@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 
+use dev_box::exec::{ExecutionResult, Outcome};
 use dev_box::observe::logging::LogOptions;
 use serde::Serialize;
 
@@ -35,6 +36,18 @@ pub(crate) fn note(text: impl fmt::Display) {
 /// What ended the program.
 pub(crate) fn error(failure: &Failure) {
     note(format_args!("error: {failure}"));
+}
+
+/// How a job ended, when that needs a word.
+pub(crate) fn ending(result: &ExecutionResult) {
+    match result.outcome {
+        Outcome::Exited => {}
+        Outcome::TimedOut => note("timed out: the command was ended"),
+        Outcome::Cancelled => note("stopped"),
+        Outcome::GuestLost | Outcome::Failed { .. } => {
+            note(format_args!("error: {}", result.error.as_deref().unwrap_or("the VM was lost")));
+        }
+    }
 }
 
 /// What is logged to stderr: `RUST_LOG` where set, else by the number of `-v`.

@@ -9,6 +9,7 @@
 //! | [`hello`] | the first frame each way: generations, nonce, limits | none |
 //! | [`mux`] | streams, lanes, credit: a pure state machine | none |
 //! | [`session`] | the driver task and the handles | any `AsyncRead + AsyncWrite` |
+//! | [`relay`](mod@relay) | a stream of one session handed on to another | none of its own |
 //! | [`transport`] | how a connection comes to be: unix socket, vsock | yes |
 //! | [`share`] | rules of the 9p workspace | none |
 //!
@@ -19,6 +20,7 @@ pub mod frame;
 pub mod hello;
 pub mod message;
 pub mod mux;
+pub mod relay;
 pub mod session;
 pub mod share;
 #[cfg(any(test, feature = "testing"))]
@@ -27,6 +29,7 @@ pub mod transport;
 
 pub use hello::{GuestHello, HandshakeError, HostHello, Nonce};
 pub use message::{Message, Request};
+pub use relay::{Relayed, relay};
 pub use session::{CloseReason, GuestStream, Incoming, LaneReader, LaneWriter, Session, Stream};
 
 /// Name of the virtio-serial port.

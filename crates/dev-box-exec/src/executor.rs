@@ -7,16 +7,19 @@ mod accounts;
 mod audit;
 mod failure;
 mod files;
-mod measure;
+pub(crate) mod measure;
 mod output;
 mod process;
 mod report;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dev_box_comm::message::ExecRequest;
+use dev_box_comm::session::Session;
 use dev_box_core::clock::Clock;
+use dev_box_core::id::VmName;
 use dev_box_observe::{Actor, AuditSink};
 
 use self::audit::Who;
@@ -29,6 +32,7 @@ use crate::job::Job;
 use crate::outcome::{ExecutionResult, Outcome, Phase};
 use crate::provisioner::{Provisioner, ReadyVm, VmRequest};
 use crate::sink::OutputSink;
+use crate::workspace::Owner;
 
 /// Runs jobs. Cheap to clone; one serves any number of VMs at a time.
 #[derive(Debug, Clone)]
@@ -78,7 +82,23 @@ impl AgentExecutor {
         cancel: Cancel,
     ) -> ExecutionResult {
         let mut report = Report::begin(&*self.clock, job.id);
-        self.execute_in(vm, job, &*sink, &cancel, &mut report).await;
+        self.execute_in(Place::of(vm), job, &*sink, &cancel, &mut report).await;
+        report.finish(&*self.clock)
+    }
+
+    /// As [`execute`](Self::execute) in a VM of which there is a session and no more: through a
+    /// [`Gateway`](crate::Gateway), for example. There is no share then: a job with a workspace fails.
+    pub async fn execute_on(
+        &self,
+        vm: &VmName,
+        session: &Session,
+        job: Job,
+        sink: Arc<dyn OutputSink>,
+        cancel: Cancel,
+    ) -> ExecutionResult {
+        let mut report = Report::begin(&*self.clock, job.id);
+        let place = Place { name: vm, session, share: None };
+        self.execute_in(place, job, &*sink, &cancel, &mut report).await;
         report.finish(&*self.clock)
     }
 
@@ -112,7 +132,7 @@ impl AgentExecutor {
             Ok(vm) => {
                 let mut leased = Leased { provisioner, vm: Some(vm) };
                 if let Some(vm) = &leased.vm {
-                    self.execute_in(vm, job, &*sink, &cancel, &mut report).await;
+                    self.execute_in(Place::of(vm), job, &*sink, &cancel, &mut report).await;
                 }
                 report.enter(Phase::Reset);
                 if let Some(vm) = leased.vm.take() {
@@ -126,13 +146,13 @@ impl AgentExecutor {
 
     async fn execute_in(
         &self,
-        vm: &ReadyVm,
+        vm: Place<'_>,
         job: Job,
         sink: &dyn OutputSink,
         cancel: &Cancel,
         report: &mut Report,
     ) {
-        let who = Who { sink: &self.audit, actor: &self.actor, vm: &vm.name, job: job.id };
+        let who = Who { sink: &self.audit, actor: &self.actor, vm: vm.name, job: job.id };
         if let Err(cause) = Box::pin(self.phases(vm, job, sink, cancel, &who, report)).await {
             tracing::debug!(vm = %vm.name, %cause, "the job failed");
             measure::violation(&cause, &who);
@@ -142,7 +162,7 @@ impl AgentExecutor {
 
     async fn phases(
         &self,
-        vm: &ReadyVm,
+        vm: Place<'_>,
         mut job: Job,
         sink: &dyn OutputSink,
         cancel: &Cancel,
@@ -173,7 +193,7 @@ impl AgentExecutor {
 
     async fn process(
         &self,
-        vm: &ReadyVm,
+        vm: Place<'_>,
         job: Job,
         sink: &dyn OutputSink,
         cancel: &Cancel,
@@ -185,6 +205,7 @@ impl AgentExecutor {
         let mut plan = Plan {
             request,
             stdin: job.stdin,
+            resizes: job.terminal.and_then(|terminal| terminal.resizes),
             timeout: job.timeout,
             grace: job.grace,
             caps: job.caps,
@@ -192,7 +213,7 @@ impl AgentExecutor {
             cancel,
             patience: self.patience,
         };
-        let process = match process::start(&vm.session, &mut plan).await {
+        let process = match process::start(vm.session, &mut plan).await {
             Ok(process) => process,
             Err(cause) => {
                 measure::refused();
@@ -215,7 +236,7 @@ impl AgentExecutor {
 
     async fn results(
         &self,
-        vm: &ReadyVm,
+        vm: Place<'_>,
         injected: &Injected,
         state: Outcome,
         cancel: &Cancel,
@@ -232,7 +253,7 @@ impl AgentExecutor {
         }
         report.enter(Phase::Collect);
         if state != Outcome::GuestLost {
-            files::unmount(&vm.session, injected, cancel, &mut report.warnings).await?;
+            files::unmount(vm.session, injected, cancel, &mut report.warnings).await?;
         }
         match files::collect(injected, complete, who, cancel, &mut report.warnings).await {
             Ok(results) => {
@@ -247,6 +268,21 @@ impl AgentExecutor {
     }
 }
 
+/// Where a job runs.
+#[derive(Debug, Clone, Copy)]
+struct Place<'a> {
+    name: &'a VmName,
+    session: &'a Session,
+    /// The staging directory, and whom what lies in it must belong to.
+    share: Option<(&'a Path, Option<Owner>)>,
+}
+
+impl<'a> Place<'a> {
+    fn of(vm: &'a ReadyVm) -> Self {
+        Self { name: &vm.name, session: &vm.session, share: Some((&vm.share, vm.share_owner)) }
+    }
+}
+
 fn request(job: &Job) -> ExecRequest {
     let mut request = ExecRequest::new(job.argv.iter().map(|arg| arg.as_os_str()));
     request.env =
@@ -256,6 +292,9 @@ fn request(job: &Job) -> ExecRequest {
     request.stdin = !matches!(job.stdin, crate::job::Stdin::Null);
     request.grace_ms = u64::try_from(job.grace.as_millis()).unwrap_or(u64::MAX);
     request.job = Some(job.id.to_string());
+    request.pty = job.terminal.as_ref().map(|terminal| terminal.size);
+    request.limits = job.limits;
+    request.umask = job.umask;
     request
 }
 

@@ -6,8 +6,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
+use dev_box_comm::message::{Limits, PtySize};
 use dev_box_core::id::JobId;
 use tokio::io::AsyncRead;
+use tokio::sync::watch;
 
 use crate::workspace::WorkspaceIn;
 
@@ -84,6 +86,21 @@ pub struct Job {
     pub caps: OutputCaps,
     /// Its standard input.
     pub stdin: Stdin,
+    /// The terminal it runs on, if it is to have one: its output is then one stream, on standard output.
+    pub terminal: Option<Terminal>,
+    /// What it may use, all its processes together.
+    pub limits: Limits,
+    /// Its file creation mask; `0o022` where not given.
+    pub umask: Option<u32>,
+}
+
+/// A terminal for a job.
+#[derive(Debug, Clone)]
+pub struct Terminal {
+    /// Its size at first.
+    pub size: PtySize,
+    /// Its size from then on, when it can change.
+    pub resizes: Option<watch::Receiver<PtySize>>,
 }
 
 impl Job {
@@ -101,6 +118,9 @@ impl Job {
             workspace: None,
             caps: OutputCaps::default(),
             stdin: Stdin::Null,
+            terminal: None,
+            limits: Limits::default(),
+            umask: None,
         }
     }
 }

@@ -6,6 +6,7 @@
 //! | [`provisioner`] | the seam: `Provisioner`, and the `ReadyVm` it gives | none |
 //! | [`pool`] | [`VmPool`](pool::VmPool): VMs that are ready before they are asked for | none of its own |
 //! | [`executor`] | [`AgentExecutor`]: a job through all its phases | the VM's session |
+//! | [`gateway`] | [`Gateway`]: a VM's one channel for many clients, audited | sessions |
 //! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
 //! | [`terminal`] | what of a guest's output a person may see | none |
 //! | `testing` | doubles: a provisioner without VMs, a guest that follows a script (feature `testing`) | |
@@ -15,6 +16,7 @@
 
 pub mod cancel;
 pub mod executor;
+pub mod gateway;
 pub mod job;
 pub mod outcome;
 pub mod pool;
@@ -26,8 +28,10 @@ pub mod testing;
 pub mod workspace;
 
 pub use cancel::{Cancel, CancelSource};
+pub use dev_box_comm::message::{Limits as JobLimits, PtySize};
 pub use executor::AgentExecutor;
-pub use job::{Job, OutputCaps, Stdin};
+pub use gateway::Gateway;
+pub use job::{Job, OutputCaps, Stdin, Terminal};
 pub use outcome::{Captured, ExecutionResult, Outcome, Phase, Timings, Usage};
 pub use provisioner::{
     NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice, VmFacts, VmRequest,

@@ -11,9 +11,13 @@
 //! a character cut in two grows it. What is left over holds nothing but printable text, tabs and line feeds; passing
 //! it through again changes nothing.
 
+mod modes;
+
 use std::fmt;
 
 use vte::{Params, Parser, Perform};
+
+pub use modes::Modes;
 
 /// Bytes without any text after which an unfinished sequence is given up, should the parser buffer it.
 const GIVE_UP: usize = 1 << 20;

@@ -37,6 +37,19 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Limits of what a job may send back.
     pub limits: Limits,
+    /// The daemon, `dev-box serve`.
+    pub daemon: DaemonConfig,
+}
+
+/// Section `[daemon]`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DaemonConfig {
+    /// Its socket; `dev-box.sock` in `host.run_root` where this is not set.
+    pub socket: Option<PathBuf>,
+    /// The group whose members may use it, besides root and the daemon's own user. Whoever may use it may make VMs and
+    /// run anything in any of the daemon's VMs; nobody else may where this is not set.
+    pub group: Option<String>,
 }
 
 /// Section `[host]`.
@@ -176,6 +189,12 @@ impl Config {
     #[must_use]
     pub fn audit_dir(&self) -> PathBuf {
         self.host.state_root.join("audit")
+    }
+
+    /// Where the daemon listens.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.daemon.socket.clone().unwrap_or_else(|| self.host.run_root.join("dev-box.sock"))
     }
 
     /// Where the audit log's first key is put.

@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use check::{CheckError, check_host, check_vm};
-pub use config::{Config, ConfigError, HostConfig, Limits, Timeouts, VmConfig};
+pub use config::{Config, ConfigError, DaemonConfig, HostConfig, Limits, Timeouts, VmConfig};
 pub use dev_box_comm as comm;
 pub use dev_box_core as core;
 pub use dev_box_exec as exec;
@@ -202,6 +202,12 @@ impl DevBox {
     #[must_use]
     pub fn provisioner(&self) -> &LibvirtProvisioner {
         &self.provisioner
+    }
+
+    /// Where acts are written down.
+    #[must_use]
+    pub fn audit(&self) -> Arc<dyn AuditSink> {
+        Arc::clone(&self.audit) as _
     }
 
     /// Removes what owners that died have left.

@@ -3,8 +3,13 @@
 pub(crate) mod audit;
 pub(crate) mod completions;
 pub(crate) mod doctor;
+pub(crate) mod exec;
 pub(crate) mod gc;
 pub(crate) mod image;
 pub(crate) mod net;
+pub(crate) mod ps;
+pub(crate) mod rm;
 pub(crate) mod run;
+pub(crate) mod serve;
+pub(crate) mod start;
 pub(crate) mod template;

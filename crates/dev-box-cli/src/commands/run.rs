@@ -5,15 +5,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dev_box::core::accel::{self, Accelerator, AcceleratorPolicy};
+use dev_box::core::accel::{self, Accelerator};
 use dev_box::exec::{
-    CollectTo, DiscardSink, ExecutionResult, Job, NetworkMode, Outcome, OutputCaps, OutputSink, Owner, Stdin,
-    TransportChoice, VmRequest, WorkspaceIn,
+    CollectTo, DiscardSink, ExecutionResult, Job, OutputCaps, OutputSink, Owner, Stdin, WorkspaceIn,
 };
-use dev_box::provision::TemplateUse;
 use dev_box::{Config, DevBox};
 
-use crate::args::{ChannelChoice, Net, RunArgs};
+use crate::args::RunArgs;
+use crate::commands::exec::from_host;
 use crate::exit::Failure;
 use crate::live::Live;
 use crate::{interrupt, output};
@@ -37,39 +36,12 @@ pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failu
         }
     }
     let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { Arc::new(Live::new()) };
-    let request = request(&dev_box, &args);
-    let templates = match (&args.template, args.no_template) {
-        (Some(name), _) => TemplateUse::Named(name.clone()),
-        (None, true) => TemplateUse::Never,
-        (None, false) => TemplateUse::Fitting,
-    };
-    let dev_box = dev_box.using(templates);
+    let request = args.vm.request(&dev_box, "run");
+    let dev_box = dev_box.using(args.vm.templates());
     let result = dev_box.run(&request, job, sink, cancel.token()).await;
     dev_box.close().await;
     report(&args, &result)?;
     Ok(ExitCode::from(result.process_exit_code()))
-}
-
-fn request(dev_box: &DevBox, args: &RunArgs) -> VmRequest {
-    let mut request = dev_box.request("run");
-    if let Some(image) = &args.image {
-        request.image.clone_from(image);
-    }
-    request.resources.cpus = args.cpus.unwrap_or(request.resources.cpus);
-    request.resources.memory = args.memory.unwrap_or(request.resources.memory);
-    request.network = match args.net {
-        Net::NatFiltered => NetworkMode::NatFiltered,
-        Net::Isolated => NetworkMode::Isolated,
-    };
-    request.transport = match args.channel {
-        ChannelChoice::Auto => TransportChoice::Auto,
-        ChannelChoice::Serial => TransportChoice::Serial,
-        ChannelChoice::Vsock => TransportChoice::Vsock,
-    };
-    if args.require_kvm {
-        request.accelerator = AcceleratorPolicy::Kvm;
-    }
-    request
 }
 
 fn job(config: &Config, args: &RunArgs) -> Result<Job, Failure> {
@@ -78,9 +50,7 @@ fn job(config: &Config, args: &RunArgs) -> Result<Job, Failure> {
         job.env.push((name.into(), value.into()));
     }
     for name in &args.env_from_host {
-        let value = std::env::var_os(name)
-            .ok_or_else(|| Failure::new(format!("--env-from-host {name}: there is no such variable here")))?;
-        job.env.push((name.into(), value));
+        job.env.push((name.into(), from_host(name)?));
     }
     job.cwd.clone_from(&args.cwd);
     job.user.clone_from(&args.user);
@@ -137,7 +107,7 @@ fn owner_of(workspace: &Path) -> Result<Owner, Failure> {
 
 /// Never silently: what runs under emulation is slow, and QEMU does not call it a security boundary.
 fn warn_of_emulation(config: &Config, args: &RunArgs) {
-    if args.require_kvm {
+    if args.vm.require_kvm {
         return;
     }
     if let Ok(found) = config.vm.accelerator.choose(accel::detect())
@@ -154,14 +124,7 @@ fn report(args: &RunArgs, result: &ExecutionResult) -> Result<(), Failure> {
     if args.json {
         output::json(result)?;
     }
-    match result.outcome {
-        Outcome::Exited => {}
-        Outcome::TimedOut => output::note("timed out: the command was ended"),
-        Outcome::Cancelled => output::note("stopped"),
-        Outcome::GuestLost | Outcome::Failed { .. } => {
-            output::note(format_args!("error: {}", result.error.as_deref().unwrap_or("the VM was lost")));
-        }
-    }
+    output::ending(result);
     if args.quiet {
         return Ok(());
     }

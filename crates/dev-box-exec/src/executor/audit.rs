@@ -34,7 +34,7 @@ impl Who<'_> {
             env: EnvNames::names(job.env.iter().map(|(name, _)| name.as_bytes())),
             cwd: cwd.map(|cwd| path(Some(cwd))),
             user: job.user.as_deref().map(Text::new),
-            pty: false,
+            pty: job.terminal.is_some(),
             timeout_ms: job.timeout.map(millis),
         };
         Act::begin(self.sink, self.entry(Entry::intent(event))).await.map_err(Cause::Audit)

@@ -46,6 +46,8 @@ pub(super) enum Cause {
         #[source]
         source: io::Error,
     },
+    #[error("this VM has no share for a workspace: copy files with the channel instead")]
+    NoShare,
     #[error("the act could not be audited, so it was not done")]
     Audit(#[source] AuditError),
     #[error("a worker thread failed")]

@@ -10,12 +10,13 @@ use dev_box_observe::audit::FileTotals;
 use dev_box_observe::{Act, AuditEvent, AuditSink, Entry};
 use tokio::time::timeout;
 
+use super::Place;
 use super::accounts;
 use super::audit::{self, Who};
 use super::failure::{Cause, chain};
 use super::measure;
 use crate::cancel::{Cancel, Urgency};
-use crate::provisioner::{ReadyVm, SHARE_TAG};
+use crate::provisioner::SHARE_TAG;
 use crate::terminal;
 use crate::workspace::{
     self, CollectError, CollectTo, Collected, Destination, HostileShare, Manifest, Owner, Refused, Stop,
@@ -78,18 +79,19 @@ pub(super) async fn precheck(workspace: &WorkspaceIn, cancel: &Cancel) -> Result
 
 /// Stages the workspace and has the guest mount it.
 pub(super) async fn inject(
-    vm: &ReadyVm,
+    vm: Place<'_>,
     mut workspace: WorkspaceIn,
     user: Option<&str>,
     who: &Who<'_>,
     cancel: &Cancel,
     warnings: &mut Vec<String>,
 ) -> Result<Injected, Cause> {
+    let (share, share_owner) = vm.share.ok_or(Cause::NoShare)?;
     if let Some(user) = user {
         workspace.guest_owner = tokio::select! {
             biased;
             () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
-            owner = accounts::resolve(&vm.session, user) => owner,
+            owner = accounts::resolve(vm.session, user) => owner,
         }?;
     }
     let root = audit::path(workspace.source.as_deref());
@@ -101,7 +103,7 @@ pub(super) async fn inject(
         }
         None => None,
     };
-    let (share, share_owner) = (vm.share.clone(), vm.share_owner);
+    let share = share.to_owned();
     let work = {
         let (share, workspace) = (share.clone(), workspace.clone());
         move |stop: &Stop| -> Result<_, Cause> {
@@ -136,7 +138,7 @@ pub(super) async fn inject(
     let mounted = tokio::select! {
         biased;
         () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
-        mounted = call(&vm.session, Request::Mount(mount)) => {
+        mounted = call(vm.session, Request::Mount(mount)) => {
             mounted?.map_err(Cause::call("the guest could not mount the workspace"))
         }
     };

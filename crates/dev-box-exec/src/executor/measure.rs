@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use dev_box_comm::message::ExitStatus;
+use dev_box_comm::Relayed;
+use dev_box_comm::message::{ExitStatus, Message};
 use dev_box_comm::session::CloseReason;
 use dev_box_observe::metrics::{
     EXEC_OUTPUT_BYTES, EXEC_SECONDS, EXECS, GUEST_VIOLATIONS, WORKSPACE_BYTES, WORKSPACE_FILES,
@@ -20,18 +21,40 @@ pub(super) fn refused() {
 
 /// A command that ended.
 pub(super) fn ended(end: &End, took: Duration) {
-    let outcome = match (&end.why, end.exited.as_ref().map(|exited| exited.status)) {
+    let outcome = match (&end.why, end.exited.as_ref()) {
         (Some(Why::TimedOut), _) => "timeout",
         (Some(Why::Cancelled), _) => "cancelled",
-        (_, Some(ExitStatus::Code(0))) => "ok",
-        (_, Some(ExitStatus::Code(_))) => "nonzero",
-        (_, Some(ExitStatus::Signal(_))) => "signal",
+        (_, Some(exited)) => by_itself(exited.status),
         (_, None) => "lost",
     };
+    count(outcome, took, end.stdout.total, end.stderr.total);
+}
+
+/// A command of a client of ours, whose output went through our hands.
+pub(crate) fn relayed(relayed: &Relayed, took: Duration) {
+    let outcome = match &relayed.last {
+        Some(Message::Exited(exited)) if exited.timed_out => "timeout",
+        Some(Message::Exited(exited)) => by_itself(exited.status),
+        Some(Message::Failed(_)) => return refused(),
+        _ if relayed.abandoned => "cancelled",
+        _ => "lost",
+    };
+    count(outcome, took, relayed.output, relayed.errors);
+}
+
+fn by_itself(status: ExitStatus) -> &'static str {
+    match status {
+        ExitStatus::Code(0) => "ok",
+        ExitStatus::Code(_) => "nonzero",
+        ExitStatus::Signal(_) => "signal",
+    }
+}
+
+fn count(outcome: &'static str, took: Duration, stdout: u64, stderr: u64) {
     EXECS.add(1, &[outcome]);
     EXEC_SECONDS.record(took, &[outcome]);
-    EXEC_OUTPUT_BYTES.add(end.stdout.total, &["stdout"]);
-    EXEC_OUTPUT_BYTES.add(end.stderr.total, &["stderr"]);
+    EXEC_OUTPUT_BYTES.add(stdout, &["stdout"]);
+    EXEC_OUTPUT_BYTES.add(stderr, &["stderr"]);
 }
 
 /// Files that went into a VM.

@@ -12,10 +12,10 @@ use std::future::pending;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dev_box_comm::message::{ExecRequest, ExitStatus, Exited, Message, Request};
+use dev_box_comm::message::{ExecRequest, ExitStatus, Exited, Message, PtySize, Request};
 use dev_box_comm::session::{LaneWriter, MessageReceiver, MessageSender, Session, StreamParts};
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::failure::Cause;
@@ -45,6 +45,7 @@ pub(super) struct Patience {
 pub(super) struct Plan<'a> {
     pub(super) request: ExecRequest,
     pub(super) stdin: Stdin,
+    pub(super) resizes: Option<watch::Receiver<PtySize>>,
     pub(super) timeout: Option<Duration>,
     pub(super) grace: Duration,
     pub(super) caps: OutputCaps,
@@ -78,6 +79,7 @@ pub(super) enum Why {
 pub(super) struct Process {
     parts: StreamParts,
     stdin: Stdin,
+    resizes: Option<watch::Receiver<PtySize>>,
 }
 
 /// Asks the guest to start the process and waits until it has.
@@ -105,7 +107,7 @@ pub(super) async fn start(session: &Session, plan: &mut Plan<'_>) -> Result<Proc
         () = plan.cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
         started = timeout(patience, started) => started.unwrap_or(Err(Cause::Silent(patience))),
     }?;
-    Ok(Process { parts, stdin: std::mem::take(&mut plan.stdin) })
+    Ok(Process { parts, stdin: std::mem::take(&mut plan.stdin), resizes: plan.resizes.take() })
 }
 
 /// Runs a started process to its end, whatever happens. Dropping the future resets its stream: the guest ends it.
@@ -121,7 +123,8 @@ pub(super) async fn run(process: Process, plan: &Plan<'_>) -> End {
         )
     });
     tokio::pin!(outputs);
-    let mut state = Control { sender, receiver, faults: faulty, hurry: &hurry, plan };
+    let mut state =
+        Control { sender, receiver, resizes: process.resizes, faults: faulty, hurry: &hurry, plan };
     let mut control = Box::pin(state.conduct());
     let mut feeding = Box::pin(feed(process.stdin, input));
     let (mut captured, mut fed) = (None, false);
@@ -160,6 +163,7 @@ pub(super) async fn run(process: Process, plan: &Plan<'_>) -> End {
 struct Control<'a> {
     sender: MessageSender,
     receiver: MessageReceiver,
+    resizes: Option<watch::Receiver<PtySize>>,
     faults: mpsc::Receiver<SinkFault>,
     hurry: &'a CancelSource,
     plan: &'a Plan<'a>,
@@ -216,6 +220,12 @@ impl Control<'_> {
                         return (why, None);
                     }
                 },
+                size = resized(&mut self.resizes) => {
+                    // One that is lost looks odd until the next.
+                    let told = self.sender.send(Message::Resize(size));
+                    let _ = timeout(self.plan.patience.kill, told).await;
+                    continue;
+                }
                 Some(fault) = self.faults.recv() => match fault {
                     SinkFault::Closed => (Why::Unread, SIGPIPE),
                     SinkFault::Failed(cause) => (Why::Failed(cause), SIGTERM),
@@ -252,6 +262,21 @@ impl Control<'_> {
         // A guest that takes no messages is dealt with by the next step.
         let sent = timeout(self.plan.patience.kill, self.sender.send(Message::Signal { number })).await;
         tracing::debug!(number, taken = matches!(sent, Ok(Ok(()))), "signalled the job");
+    }
+}
+
+/// The terminal's next size. Cancel-safe.
+async fn resized(sizes: &mut Option<watch::Receiver<PtySize>>) -> PtySize {
+    match sizes {
+        Some(resizes) => {
+            if resizes.changed().await.is_ok() {
+                return *resizes.borrow_and_update();
+            }
+            // Nobody changes it any more.
+            *sizes = None;
+            pending().await
+        }
+        None => pending().await,
     }
 }
 

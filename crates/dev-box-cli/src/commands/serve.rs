@@ -1,0 +1,28 @@
+//! `dev-box serve`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use dev_box::Config;
+
+use crate::daemon::server;
+use crate::exit::Failure;
+
+const EXAMPLES: &str = "\
+Runs in the foreground until SIGTERM or Ctrl-C, then removes its VMs. Killed otherwise, what it
+left is removed by the next one. The socket is `daemon.socket` of the configuration, by default
+dev-box.sock in host.run_root; `daemon.group` names a group that may use it besides root.
+
+Examples:
+  dev-box serve
+  DEV_BOX_DAEMON__GROUP=dev-box dev-box serve
+  curl --unix-socket /run/dev-box/dev-box.sock http://dev-box/v1/events";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct ServeArgs {}
+
+pub(crate) async fn run(config: Config, _args: ServeArgs) -> Result<ExitCode, Failure> {
+    server::serve(config).await?;
+    Ok(ExitCode::SUCCESS)
+}

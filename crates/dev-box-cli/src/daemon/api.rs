@@ -1,0 +1,148 @@
+//! What goes over the daemon's socket, as both sides see it. Within `/v1` fields are added, never changed.
+
+use std::fmt;
+
+use dev_box::core::clock::EasternTime;
+use dev_box::core::id::VmName;
+use serde::{Deserialize, Serialize};
+
+use crate::args::VmOptions;
+
+/// The protocol of an upgraded connection: the control channel's own, see `dev-box-comm`.
+pub(crate) const CHANNEL_PROTOCOL: &str = "dev-box-channel";
+
+/// `GET /v1/version`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Version {
+    /// dev-box's version.
+    pub(crate) version: String,
+    /// The daemon's process.
+    pub(crate) pid: u32,
+    /// Since when it runs.
+    pub(crate) started_at: EasternTime,
+}
+
+/// `POST /v1/vms`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct NewVm {
+    /// Its name; one is made up where it is not given.
+    pub(crate) name: Option<VmName>,
+    /// What it is to be like.
+    pub(crate) vm: VmOptions,
+}
+
+/// A VM that the daemon owns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmInfo {
+    /// Its name.
+    pub(crate) name: VmName,
+    /// Its libvirt domain, once it is there.
+    pub(crate) domain: Option<VmName>,
+    /// How it is.
+    #[serde(flatten)]
+    pub(crate) state: VmState,
+    /// Who had it made, by what the kernel says of the peer.
+    pub(crate) owner: String,
+    /// Its image.
+    pub(crate) image: String,
+    /// What it is like.
+    pub(crate) options: VmOptions,
+    /// When it was asked for.
+    pub(crate) created_at: EasternTime,
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub(crate) enum VmState {
+    /// Being made.
+    Starting,
+    /// Its agent answers.
+    Ready,
+    /// Gone, though nobody here ended it. Its name stays until it is removed.
+    Lost {
+        /// How it went.
+        reason: String,
+    },
+    /// Being removed.
+    Removing,
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Lost { .. } => "lost",
+            Self::Removing => "removing",
+        })
+    }
+}
+
+/// One line of `GET /v1/events`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Event {
+    /// When, US Eastern.
+    pub(crate) at: EasternTime,
+    /// What.
+    #[serde(flatten)]
+    pub(crate) what: Happening,
+}
+
+/// What happens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event")]
+pub(crate) enum Happening {
+    /// A VM is being made.
+    #[serde(rename = "vm.starting")]
+    VmStarting {
+        /// Which.
+        vm: VmName,
+    },
+    /// A VM's agent answers.
+    #[serde(rename = "vm.ready")]
+    VmReady {
+        /// Which.
+        vm: VmName,
+        /// How long it took.
+        took_ms: u64,
+    },
+    /// A VM could not be made.
+    #[serde(rename = "vm.failed")]
+    VmFailed {
+        /// Which.
+        vm: VmName,
+        /// Why.
+        error: String,
+    },
+    /// A VM ended though nobody here ended it.
+    #[serde(rename = "vm.lost")]
+    VmLost {
+        /// Which.
+        vm: VmName,
+        /// How.
+        reason: String,
+    },
+    /// A VM was removed.
+    #[serde(rename = "vm.removed")]
+    VmRemoved {
+        /// Which.
+        vm: VmName,
+    },
+    /// Whoever reads this read too slowly.
+    #[serde(rename = "missed")]
+    Missed {
+        /// How many events were not kept.
+        events: u64,
+    },
+}
+
+/// The body of every answer that is no success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Problem {
+    /// A word for programs: `not-found`, `exists`, `lost`, `not-ready`, `bad-request`, `failed`, `stopping`.
+    pub(crate) code: String,
+    /// For people.
+    pub(crate) message: String,
+}

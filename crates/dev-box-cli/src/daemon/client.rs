@@ -1,0 +1,195 @@
+//! The daemon as the commands see it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dev_box::Config;
+use dev_box::comm::hello::HandshakeError;
+use dev_box::comm::{HostHello, Session};
+use dev_box::core::id::VmName;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use super::api::{CHANNEL_PROTOCOL, Event, NewVm, Problem, VmInfo};
+
+/// Longest answer that is taken, in bytes.
+const ANSWER: usize = 16 << 20;
+
+/// Why the daemon did not do it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClientError {
+    #[error("no daemon answers at {}: start one with `dev-box serve`", .0.display())]
+    NotRunning(PathBuf),
+    #[error("you may not use the daemon at {}: join the group of its configuration's daemon.group, or be root", .0.display())]
+    NotAllowed(PathBuf),
+    #[error("cannot connect to the daemon at {}", at.display())]
+    Connect { at: PathBuf, source: io::Error },
+    #[error("{}", .0.message)]
+    Refused(Problem),
+    #[error("the daemon went away while it was asked")]
+    Http(#[from] hyper::Error),
+    #[error("the daemon's answer cannot be read: is it of another version?")]
+    Answer(#[source] serde_json::Error),
+    #[error("the daemon's answer is not what was asked for ({0})")]
+    Unexpected(StatusCode),
+    #[error("the request cannot be put into words")]
+    Request(#[from] hyper::http::Error),
+    #[error("no channel to the VM came to be")]
+    Channel(#[from] HandshakeError),
+    #[error("the daemon's answer broke off")]
+    Body(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// The way to the daemon: a connection for each request.
+#[derive(Debug, Clone)]
+pub(crate) struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    pub(crate) fn new(config: &Config) -> Self {
+        Self { socket: config.socket() }
+    }
+
+    pub(crate) async fn create(&self, new: &NewVm) -> Result<VmInfo, ClientError> {
+        self.json(Method::POST, "/v1/vms", Some(new)).await
+    }
+
+    pub(crate) async fn vms(&self) -> Result<Vec<VmInfo>, ClientError> {
+        self.get("/v1/vms").await
+    }
+
+    pub(crate) async fn remove(&self, name: &VmName) -> Result<(), ClientError> {
+        let response = self.send(Method::DELETE, &format!("/v1/vms/{name}"), None::<&()>).await?;
+        body(checked(response).await?).await.map(drop)
+    }
+
+    /// A session with the agent of a VM, through the daemon.
+    pub(crate) async fn channel(&self, name: &VmName) -> Result<Session, ClientError> {
+        let request = self
+            .request(Method::GET, &format!("/v1/vms/{name}/channel"))
+            .header(CONNECTION, "upgrade")
+            .header(UPGRADE, CHANNEL_PROTOCOL)
+            .body(Full::default())?;
+        let response = checked(self.connect().await?.send_request(request).await?).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(ClientError::Unexpected(response.status()));
+        }
+        let upgraded = hyper::upgrade::on(response).await?;
+        let (session, _) = Session::connect(TokioIo::new(upgraded), HostHello::fresh()?).await?;
+        Ok(session)
+    }
+
+    /// What happens from now on.
+    #[expect(dead_code, reason = "for the command that shows events")]
+    pub(crate) async fn events(&self) -> Result<EventLines, ClientError> {
+        let response = checked(self.send(Method::GET, "/v1/events", None::<&()>).await?).await?;
+        Ok(EventLines { body: response.into_body(), rest: Vec::new() })
+    }
+
+    /// For subjects of other files.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.json(Method::GET, path, None::<&()>).await
+    }
+
+    /// Sends JSON, if any, and reads JSON.
+    pub(crate) async fn json<B: Serialize, T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        sent: Option<&B>,
+    ) -> Result<T, ClientError> {
+        let response = checked(self.send(method, path, sent).await?).await?;
+        serde_json::from_slice(&body(response).await?).map_err(ClientError::Answer)
+    }
+
+    async fn send<B: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        sent: Option<&B>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let mut request = self.request(method, path);
+        let mut bytes = Bytes::new();
+        if let Some(sent) = sent {
+            request = request.header(CONTENT_TYPE, "application/json");
+            bytes = serde_json::to_vec(sent).map_err(ClientError::Answer)?.into();
+        }
+        Ok(self.connect().await?.send_request(request.body(Full::new(bytes))?).await?)
+    }
+
+    fn request(&self, method: Method, path: &str) -> hyper::http::request::Builder {
+        // A host must be named; a socket has none.
+        Request::builder().method(method).uri(path).header(HOST, "dev-box")
+    }
+
+    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
+        let stream =
+            UnixStream::connect(&self.socket).await.map_err(|error| unreachable(&self.socket, error))?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.with_upgrades().await {
+                tracing::debug!(%error, "the connection to the daemon ended");
+            }
+        });
+        Ok(sender)
+    }
+}
+
+fn unreachable(socket: &Path, source: io::Error) -> ClientError {
+    let at = socket.to_owned();
+    match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NotRunning(at),
+        io::ErrorKind::PermissionDenied => ClientError::NotAllowed(at),
+        _ => ClientError::Connect { at, source },
+    }
+}
+
+/// An answer that is no refusal.
+async fn checked(response: Response<Incoming>) -> Result<Response<Incoming>, ClientError> {
+    let status = response.status();
+    if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(response);
+    }
+    let problem = serde_json::from_slice(&body(response).await?);
+    Err(problem.map_or(ClientError::Unexpected(status), ClientError::Refused))
+}
+
+async fn body(response: Response<Incoming>) -> Result<Bytes, ClientError> {
+    Ok(Limited::new(response.into_body(), ANSWER).collect().await.map_err(ClientError::Body)?.to_bytes())
+}
+
+/// Events as they come.
+#[derive(Debug)]
+pub(crate) struct EventLines {
+    body: Incoming,
+    rest: Vec<u8>,
+}
+
+#[expect(dead_code, reason = "for the command that shows events")]
+impl EventLines {
+    /// The next; `None` when the daemon ends.
+    pub(crate) async fn next(&mut self) -> Result<Option<Event>, ClientError> {
+        loop {
+            if let Some(at) = self.rest.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=at).collect();
+                return serde_json::from_slice(&line).map(Some).map_err(ClientError::Answer);
+            }
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(frame) => {
+                    if let Some(data) = frame?.data_ref() {
+                        self.rest.extend_from_slice(data);
+                    }
+                }
+            }
+        }
+    }
+}

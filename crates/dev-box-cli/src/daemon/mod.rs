@@ -1,0 +1,26 @@
+//! The daemon: owns VMs that live longer than a command, and their channels, each of which has one client at a time.
+//!
+//! ```text
+//! commands ── unix socket, HTTP/1.1, JSON under /v1 ──▶ routes ──▶ Daemon { vms, events, dev_box }
+//!          ── /v1/vms/NAME/channel, upgraded ─────────▶ gateway ──▶ the VM's session
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | [`api`] | what goes over the socket, for both sides |
+//! | [`state`] | everything the daemon holds, and what it does with it |
+//! | [`vms`] | the VMs it owns: who is there, in which state |
+//! | [`events`] | what happens, to whoever listens |
+//! | [`socket`] | the socket: one daemon, one group, a bounded number of peers |
+//! | [`routes`] | one file a subject |
+//! | [`server`] | from start to end |
+//! | [`client`] | the other side: what the commands use |
+
+pub(crate) mod api;
+pub(crate) mod client;
+pub(crate) mod events;
+mod routes;
+pub(crate) mod server;
+mod socket;
+mod state;
+mod vms;

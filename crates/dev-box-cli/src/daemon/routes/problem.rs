@@ -1,0 +1,79 @@
+//! What is said when something did not work.
+
+use axum::Json;
+use axum::extract::rejection::JsonRejection;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use dev_box::core::id::{IdError, VmName};
+use dev_box::exec::ProvisionError;
+
+use crate::daemon::api::Problem;
+use crate::daemon::state::CreateError;
+use crate::daemon::vms::VmsError;
+use crate::exit::Failure;
+
+/// A status and a [`Problem`].
+#[derive(Debug)]
+pub(super) struct Refusal {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+}
+
+impl Refusal {
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
+        Self { status: StatusCode::BAD_REQUEST, code: "bad-request", message: message.into() }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let problem = Problem { code: self.code.to_owned(), message: self.message };
+        (self.status, Json(problem)).into_response()
+    }
+}
+
+impl From<VmsError> for Refusal {
+    fn from(error: VmsError) -> Self {
+        let (status, code) = match &error {
+            VmsError::NotFound(_) => (StatusCode::NOT_FOUND, "not-found"),
+            VmsError::Exists(_) => (StatusCode::CONFLICT, "exists"),
+            VmsError::NotReady { .. } => (StatusCode::CONFLICT, "not-ready"),
+            VmsError::Lost { .. } => (StatusCode::GONE, "lost"),
+        };
+        Self { status, code, message: error.to_string() }
+    }
+}
+
+impl From<CreateError> for Refusal {
+    fn from(error: CreateError) -> Self {
+        let (status, code) = match error {
+            CreateError::Vms(error) => return error.into(),
+            CreateError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+            CreateError::Provision(ProvisionError::Unsatisfiable { .. }) => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "unsatisfiable")
+            }
+            CreateError::Name(_) | CreateError::Provision(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        };
+        Self { status, code, message: Failure::new(error).to_string() }
+    }
+}
+
+impl From<JsonRejection> for Refusal {
+    fn from(rejection: JsonRejection) -> Self {
+        Self { status: rejection.status(), code: "bad-request", message: rejection.body_text() }
+    }
+}
+
+/// A VM's name out of a path.
+pub(super) fn name(text: String) -> Result<VmName, Refusal> {
+    VmName::new(text).map_err(|error: IdError| Refusal::bad_request(error.to_string()))
+}
+
+pub(super) async fn no_such_path() -> Refusal {
+    Refusal {
+        status: StatusCode::NOT_FOUND,
+        code: "no-such-path",
+        message: "this daemon has nothing there: is it of another version? (GET /v1/version)".to_owned(),
+    }
+}

@@ -1,0 +1,43 @@
+//! VMs: make, list, look at, remove.
+
+use std::sync::Arc;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{ConnectInfo, Path, State};
+use axum::http::StatusCode;
+use axum::routing::get;
+use axum::{Json, Router};
+
+use super::problem::{Refusal, name};
+use crate::daemon::api::{NewVm, VmInfo};
+use crate::daemon::socket::Peer;
+use crate::daemon::state::Daemon;
+
+pub(super) fn routes() -> Router<Arc<Daemon>> {
+    Router::new().route("/vms", get(list).post(create)).route("/vms/{name}", get(inspect).delete(remove))
+}
+
+async fn list(State(daemon): State<Arc<Daemon>>) -> Json<Vec<VmInfo>> {
+    Json(daemon.vms.list())
+}
+
+/// Answers when the VM is ready; gives it up when nobody waits for the answer any more.
+async fn create(
+    State(daemon): State<Arc<Daemon>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    new: Result<Json<NewVm>, JsonRejection>,
+) -> Result<(StatusCode, Json<VmInfo>), Refusal> {
+    let Json(new) = new?;
+    let info = Box::pin(daemon.create(new, &peer)).await?;
+    Ok((StatusCode::CREATED, Json(info)))
+}
+
+async fn inspect(State(daemon): State<Arc<Daemon>>, Path(vm): Path<String>) -> Result<Json<VmInfo>, Refusal> {
+    Ok(Json(daemon.vms.get(&name(vm)?)?))
+}
+
+/// Answers when nothing of it is left.
+async fn remove(State(daemon): State<Arc<Daemon>>, Path(vm): Path<String>) -> Result<StatusCode, Refusal> {
+    daemon.remove(&name(vm)?).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

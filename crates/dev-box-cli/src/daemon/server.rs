@@ -1,0 +1,65 @@
+//! The daemon from its start to its end.
+
+use std::future::IntoFuture;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dev_box::{Config, DevBox};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+
+use super::routes;
+use super::socket::{DaemonSocket, Peer};
+use super::state::Daemon;
+use crate::exit::Failure;
+use crate::output;
+
+/// How long requests that are under way may take when the daemon is to end; what would go on for ever is told to.
+const LAST_REQUESTS: Duration = Duration::from_secs(10);
+
+/// Serves until SIGTERM or SIGINT; then takes down every VM.
+pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
+    // Before anything else: of two daemons one does nothing at all.
+    let path = config.socket();
+    let socket = DaemonSocket::bind(&path, config.daemon.group.as_deref()).map_err(Failure::new)?;
+    let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
+    for leftover in dev_box.sweep().await.map_err(Failure::new)? {
+        match leftover.error {
+            None => tracing::info!(vm = %leftover.name, "removed what a dead owner had left"),
+            Some(error) => {
+                tracing::warn!(vm = %leftover.name, error, "cannot remove what a dead owner has left")
+            }
+        }
+    }
+    let daemon = Arc::new(Daemon::new(dev_box));
+    let stopping = daemon.stopping.clone();
+    let service = routes::all(Arc::clone(&daemon)).into_make_service_with_connect_info::<Peer>();
+    let stop = stopping.clone();
+    let server = axum::serve(socket, service).with_graceful_shutdown(async move { stop.cancelled().await });
+    output::note(format_args!("listening at {}", path.display()));
+    let mut serving = tokio::spawn(server.into_future());
+    let early = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        ended = &mut serving => Some(ended),
+    };
+    stopping.cancel();
+    let ended = match early {
+        Some(ended) => Some(ended),
+        None => timeout(LAST_REQUESTS, &mut serving).await.ok(),
+    };
+    if ended.is_none() {
+        // Their futures are dropped with it, and what they were making is undone.
+        serving.abort();
+        let _ = serving.await;
+    }
+    output::note("stopping: removing the VMs");
+    daemon.close().await;
+    match ended {
+        Some(Ok(Err(error))) => Err(Failure::new(error)),
+        Some(Err(join)) => Err(Failure::new(join)),
+        _ => Ok(()),
+    }
+}

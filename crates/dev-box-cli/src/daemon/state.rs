@@ -1,0 +1,169 @@
+//! Everything the daemon holds, and what it does with it. Routes only translate.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use dev_box::DevBox;
+use dev_box::comm::session::Io;
+use dev_box::core::clock::{Clock, EasternTime, SystemClock};
+use dev_box::core::id::{IdError, VmName};
+use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::api::{Happening, NewVm, VmInfo, VmState};
+use super::events::Events;
+use super::socket::Peer;
+use super::vms::{Vms, VmsError};
+use crate::exit::Failure;
+
+/// The daemon. What another subject needs (a pool, metrics) is a field more.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    pub(crate) dev_box: DevBox,
+    pub(crate) vms: Vms,
+    pub(crate) events: Events,
+    pub(crate) started_at: EasternTime,
+    /// Cancelled when the daemon is to end: nothing new begins, and what would go on for ever ends.
+    pub(crate) stopping: CancellationToken,
+    /// Work that outlives the request it began with; waited for at the end.
+    pub(crate) tasks: TaskTracker,
+    clock: Arc<dyn Clock>,
+}
+
+/// Why there is no VM.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CreateError {
+    #[error(transparent)]
+    Vms(#[from] VmsError),
+    #[error("no name could be made up")]
+    Name(#[source] IdError),
+    #[error("the VM could not be made")]
+    Provision(#[source] ProvisionError),
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+impl Daemon {
+    pub(crate) fn new(dev_box: DevBox) -> Self {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        Self {
+            dev_box,
+            vms: Vms::default(),
+            events: Events::new(Arc::clone(&clock)),
+            started_at: clock.now(),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            clock,
+        }
+    }
+
+    /// Makes a VM and keeps it. Dropping the future leaves nothing behind.
+    pub(crate) async fn create(self: &Arc<Self>, new: NewVm, peer: &Peer) -> Result<VmInfo, CreateError> {
+        if self.stopping.is_cancelled() {
+            return Err(CreateError::Stopping);
+        }
+        let name = match new.name {
+            Some(name) => name,
+            None => VmName::generate("vm").map_err(CreateError::Name)?,
+        };
+        let request = new.vm.request(&self.dev_box, "serve");
+        let reservation = self.vms.reserve(VmInfo {
+            name: name.clone(),
+            domain: None,
+            state: VmState::Starting,
+            owner: peer.to_string(),
+            image: request.image.clone(),
+            created_at: self.clock.now(),
+            options: new.vm,
+        })?;
+        self.events.say(Happening::VmStarting { vm: name.clone() });
+        let began = Instant::now();
+        let provisioner = self.dev_box.provisioner().using(reservation.options().templates());
+        let machine = match provisioner.provision(&request).await {
+            Ok(machine) => machine,
+            Err(error) => {
+                let told = Failure::new(error.to_string()).to_string();
+                self.events.say(Happening::VmFailed { vm: name, error: told });
+                return Err(CreateError::Provision(error));
+            }
+        };
+        let session = machine.session.clone();
+        let domain = machine.name.clone();
+        let info = reservation.fill(machine);
+        let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.events.say(Happening::VmReady { vm: name.clone(), took_ms });
+        let daemon = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let reason = session.closed().await.to_string();
+            // The session keeps the channel: let it go before what is left is taken down.
+            drop(session);
+            if let Some(machine) = daemon.vms.lose(&name, &domain, &reason) {
+                tracing::warn!(vm = %name, reason, "a VM is lost");
+                daemon.events.say(Happening::VmLost { vm: name, reason });
+                daemon.retire(machine).await;
+            }
+        });
+        Ok(info)
+    }
+
+    /// Removes a VM, or the memory of one that is lost; returns when nothing of it is left.
+    pub(crate) async fn remove(self: &Arc<Self>, name: &VmName) -> Result<(), VmsError> {
+        let machine = self.vms.take(name)?;
+        let (daemon, name) = (Arc::clone(self), name.clone());
+        // Goes on when nobody waits any more.
+        let gone = self.tasks.spawn(async move {
+            if let Some(machine) = machine {
+                daemon.retire(machine).await;
+            }
+            daemon.vms.forget(&name);
+            daemon.events.say(Happening::VmRemoved { vm: name });
+        });
+        // A panic in there is logged by the runtime, and the name stays taken.
+        let _ = gone.await;
+        Ok(())
+    }
+
+    async fn retire(&self, machine: ReadyVm) {
+        let name = machine.name.clone();
+        if let Err(error) = self.dev_box.provisioner().retire(machine).await {
+            tracing::error!(vm = %name, error = %Failure::new(error), "not all of it could be removed; `dev-box gc` tries again");
+        }
+    }
+
+    /// Serves one client of a VM's channel until one of the three is gone.
+    pub(crate) async fn serve_channel(
+        &self,
+        domain: VmName,
+        session: dev_box::comm::Session,
+        io: impl Io,
+        peer: &Peer,
+    ) {
+        let gateway = Gateway::new(domain, session, self.dev_box.audit());
+        tokio::select! {
+            served = gateway.serve(io, peer.actor()) => {
+                if let Err(error) = served {
+                    tracing::warn!(%peer, %error, "a client did not speak the protocol");
+                }
+            }
+            () = self.stopping.cancelled() => {}
+        }
+    }
+
+    /// Takes everything down. Nothing else may be running any more.
+    pub(crate) async fn close(self: Arc<Self>) {
+        for (name, machine) in self.vms.take_all() {
+            let daemon = Arc::clone(&self);
+            self.tasks.spawn(async move {
+                daemon.retire(machine).await;
+                daemon.events.say(Happening::VmRemoved { vm: name });
+            });
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+        match Arc::try_unwrap(self) {
+            Ok(daemon) => daemon.dev_box.close().await,
+            Err(_) => tracing::error!("the daemon is still in use at its end: this is a bug"),
+        }
+    }
+}

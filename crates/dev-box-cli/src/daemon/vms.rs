@@ -1,0 +1,166 @@
+//! The VMs the daemon owns.
+//!
+//! ```text
+//! reserve ──▶ starting ──filled──▶ ready ──its session closed──▶ lost ──┐
+//!                │                   │                                  │ taken
+//!                └──dropped──▶ ()    └──taken──▶ removing ──▶ () ◀───────┘
+//! ```
+//! A name is taken from the moment it is asked for, so that two who want the same one do not both make a VM.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use dev_box::comm::Session;
+use dev_box::core::id::VmName;
+use dev_box::exec::ReadyVm;
+
+use super::api::{VmInfo, VmState};
+use crate::args::VmOptions;
+
+/// How many lost VMs are remembered by their names.
+const LOST: usize = 64;
+
+/// Why a VM does not serve.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum VmsError {
+    #[error("there is no VM {0} (`dev-box ps` lists those there are)")]
+    NotFound(VmName),
+    #[error("there is a VM {0} already: choose another name, or `dev-box rm {0}`")]
+    Exists(VmName),
+    #[error("VM {name} is {state}: try again in a moment")]
+    NotReady { name: VmName, state: VmState },
+    #[error("VM {name} is lost: {reason}")]
+    Lost { name: VmName, reason: String },
+}
+
+/// The registry. Clones are the same one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Vms(Arc<Mutex<BTreeMap<VmName, Entry>>>);
+
+#[derive(Debug)]
+struct Entry {
+    info: VmInfo,
+    machine: Option<ReadyVm>,
+}
+
+/// A name that is taken for a VM which is being made; free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    vms: Vms,
+    info: VmInfo,
+    filled: bool,
+}
+
+impl Vms {
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<VmName, Entry>> {
+        // A map of owned values is whole whatever panicked beside it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a name.
+    pub(crate) fn reserve(&self, info: VmInfo) -> Result<Reservation, VmsError> {
+        let mut entries = self.entries();
+        let name = info.name.clone();
+        if entries.contains_key(&name) {
+            return Err(VmsError::Exists(name));
+        }
+        entries.insert(name, Entry { info: info.clone(), machine: None });
+        Ok(Reservation { vms: self.clone(), info, filled: false })
+    }
+
+    /// All of them, by name.
+    pub(crate) fn list(&self) -> Vec<VmInfo> {
+        self.entries().values().map(|entry| entry.info.clone()).collect()
+    }
+
+    pub(crate) fn get(&self, name: &VmName) -> Result<VmInfo, VmsError> {
+        self.entries()
+            .get(name)
+            .map(|entry| entry.info.clone())
+            .ok_or_else(|| VmsError::NotFound(name.clone()))
+    }
+
+    /// The domain and the channel of a VM that is ready.
+    pub(crate) fn channel(&self, name: &VmName) -> Result<(VmName, Session), VmsError> {
+        let entries = self.entries();
+        let entry = entries.get(name).ok_or_else(|| VmsError::NotFound(name.clone()))?;
+        match (&entry.info.state, &entry.machine) {
+            (VmState::Ready, Some(machine)) => Ok((machine.name.clone(), machine.session.clone())),
+            (VmState::Lost { reason }, _) => {
+                Err(VmsError::Lost { name: name.clone(), reason: reason.clone() })
+            }
+            (state, _) => Err(VmsError::NotReady { name: name.clone(), state: state.clone() }),
+        }
+    }
+
+    /// Takes a VM to be removed; `None` inside where there is nothing left of it but its name. Call
+    /// [`forget`](Self::forget) when it is gone.
+    pub(crate) fn take(&self, name: &VmName) -> Result<Option<ReadyVm>, VmsError> {
+        let mut entries = self.entries();
+        let entry = entries.get_mut(name).ok_or_else(|| VmsError::NotFound(name.clone()))?;
+        match &entry.info.state {
+            VmState::Ready | VmState::Lost { .. } => {
+                entry.info.state = VmState::Removing;
+                Ok(entry.machine.take())
+            }
+            state => Err(VmsError::NotReady { name: name.clone(), state: state.clone() }),
+        }
+    }
+
+    /// Marks a VM as lost; gives what is left of it to be taken down. `None` when it was being removed anyway.
+    pub(crate) fn lose(&self, name: &VmName, domain: &VmName, reason: &str) -> Option<ReadyVm> {
+        let mut entries = self.entries();
+        let entry = entries.get_mut(name)?;
+        if entry.info.state != VmState::Ready || entry.info.domain.as_ref() != Some(domain) {
+            return None;
+        }
+        entry.info.state = VmState::Lost { reason: reason.to_owned() };
+        let machine = entry.machine.take();
+        let lost = |entry: &Entry| matches!(entry.info.state, VmState::Lost { .. });
+        if entries.values().filter(|entry| lost(entry)).count() > LOST
+            && let Some(oldest) = entries
+                .values()
+                .filter(|entry| lost(entry))
+                .min_by_key(|entry| entry.info.created_at.unix_nanos())
+                .map(|entry| entry.info.name.clone())
+        {
+            entries.remove(&oldest);
+        }
+        machine
+    }
+
+    /// A VM is gone, and its name free.
+    pub(crate) fn forget(&self, name: &VmName) {
+        self.entries().remove(name);
+    }
+
+    /// Takes all that can be taken, to be removed.
+    pub(crate) fn take_all(&self) -> Vec<(VmName, ReadyVm)> {
+        let names: Vec<VmName> = self.entries().keys().cloned().collect();
+        names.into_iter().filter_map(|name| Some((name.clone(), self.take(&name).ok()??))).collect()
+    }
+}
+
+impl Reservation {
+    /// What the VM is to be like.
+    pub(crate) fn options(&self) -> &VmOptions {
+        &self.info.options
+    }
+
+    /// The VM is there.
+    pub(crate) fn fill(mut self, machine: ReadyVm) -> VmInfo {
+        let info = VmInfo { state: VmState::Ready, domain: Some(machine.name.clone()), ..self.info.clone() };
+        let entry = Entry { info: info.clone(), machine: Some(machine) };
+        self.vms.entries().insert(info.name.clone(), entry);
+        self.filled = true;
+        info
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.filled {
+            self.vms.forget(&self.info.name);
+        }
+    }
+}

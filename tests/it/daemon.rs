@@ -1,0 +1,119 @@
+//! `dev-box serve` and the commands that go through it, on real VMs.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use dev_box_tests::{Daemon, Host, wait_until};
+use nix::sys::signal::Signal;
+
+#[test]
+fn vms_are_made_used_listed_and_removed() {
+    let Some(host) = Host::new("vms_are_made_used_listed_and_removed") else { return };
+    let daemon = Daemon::start(&host);
+    assert_eq!(fs::metadata(host.socket()).unwrap().permissions().mode() & 0o777, 0o600);
+
+    // What happens is said to whoever listens.
+    let mut events = UnixStream::connect(host.socket()).unwrap();
+    events.write_all(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    events.set_read_timeout(Some(Duration::from_secs(100))).unwrap();
+    let mut events = BufReader::new(events).lines();
+    let mut wait_for = |what: &str| {
+        events
+            .by_ref()
+            .map(|line| line.expect("an event in time"))
+            .find(|line| line.contains(what))
+            .unwrap_or_else(|| panic!("no event {what}"))
+    };
+
+    let started = host.dev_box(["start", "--name", "work", "--net", "isolated"]).expect_code(0);
+    assert_eq!(started.text(), "work\n");
+    assert!(wait_for("vm.ready").contains("\"vm\":\"work\""));
+    let again = host.dev_box(["start", "--name", "work"]).expect_code(1);
+    assert!(again.stderr.contains("there is a VM work already"), "{}", again.stderr);
+
+    // Commands: output apart, input, environment, exit codes, many in one VM.
+    let done = host.dev_box(["exec", "work", "--", "sh", "-c", "echo out; echo err >&2; exit 7"]);
+    let done = done.expect_code(7);
+    assert_eq!((done.text().as_str(), done.stderr.contains("err\n")), ("out\n", true));
+    let mut running = host.start(["exec", "-i", "work", "--", "sha256sum"]);
+    running.stdin().write_all(b"hello\n").unwrap();
+    assert!(running.finish().expect_code(0).text().starts_with("5891b5b522d5"));
+    host.dev_box(["exec", "work", "--", "no-such-command"]).expect_code(127);
+    host.dev_box(["exec", "work", "--timeout", "1s", "--", "sleep", "60"]).expect_code(124);
+    let many: Vec<_> = (0..8)
+        .map(|n| host.start(["exec", "work", "--", "sh", "-c", &format!("sleep 1; echo {n}")]))
+        .collect();
+    for (n, running) in many.into_iter().enumerate() {
+        assert_eq!(running.finish().expect_code(0).text(), format!("{n}\n"));
+    }
+    // The VM lives on between commands.
+    host.dev_box(["exec", "work", "--", "sh", "-c", "echo kept > /root/kept"]).expect_code(0);
+    assert_eq!(host.dev_box(["exec", "work", "--", "cat", "/root/kept"]).text(), "kept\n");
+
+    // A client that is killed takes its command with it.
+    let running = host.start(["exec", "work", "--", "sh", "-c", "echo begun; exec sleep 7777"]);
+    let pids = || host.dev_box(["exec", "work", "--", "sh", "-c", "pgrep -f 'sleep 777[7]' | wc -l"]).text();
+    wait_until("the command runs", Duration::from_secs(20), || pids() == "1\n");
+    running.signal(Signal::SIGKILL);
+    assert!(running.finish().status.code().is_none());
+    wait_until("the command is gone", Duration::from_secs(20), || pids() == "0\n");
+
+    let listed = host.dev_box(["ps", "--json"]).expect_code(0);
+    let listed: serde_json::Value = serde_json::from_str(&listed.text()).unwrap();
+    assert_eq!((&listed[0]["name"], &listed[0]["state"]), (&"work".into(), &"ready".into()));
+
+    // A VM that dies is told of, and its name stays until it is removed.
+    for pid in host.qemu_pids() {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
+    }
+    wait_for("vm.lost");
+    let lost = host.dev_box(["exec", "work", "--", "true"]).expect_code(125);
+    assert!(lost.stderr.contains("VM work is lost"), "{}", lost.stderr);
+    host.dev_box(["rm", "work"]).expect_code(0);
+    wait_for("vm.removed");
+    let gone = host.dev_box(["exec", "work", "--", "true"]).expect_code(125);
+    assert!(gone.stderr.contains("there is no VM work"), "{}", gone.stderr);
+
+    // What is done is audited, with who asked.
+    let audit = host.dev_box(["audit", "query", "--action", "exec"]).expect_code(0).text();
+    assert!(audit.contains("sha256sum") && audit.contains("\"uid\":0"), "{audit}");
+    host.dev_box(["audit", "verify"]).expect_code(0);
+
+    // In order: the VMs go with the daemon.
+    host.dev_box(["start"]).expect_code(0);
+    assert_eq!(host.qemu_pids().len(), 1);
+    daemon.stop().expect_code(0);
+    assert!(!host.socket().exists());
+    host.assert_clean();
+    let none = host.dev_box(["ps"]).expect_code(1);
+    assert!(none.stderr.contains("dev-box serve"), "{}", none.stderr);
+}
+
+#[test]
+fn a_killed_daemon_leaves_nothing_that_the_next_does_not_remove() {
+    let Some(host) = Host::new("a_killed_daemon_leaves_nothing_that_the_next_does_not_remove") else {
+        return;
+    };
+    let daemon = Daemon::start(&host);
+    let second = host.dev_box(["serve"]).expect_code(1);
+    assert!(second.stderr.contains("a daemon is running already"), "{}", second.stderr);
+    host.dev_box(["start", "--name", "a", "--net", "isolated"]).expect_code(0);
+    // Somebody else's: a run beside the daemon, which goes on whatever becomes of it.
+    let mut beside =
+        host.start(["run", "--net", "isolated", "--", "sh", "-c", "echo on; sleep 12; echo still"]);
+    beside.wait_for_output("on");
+    let mut client = host.start(["exec", "a", "--", "sh", "-c", "echo on; sleep 100"]);
+    client.wait_for_output("on");
+    daemon.kill();
+    // The client is told at once; it does not hang.
+    client.finish().expect_code(125);
+    assert_eq!(host.qemu_pids().len(), 2, "what a killed daemon leaves behind");
+    let next = Daemon::start(&host);
+    assert_eq!(host.qemu_pids().len(), 1, "the run beside, and nothing else");
+    assert_eq!(host.dev_box(["ps"]).expect_code(0).text(), "");
+    assert!(beside.finish().expect_code(0).text().contains("still"));
+    next.stop().expect_code(0);
+}

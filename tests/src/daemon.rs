@@ -1,0 +1,40 @@
+//! A `dev-box serve` of a test's own.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::{Finished, Host, Running, wait_until};
+
+/// Long enough for an open of libvirt and a sweep of what another left.
+const START: Duration = Duration::from_secs(60);
+
+/// The daemon of one [`Host`].
+#[derive(Debug)]
+pub struct Daemon {
+    running: Running,
+}
+
+impl Daemon {
+    /// Starts it, and waits until it answers.
+    pub fn start(host: &Host) -> Self {
+        let running = host.start(["serve"]);
+        wait_until("the daemon answers", START, || {
+            UnixStream::connect(host.socket()).is_ok() && host.dev_box(["ps"]).status.success()
+        });
+        Self { running }
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub fn stop(self) -> Finished {
+        self.running.signal(Signal::SIGTERM);
+        self.running.finish()
+    }
+
+    /// Kills it.
+    pub fn kill(self) {
+        self.running.signal(Signal::SIGKILL);
+        assert!(self.running.finish().status.code().is_none(), "it was killed");
+    }
+}
