@@ -54,12 +54,15 @@ fn vms_are_made_used_listed_and_removed() {
     assert_eq!(host.dev_box(["exec", "work", "--", "cat", "/root/kept"]).text(), "kept\n");
 
     // A client that is killed takes its command with it.
-    let running = host.start(["exec", "work", "--", "sh", "-c", "echo begun; exec sleep 7777"]);
-    let pids = || host.dev_box(["exec", "work", "--", "sh", "-c", "pgrep -f 'sleep 777[7]' | wc -l"]).text();
-    wait_until("the command runs", Duration::from_secs(20), || pids() == "1\n");
+    let beating = "echo begun; while :; do date +%N > /root/beat; sleep 0.1; done";
+    let mut running = host.start(["exec", "work", "--", "sh", "-c", beating]);
+    running.wait_for_output("begun");
     running.signal(Signal::SIGKILL);
     assert!(running.finish().status.code().is_none());
-    wait_until("the command is gone", Duration::from_secs(20), || pids() == "0\n");
+    let still = "a=$(cat /root/beat); sleep 1; test \"$a\" = \"$(cat /root/beat)\"";
+    wait_until("the command is gone", Duration::from_secs(30), || {
+        host.dev_box(["exec", "work", "--", "sh", "-c", still]).status.success()
+    });
 
     let listed = host.dev_box(["ps", "--json"]).expect_code(0);
     let listed: serde_json::Value = serde_json::from_str(&listed.text()).unwrap();

@@ -245,8 +245,9 @@ mod tests {
     async fn a_guest_that_resets_or_dies_resets_the_client() {
         let mut line = line().await;
         let mut client = line.client.open(exec()).await.unwrap();
-        drop(started(&mut line.guest).await);
+        let guest = started(&mut line.guest).await;
         client.recv().await.unwrap();
+        drop(guest);
         assert_eq!(client.recv().await, Err(StreamError::Reset));
         let (relayed, _) = line.done.recv().await.unwrap();
         assert_eq!((relayed.last, relayed.abandoned), (None, false));

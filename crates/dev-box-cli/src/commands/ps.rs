@@ -35,5 +35,5 @@ fn summary(vm: &VmInfo) -> String {
         VmState::Lost { reason } => format!("lost: {reason}"),
         state => state.to_string(),
     };
-    format!("{:<20} {:<10} {:<12} {} {what}", vm.name, vm.image, vm.owner, vm.created_at)
+    format!("{:<20} {:<10} {:<12} {} {what}", vm.name.as_str(), vm.image, vm.owner, vm.created_at)
 }

@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn an_event_is_one_flat_object() {
         let event = Event {
-            at: SystemClock.now(),
+            at: SystemClock.now().truncated(),
             what: Happening::VmLost { vm: "a".parse().unwrap(), reason: "r".into() },
         };
         let json = serde_json::to_value(&event).unwrap();

@@ -29,7 +29,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
         match leftover.error {
             None => tracing::info!(vm = %leftover.name, "removed what a dead owner had left"),
             Some(error) => {
-                tracing::warn!(vm = %leftover.name, error, "cannot remove what a dead owner has left")
+                tracing::warn!(vm = %leftover.name, error, "cannot remove what a dead owner has left");
             }
         }
     }
