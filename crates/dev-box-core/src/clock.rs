@@ -11,6 +11,9 @@ use chrono::{DateTime, SecondsFormat, TimeDelta, TimeZone, Timelike, Utc};
 use chrono_tz::{America::New_York, Tz};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+/// The release of the IANA time zone data that is built in, such as `2025b`.
+pub const TIME_ZONE_DATA: &str = chrono_tz::IANA_TZDB_VERSION;
+
 /// Why a text or number is not a time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TimeError {

@@ -17,7 +17,7 @@ use crate::agent::{AgentError, Wire};
 use crate::id::VmId;
 use crate::libvirt::{DeleteScope, Libvirt, LibvirtError, SnapshotRequest};
 use crate::state::{IllegalTransition, Operation};
-use crate::template::XmlError;
+use crate::template::{ReadError, VmTemplate, XmlError};
 use crate::vm::{Vm, without};
 use crate::xml::Node;
 
@@ -97,6 +97,14 @@ pub enum SnapshotError {
     /// The file systems could not be frozen, or not thawed.
     #[error("the guest's file systems were not frozen for the snapshot")]
     Freeze(#[from] AgentError),
+    /// Libvirt's record is of no machine of dev-box's.
+    #[error("snapshot {name} is of a machine that dev-box does not make")]
+    Machine {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        source: ReadError,
+    },
     /// Libvirt's record makes no sense.
     #[error("the record of snapshot {name} cannot be read")]
     Record {
@@ -226,6 +234,20 @@ impl SnapshotManager {
     pub async fn get(&self, name: &SnapshotName) -> Result<Snapshot, SnapshotError> {
         let found = self.list().await?.into_iter().find(|snapshot| &snapshot.name == name);
         found.ok_or_else(|| SnapshotError::NotFound { vm: self.vm.name().to_owned(), name: name.clone() })
+    }
+
+    /// The machine a snapshot was taken of, as it was specified then; `None` where libvirt kept no definition with it. A
+    /// restore by a restart makes that machine, whatever the VM has become since.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`]; [`SnapshotError::Machine`] when it is not one that dev-box makes.
+    pub async fn machine(&self, name: &SnapshotName) -> Result<Option<VmTemplate>, SnapshotError> {
+        let id = self.vm.id();
+        let records = self.call(move |libvirt| Ok(libvirt.snapshots(id)?)).await?;
+        match records.iter().find(|record| record.name == name.as_str()) {
+            Some(record) => record::machine(record),
+            None => Err(SnapshotError::NotFound { vm: self.vm.name().to_owned(), name: name.clone() }),
+        }
     }
 
     /// Goes back to a snapshot. What happened since is lost.

@@ -53,6 +53,9 @@ pub struct VmSpec {
     pub interface: Option<Interface>,
     /// Where the serial console is logged, through virtlogd, which bounds and rotates the file.
     pub console_log: Option<PathBuf>,
+    /// Where the serial console can be attached to, by one at a time: a Unix socket on which QEMU listens, at most 107
+    /// bytes.
+    pub console_socket: Option<PathBuf>,
     /// The user QEMU runs as, its files being given as they are. `None`: libvirt's own user, to whom libvirt gives every
     /// file of the VM's when it starts, those that it shares with other VMs too.
     pub run_as: Option<RunAs>,
@@ -81,6 +84,7 @@ impl VmSpec {
             network: NetworkMode::default(),
             interface: None,
             console_log: None,
+            console_socket: None,
             run_as: None,
             qemu_arguments: Vec::new(),
         }

@@ -150,6 +150,18 @@ impl Vm {
         Ok(Self::handle(connection, made))
     }
 
+    /// Makes a persistent VM known to libvirt, or changes its definition when libvirt has it under the same name and
+    /// UUID. One that runs goes on as it was, and is the new one when it is started next.
+    ///
+    /// # Errors
+    /// [`LibvirtError::NameTaken`] when the name or the UUID belongs to another domain, and the others of
+    /// [`Domains::define`](crate::libvirt::Domains::define).
+    pub async fn redefine(connection: &LibvirtConnection, template: &VmTemplate) -> Result<Self, VmError> {
+        let xml = template.to_xml();
+        let made = connection.call(move |libvirt| libvirt.define(&xml)).await?;
+        Ok(Self::handle(connection, made))
+    }
+
     /// The VM of that name.
     ///
     /// # Errors

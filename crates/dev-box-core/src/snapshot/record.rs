@@ -6,6 +6,7 @@ use super::{SnapshotError, SnapshotName, Tag};
 use crate::clock::EasternTime;
 use crate::libvirt::SnapshotRecord;
 use crate::state::VmState;
+use crate::template::VmTemplate;
 use crate::xml::Node;
 
 /// The last line of a description, when there are tags.
@@ -89,6 +90,15 @@ pub(super) fn read(record: &SnapshotRecord) -> Result<Option<Snapshot>, Snapshot
     }))
 }
 
+/// The definition that libvirt keeps with a snapshot.
+pub(super) fn machine(record: &SnapshotRecord) -> Result<Option<VmTemplate>, SnapshotError> {
+    let name = || record.name.clone();
+    let root = Node::parse(&record.xml).map_err(|source| SnapshotError::Record { name: name(), source })?;
+    let Some(domain) = root.child("domain") else { return Ok(None) };
+    let template = VmTemplate::from_xml(&domain.to_xml());
+    template.map(Some).map_err(|source| SnapshotError::Machine { name: name(), source })
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -113,6 +123,15 @@ mod tests {
         assert_eq!(read(&record("strange name", xml)), Ok(None));
         let broken = read(&record("a", "<domainsnapshot>")).unwrap_err();
         assert!(broken.to_string().contains("snapshot a"));
+    }
+
+    #[test]
+    fn the_machine_a_snapshot_is_of() {
+        let record = |xml: &str| SnapshotRecord { name: "a".into(), xml: xml.into(), current: true };
+        assert_eq!(machine(&record("<domainsnapshot><name>a</name></domainsnapshot>")), Ok(None));
+        let foreign = machine(&record("<domainsnapshot><domain type='qemu'/></domainsnapshot>")).unwrap_err();
+        assert!(matches!(foreign, SnapshotError::Machine { .. }), "{foreign:?}");
+        assert!(machine(&record("<domainsnapshot")).is_err());
     }
 
     proptest! {

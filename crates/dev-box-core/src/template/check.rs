@@ -123,6 +123,13 @@ pub(super) fn check(spec: &VmSpec) -> Checked {
     if let Some(log) = &spec.console_log {
         path("the console's log", log)?;
     }
+    if let Some(socket) = &spec.console_socket {
+        let socket = path("the console's socket", socket)?;
+        length("the console's socket", socket.len(), SOCKET_PATH_MAX)?;
+        if spec.channels.iter().any(|channel| channel.socket.to_str() == Some(socket)) {
+            return Err(SpecError::Duplicate { field: "the channel's socket", value: socket.to_owned() });
+        }
+    }
     if spec.run_as.is_some_and(|user| user.uid == 0) {
         let value = "0".to_owned();
         return Err(SpecError::Range { field: "the user QEMU runs as", value, range: "another than root's" });

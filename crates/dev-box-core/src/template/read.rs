@@ -79,7 +79,8 @@ pub(super) fn domain(xml: &str) -> Read<VmSpec> {
         },
         network: NetworkMode::from_word(need(meta.get("network"), "network mode")?),
         interface: interface_node.map(|node| interface(node, meta)).transpose()?,
-        console_log: devices.at("serial/source").and_then(|source| source.get("path")).map(Into::into),
+        console_log: console_log(devices).map(Into::into),
+        console_socket: console_socket(devices).map(Into::into),
         run_as: run_as(&root)?,
         qemu_arguments: match root.child("qemu:commandline") {
             Some(node) => node
@@ -250,6 +251,20 @@ fn interface(node: &Node, meta: &Node) -> Read<Interface> {
         },
         port_isolated: node.at("port").and_then(|p| p.get("isolated")) == Some("yes"),
     })
+}
+
+/// A console that can be attached to logs beside its socket; another is its log.
+fn console_log(devices: &Node) -> Option<&str> {
+    match devices.at("serial/log") {
+        Some(log) => log.get("file"),
+        None if console_socket(devices).is_some() => None,
+        None => devices.at("serial/source")?.get("path"),
+    }
+}
+
+fn console_socket(devices: &Node) -> Option<&str> {
+    let serial = devices.child("serial").filter(|serial| serial.get("type") == Some("unix"))?;
+    serial.child("source")?.get("path")
 }
 
 fn need<'a>(value: Option<&'a str>, what: &'static str) -> Read<&'a str> {

@@ -142,16 +142,7 @@ fn devices(spec: &VmSpec) -> Node {
         .with(Node::new("controller").attr("type", "usb").attr("model", "none"))
         .with_all(spec.shares.iter().map(share))
         .with_all(spec.interface.as_ref().map(|i| interface(i, r)));
-    if let Some(log) = &spec.console_log {
-        devices = devices.with_all(["serial", "console"].map(|element| {
-            let target = Node::new("target").attr("port", "0");
-            let target = if element == "console" { target.attr("type", "serial") } else { target };
-            Node::new(element)
-                .attr("type", "file")
-                .with(Node::new("source").attr("path", utf8(log)).attr("append", "on"))
-                .with(target)
-        }));
-    }
+    devices = devices.with_all(console(spec));
     if spec.guest_agent {
         devices = devices.with(
             Node::new("channel")
@@ -178,6 +169,30 @@ fn devices(spec: &VmSpec) -> Node {
                 .with(Node::new("rate").attr("bytes", "65536").attr("period", "1000"))
                 .with(Node::text("backend", "/dev/urandom").attr("model", "random")),
         )
+}
+
+/// The serial port and the console on it: one device, which libvirt wants told twice.
+fn console(spec: &VmSpec) -> Vec<Node> {
+    let (log, socket) = (spec.console_log.as_deref(), spec.console_socket.as_deref());
+    if log.is_none() && socket.is_none() {
+        return Vec::new();
+    }
+    let device = |element: &'static str| {
+        let target = Node::new("target").attr("port", "0");
+        let target = if element == "console" { target.attr("type", "serial") } else { target };
+        let (kind, source, beside) = match (socket, log) {
+            (Some(socket), log) => {
+                let source = Node::new("source").attr("mode", "bind").attr("path", utf8(socket));
+                ("unix", source, log.map(|log| Node::new("log").attr("file", utf8(log)).attr("append", "on")))
+            }
+            (None, Some(log)) => {
+                ("file", Node::new("source").attr("path", utf8(log)).attr("append", "on"), None)
+            }
+            (None, None) => return None,
+        };
+        Some(Node::new(element).attr("type", kind).with(source).with_all(beside).with(target))
+    };
+    ["serial", "console"].into_iter().filter_map(device).collect()
 }
 
 fn disk(disk: &Disk, resources: &ResourceProfile) -> Node {

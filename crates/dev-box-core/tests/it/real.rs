@@ -7,3 +7,4 @@ mod guest_agent;
 pub(crate) mod host;
 mod life;
 mod restore;
+mod uris;

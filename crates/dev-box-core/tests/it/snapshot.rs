@@ -41,6 +41,7 @@ async fn both_ways_give_the_same_guest() {
     let taken = snapshots.create(new).await.unwrap();
     assert_eq!((taken.description.as_str(), taken.tags.len(), taken.current), ("why", 2, true));
     assert_eq!(taken.created.to_string(), "2026-01-15T12:00:00.000-05:00");
+    assert_eq!(snapshots.machine(&taken.name).await.unwrap(), Some(vm.template().await.unwrap()));
     let contents = libvirt.contents(NAME);
     let limit = libvirt.memory_limit(NAME);
     assert!(limit.is_some());

@@ -105,7 +105,14 @@ pub(crate) fn variants() -> Vec<(&'static str, VmSpec)> {
         interface.filter = None;
         interface.link = LinkState::Down;
     }
+    let mut attachable = full(Tcg);
+    attachable.vsock_cid = None;
+    attachable.console_socket = Some("/var/lib/dev-box/user-vms/x/console.sock".into());
+    let mut unlogged = plain(Kvm);
+    unlogged.console_socket = attachable.console_socket.clone();
     vec![
+        ("attachable-console", attachable),
+        ("attachable-console-without-log", unlogged),
         ("unplugged", unplugged),
         ("plain-kvm", plain(Kvm)),
         ("plain-tcg", plain(Tcg)),
@@ -210,14 +217,20 @@ pub(crate) fn any_spec() -> impl Strategy<Value = VmSpec> {
         ("[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}", any::<u128>(), option::of(any::<u128>()), ownership, accelerator),
         (resources(), boot, option::of(disk(0)), option::of(disk(1))),
         (option::of((text(), path())), option::of(path()), any::<bool>(), option::of(3..u32::MAX)),
-        (network, option::of(path()), vec(text(), 0..3)),
+        (network, (option::of(path()), option::of(path())), vec(text(), 0..3)),
     )
         .prop_flat_map(|(first, second, third, (network, console, arguments))| {
             let named = matches!(network, NetworkMode::Named(_));
             let rest = (Just((first, second, third)), Just((network, console, arguments)));
             (rest, option::of(interface(named)))
         })
-        .prop_map(|(((first, second, third), (network, console_log, qemu_arguments)), interface)| {
+        .prop_map(|(((first, second, third), (network, console, qemu_arguments)), interface)| {
+            let (console_log, console_socket) = console;
+            // Its own beginning, so that it is not the channel's.
+            let console_socket = console_socket.map(|socket| {
+                let short: String = socket.to_str().unwrap().chars().take(25).collect();
+                format!("/console{short}").into()
+            });
             let (name, id, genid, ownership, accelerator) = first;
             let (resources, (from_disk, kernel, initrd, cmdline), a, b) = second;
             let (share, socket, guest_agent, vsock_cid) = third;
@@ -256,6 +269,7 @@ pub(crate) fn any_spec() -> impl Strategy<Value = VmSpec> {
                 network,
                 interface,
                 console_log,
+                console_socket,
                 run_as: (id % 3 == 0).then_some(RunAs { uid: 1 + (id as u32 >> 1), gid: id as u32 }),
                 qemu_arguments,
             }

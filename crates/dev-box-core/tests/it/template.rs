@@ -139,6 +139,9 @@ fn each_mistake_has_its_error() {
         (|s| s.interface.as_mut().unwrap().filter.as_mut().unwrap().parameters[0].0 = "a b".into(), "' '"),
         (|s| s.interface.as_mut().unwrap().filter.as_mut().unwrap().parameters[0].1 = "é".into(), "'é'"),
         (|s| s.console_log = Some("log".into()), "absolute"),
+        (|s| s.console_socket = Some("socket".into()), "absolute"),
+        (|s| s.console_socket = Some(format!("/{}", "s".repeat(107)).into()), "has 108 bytes"),
+        (|s| s.console_socket = Some(s.channels[0].socket.clone()), "there twice"),
         (|s| s.run_as = Some(RunAs { uid: 0, gid: 1 }), "another than root's"),
         (|s| s.qemu_arguments = vec!["\u{ffff}".into()], "QEMU argument"),
     ];

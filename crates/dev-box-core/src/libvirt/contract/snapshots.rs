@@ -23,6 +23,7 @@ fn kept(libvirt: &dyn Libvirt, id: VmId) -> Vec<(String, Option<String>, bool)> 
             "{}",
             record.xml
         );
+        assert!(root.text_at("domain/name").is_some(), "the definition it is of: {}", record.xml);
         assert_eq!(root.text_at("description"), Some(format!("about {} & <more>", record.name).as_str()));
         root.text_at("parent/name").map(str::to_owned)
     };

@@ -21,6 +21,8 @@ pub(super) struct FakeSnapshot {
     disk_only: bool,
     created: i64,
     contents: u64,
+    /// The definition it was taken of.
+    machine: String,
 }
 
 impl FakeSnapshot {
@@ -38,6 +40,7 @@ impl FakeSnapshot {
             .with_all(self.parent.as_ref().map(|parent| Node::new("parent").with(Node::text("name", parent))))
             .with(Node::text("creationTime", self.created.to_string()))
             .with(Node::new("memory").attr("snapshot", memory))
+            .with_all(Node::parse(&self.machine).ok())
             .to_xml()
     }
 }
@@ -131,6 +134,7 @@ impl Snapshots for FakeLibvirt {
             disk_only: request.disk_only,
             created,
             contents: domain.contents,
+            machine: domain.xml().to_owned(),
             name,
         });
         Ok(())
@@ -162,7 +166,7 @@ impl Snapshots for FakeLibvirt {
         domain.contents = snapshot.contents;
         domain.current_snapshot = Some(snapshot.name);
         (domain.state, domain.reason) = (target, StateReason::Snapshot);
-        domain.active = if target == VmState::Shutoff { None } else { Some(domain.xml().to_owned()) };
+        domain.active = if target == VmState::Shutoff { None } else { Some(snapshot.machine) };
         let name = domain.name.clone();
         drop(state);
         // As the QEMU driver does: the old QEMU goes, a new one comes.
