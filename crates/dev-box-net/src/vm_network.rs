@@ -268,6 +268,20 @@ impl VmNetwork {
         vm: &VmName,
         policy: &EgressPolicy,
     ) -> Result<Option<NetLease>, NetError> {
+        self.attach_preferring(libvirt, vm, policy, None)
+    }
+
+    /// As [`VmNetwork::attach`], with this address if nobody has it: what a VM had when it ran last.
+    ///
+    /// # Errors
+    /// As [`VmNetwork::attach`].
+    pub fn attach_preferring<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+        policy: &EgressPolicy,
+        preferred: Option<Ipv4Addr>,
+    ) -> Result<Option<NetLease>, NetError> {
         if policy.is_isolated() {
             return Ok(None);
         }
@@ -289,10 +303,15 @@ impl VmNetwork {
             // The first VM starts from clean tables: base rules that another version left would judge it too.
             self.firewall.clear()?;
         }
-        let mut lease = leases.acquire(&record, |address| {
+        let free = |address: Ipv4Addr| {
             !self.settings.host.has_interface(&tap_of(address))
                 && (!guarded.contains(&address) || leases.is_on_record(address))
-        })?;
+        };
+        let mut lease = match preferred.map(|wanted| leases.acquire(&record, |a| a == wanted && free(a))) {
+            Some(Ok(lease)) => lease,
+            None | Some(Err(LeaseError::Exhausted { .. })) => leases.acquire(&record, free)?,
+            Some(Err(error)) => return Err(error.into()),
+        };
         let made = ensure_filter(libvirt, &filter.name, &filter.xml);
         // The lease is on record and names the filter, so nobody collects it from here on.
         drop(lock);
@@ -659,6 +678,8 @@ fn collect_filters<L: NwFilters + ?Sized>(
     }
     Ok(gone)
 }
+
+mod unattended;
 
 #[cfg(test)]
 mod tests;

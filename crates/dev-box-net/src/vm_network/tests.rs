@@ -409,3 +409,40 @@ fn the_fake_s_faults_reach_every_call() {
     assert!(firewall.list().is_err() && firewall.traffic().is_err() && firewall.inspect(&[]).is_err());
     assert!(firewall.clear().is_err() && firewall.clear().is_ok());
 }
+
+#[test]
+fn a_vm_that_runs_on_without_its_process_is_taken_over() {
+    let world = World::new();
+    let lease = world.attach("a").unwrap();
+    let address = lease.address;
+    assert!(world.network.adopt(&world.libvirt, &name("a")).unwrap().is_none(), "its owner lives");
+    let (policy, tap) = (lease.policy.clone(), lease.tap.clone());
+    world.make_tap(address);
+    drop(lease);
+    assert_eq!(world.network.sweep(&world.libvirt).unwrap(), Swept::default(), "it runs");
+    assert!(world.network.adopt(&world.libvirt, &name("b")).unwrap().is_none());
+
+    let adopted = world.network.adopt(&world.libvirt, &name("a")).unwrap().unwrap();
+    assert_eq!((adopted.address, &adopted.tap, &adopted.policy), (address, &tap, &policy));
+    assert!(world.network.adopt(&world.libvirt, &name("a")).unwrap().is_none(), "by one at a time");
+    assert_eq!(world.network.verify(&world.libvirt, &adopted).unwrap().guard, GuardState::Intact);
+    world.network.detach(&world.libvirt, adopted).unwrap();
+    assert!(world.is_clean());
+}
+
+#[test]
+fn an_address_is_had_again_unless_somebody_has_it() {
+    let world = World::new();
+    let attach = |vm: &str, wanted| {
+        let policy = EgressPolicy::NatFiltered;
+        let lease = world.network.attach_preferring(&world.libvirt, &name(vm), &policy, Some(wanted));
+        lease.unwrap().expect("not isolated")
+    };
+    let wanted = Ipv4Addr::new(10, 213, 1, 77);
+    let first = attach("a", wanted);
+    assert_eq!(first.address, wanted);
+    let second = attach("b", wanted);
+    assert_eq!(second.address, Ipv4Addr::new(10, 213, 1, 2), "the lowest");
+    let elsewhere = attach("c", Ipv4Addr::new(192, 168, 1, 1));
+    assert_eq!(elsewhere.address, Ipv4Addr::new(10, 213, 1, 3));
+}
