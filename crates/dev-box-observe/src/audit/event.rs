@@ -144,6 +144,8 @@ events! {
     VmPause = "vm.pause" {}
     /// A VM's CPUs go on.
     VmResume = "vm.resume" {}
+    /// Somebody attaches to a VM's console.
+    VmConsole = "vm.console" {}
     /// A VM is destroyed.
     VmDestroy = "vm.destroy" {
         /// Why.
@@ -436,6 +438,7 @@ impl AuditEvent {
             Self::VmCreate { .. }
                 | Self::VmStart {}
                 | Self::VmResume {}
+                | Self::VmConsole {}
                 | Self::LeaseAcquire { .. }
                 | Self::Exec { .. }
                 | Self::FilesIn { .. }
