@@ -3,6 +3,7 @@
 use dev_box_comm::message::{Configure, NetworkConfig};
 use dev_box_core::clock::Clock;
 use dev_box_core::id::{VmId, VmName};
+use dev_box_net::NetLease;
 
 /// As much as the kernel's pool holds (256 bits), twice.
 const ENTROPY_BYTES: usize = 64;
@@ -27,12 +28,33 @@ pub(crate) fn identity(
     let mut entropy = [0; ENTROPY_BYTES];
     getrandom::fill(&mut entropy).map_err(EntropyError)?;
     Ok(Configure {
-        hostname: Some(name.to_string()),
+        hostname: Some(hostname(name)),
         machine_id: Some(id.as_uuid().simple().to_string()),
         entropy: Some(entropy.to_vec().into()),
         unix_time_ns: Some(clock.now().unix_nanos()),
         network,
     })
+}
+
+/// The guest's side of a lease.
+pub(crate) fn network_config(lease: &NetLease) -> NetworkConfig {
+    NetworkConfig {
+        mac: lease.mac.to_string(),
+        address: lease.address,
+        prefix: lease.prefix,
+        gateway: lease.gateway,
+        dns: lease.dns.clone(),
+    }
+}
+
+/// A VM's name as a host name's label (RFC 1123), which has lower-case letters, digits and hyphens, none at its ends.
+fn hostname(name: &VmName) -> String {
+    let label: String = name
+        .as_str()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' })
+        .collect();
+    label.trim_end_matches('-').to_owned()
 }
 
 #[cfg(test)]
@@ -52,5 +74,12 @@ mod tests {
         assert_eq!(one.machine_id.as_deref(), Some(&*id.as_uuid().simple().to_string()));
         assert_eq!(one.unix_time_ns, Some(1_700_000_000_000_000_000));
         assert_ne!(one.entropy, two.entropy, "fresh each time");
+    }
+
+    #[test]
+    fn a_name_becomes_a_label() {
+        for (name, label) in [("web", "web"), ("My.VM_2", "my-vm-2"), ("a-", "a"), ("x__", "x")] {
+            assert_eq!(hostname(&name.parse().unwrap()), label);
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`provisioner`] | [`LibvirtProvisioner`]: a VM for a request, step by step, undone when a step fails |
 //! | [`template`] | making templates, and what a clone of one needs |
+//! | [`user_vm`] | VMs that users keep: persistent, with snapshots, running on without a process of ours |
 //! | [`reach`] | the way to the agent of a VM that may still be starting |
 //! | [`vm_dir`] | a VM's directory on the host, and who owns it |
 //! | [`blocking`] | calls that block, where they do no harm |
@@ -20,8 +21,10 @@ pub mod reach;
 mod stopwatch;
 pub mod sweep;
 pub mod template;
+pub mod user_vm;
 pub mod vm_dir;
 
 pub use machine::TearDownError;
 pub use provisioner::{LibvirtProvisioner, Settings};
 pub use template::{CreateError, NewTemplate, TemplateUse};
+pub use user_vm::{NewVm, UserVm, UserVmError, UserVms};

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use dev_box_comm::message::{NetworkConfig, Request};
+use dev_box_comm::message::Request;
 use dev_box_comm::session::Session;
 use dev_box_comm::share;
 use dev_box_comm::transport::{self, Preference, Probes, TransportKind};
@@ -47,7 +47,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::blocking::{self, BlockingError};
 use crate::console;
-use crate::identity;
+use crate::identity::{self, network_config};
 use crate::machine::Machine;
 use crate::reach::{self, Address, Reach, ReachError};
 use crate::stopwatch::Stopwatch;
@@ -572,16 +572,6 @@ fn word(transport: TransportKind) -> &'static str {
     match transport {
         TransportKind::Serial => "serial",
         TransportKind::Vsock => "vsock",
-    }
-}
-
-fn network_config(lease: &NetLease) -> NetworkConfig {
-    NetworkConfig {
-        mac: lease.mac.to_string(),
-        address: lease.address,
-        prefix: lease.prefix,
-        gateway: lease.gateway,
-        dns: lease.dns.clone(),
     }
 }
 

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::blocking;
 use crate::machine::Machine;
+use crate::user_vm;
 use crate::vm_dir::{self, VmDir, VmDirError};
 
 /// One VM whose owner is gone.
@@ -63,6 +64,12 @@ pub async fn sweep(
         swept.push(Leftover { name, error });
     }
     vm_dir::remove_unfinished(&root);
+    // Users' VMs stay, whoever started them: their directories have no owner. Only what never became one goes.
+    let kept = user_vm::root_in(state_root);
+    vm_dir::remove_unfinished(&kept);
+    for name in vm_dir::list(&kept)? {
+        user_vm::remove_unrecorded(&kept, &name);
+    }
     let templates = state_root.to_owned();
     if let Err(error) = blocking::run(move || TemplateStore::open(templates)?.sweep()).await {
         tracing::warn!(error = told(&error), "unfinished templates stay for the next sweep");

@@ -7,6 +7,9 @@
 //!   share/         what the guest sees by 9p; belongs to QEMU's user
 //!   channel.sock   the control channel's host end (virtio-serial)
 //!   console.log    what the guest's kernel and init print
+//! <state root>/user-vms/NAME/                                    see [`crate::user_vm`]; besides:
+//!   vm.json        what the VM is
+//!   console.sock   where its console can be attached to
 //! ```
 //!
 //! The kernel drops the lock with the process, however it ends: a lock that can be had means that nobody owns the
@@ -26,6 +29,10 @@ use rustix::fs::{FlockOperation, flock};
 const UNLOCKED_GRACE: Duration = Duration::from_secs(60);
 const NEW: &str = ".new-";
 const OVERLAY: &str = "overlay.qcow2";
+const CONSOLE_LOG: &str = "console.log";
+const CONSOLE_SOCKET: &str = "console.sock";
+/// The record of a user's VM.
+pub(crate) const RECORD: &str = "vm.json";
 
 /// Why a VM's directory cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -166,7 +173,32 @@ impl VmDir {
 
     /// The guest's console.
     pub fn console(&self) -> PathBuf {
-        self.path.join("console.log")
+        self.path.join(CONSOLE_LOG)
+    }
+
+    /// The same, of the VM of that name beneath `root`, whoever owns it.
+    pub(crate) fn console_in(root: &Path, name: &VmName) -> PathBuf {
+        root.join(name.as_str()).join(CONSOLE_LOG)
+    }
+
+    /// Held by whoever is attached to the console of the VM of that name beneath `root`.
+    pub(crate) fn console_lock_in(root: &Path, name: &VmName) -> PathBuf {
+        root.join(name.as_str()).join("console.lock")
+    }
+
+    /// Where a user's VM's console can be attached to.
+    pub(crate) fn console_socket(&self) -> PathBuf {
+        self.path.join(CONSOLE_SOCKET)
+    }
+
+    /// The same, of the VM of that name beneath `root`, whoever owns it.
+    pub(crate) fn console_socket_in(root: &Path, name: &VmName) -> PathBuf {
+        root.join(name.as_str()).join(CONSOLE_SOCKET)
+    }
+
+    /// What a user's VM is.
+    pub(crate) fn record(&self) -> PathBuf {
+        self.path.join(RECORD)
     }
 
     /// Removes the directory with all that is in it.

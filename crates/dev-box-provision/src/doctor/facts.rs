@@ -4,9 +4,11 @@ use std::fs;
 use std::path::Path;
 
 use dev_box_core::accel::{self, Detection};
-use dev_box_core::clock::EasternTime;
+use dev_box_core::clock::{EasternTime, TIME_ZONE_DATA};
 use dev_box_core::size::ByteSize;
 use rustix::fs::statvfs;
+
+use super::apparmor::{self, AppArmor};
 
 /// What libvirt says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,12 +49,16 @@ pub struct HostFacts {
     pub cgroups: Cgroups,
     /// What the kernel's seccomp can do; empty where it has none.
     pub seccomp_actions: Vec<String>,
+    /// Whether AppArmor is on, and lets VMs have their files.
+    pub apparmor: AppArmor,
     /// Free space where state lies.
     pub disk_free: Option<ByteSize>,
     /// Memory available without swapping.
     pub memory_available: Option<ByteSize>,
     /// Whether the kernel believes its clock to be synchronised.
     pub clock_synchronised: bool,
+    /// The release of the time zone data that is built in, such as `2025b`.
+    pub time_zone_data: &'static str,
     /// The time, Eastern.
     pub now: EasternTime,
 }
@@ -76,11 +82,17 @@ impl HostFacts {
                 .map(|text| text.trim() == "1"),
             cgroups: cgroups(Path::new("/sys/fs/cgroup")),
             seccomp_actions: words(Path::new("/proc/sys/kernel/seccomp/actions_avail")),
+            apparmor: apparmor::look(
+                Path::new("/sys/module/apparmor/parameters/enabled"),
+                Path::new("/etc/apparmor.d"),
+                state_root,
+            ),
             disk_free: disk_free(state_root),
             memory_available: fs::read_to_string("/proc/meminfo")
                 .ok()
                 .and_then(|text| memory_available(&text)),
             clock_synchronised: clock_synchronised(),
+            time_zone_data: TIME_ZONE_DATA,
             now,
         }
     }

@@ -3,6 +3,7 @@
 use dev_box_core::accel::Accelerator;
 use dev_box_core::size::ByteSize;
 
+use super::apparmor::AppArmor;
 use super::facts::HostFacts;
 use super::{Check, Status};
 
@@ -10,6 +11,8 @@ use super::{Check, Status};
 /// `x-ignore-shared` behaviour; what is older than Debian 13 and Ubuntu 24.04 ship is not tested.
 const OLDEST_LIBVIRT: (u32, u32, u32) = (10, 0, 0);
 const OLDEST_QEMU: (u32, u32, u32) = (8, 2, 0);
+/// Time zone data of more years ago may be wrong.
+const OLD_TIME_ZONES: i32 = 3;
 const LITTLE_DISK: ByteSize = ByteSize::gib(2);
 const LITTLE_MEMORY: ByteSize = ByteSize::gib(1);
 
@@ -25,6 +28,7 @@ pub fn evaluate(facts: &HostFacts) -> Vec<Check> {
         nwfilter(facts),
         cgroups(facts),
         seccomp(facts),
+        apparmor(facts),
         space("disk", facts.disk_free, LITTLE_DISK, "free space, or set host.state_root to a larger disk"),
         space(
             "memory",
@@ -33,6 +37,7 @@ pub fn evaluate(facts: &HostFacts) -> Vec<Check> {
             "end what uses it, or run smaller VMs (--memory)",
         ),
         clock(facts),
+        time_zone(facts),
     ]
 }
 
@@ -150,6 +155,19 @@ fn seccomp(facts: &HostFacts) -> Check {
     Check::fail("seccomp", "the kernel has no seccomp filter", "boot a kernel with CONFIG_SECCOMP_FILTER")
 }
 
+fn apparmor(facts: &HostFacts) -> Check {
+    const ID: &str = "apparmor";
+    match facts.apparmor {
+        AppArmor::Off => Check::ok(ID, "off: QEMU is confined by its user, seccomp and namespaces"),
+        AppArmor::Knows => Check::ok(ID, "on, and libvirt's profile knows of dev-box's files"),
+        AppArmor::Lacks => Check::fail(
+            ID,
+            "on, and libvirt's profile lets no VM have its template's files: clones do not start",
+            "dev-box doctor --apparmor >> /etc/apparmor.d/local/abstractions/libvirt-qemu",
+        ),
+    }
+}
+
 fn space(id: &'static str, seen: Option<ByteSize>, little: ByteSize, fix: &str) -> Check {
     // To the MiB: nobody reads more digits.
     match seen.map(|size| ByteSize::mib(size.as_mib())) {
@@ -168,6 +186,22 @@ fn clock(facts: &HostFacts) -> Check {
         format!("{}, not synchronised", facts.now),
         "run chrony or systemd-timesyncd: TLS in guests and the audit's times follow the host's clock",
     )
+}
+
+/// The host's own data is not used, so what counts is how old this program's is: rules change.
+fn time_zone(facts: &HostFacts) -> Check {
+    const ID: &str = "time-zone";
+    let data = facts.time_zone_data;
+    let year = |text: &str| text.get(..4).and_then(|year| year.parse::<i32>().ok());
+    let age = year(&facts.now.to_string()).zip(year(data)).map(|(now, data)| now.saturating_sub(data));
+    match age {
+        Some(age) if age <= OLD_TIME_ZONES => Check::ok(ID, format!("America/New_York of tzdata {data}")),
+        _ => Check::warn(
+            ID,
+            format!("America/New_York of tzdata {data}, which may not know the rules of today"),
+            "use a newer dev-box",
+        ),
+    }
 }
 
 #[cfg(test)]
@@ -193,9 +227,11 @@ mod tests {
             bridge_nf_call_iptables: Some(true),
             cgroups: Cgroups { version: 2, controllers: vec!["cpu".into(), "io".into(), "memory".into()] },
             seccomp_actions: vec!["kill_process".into()],
+            apparmor: AppArmor::Off,
             disk_free: Some(ByteSize::gib(100)),
             memory_available: Some(ByteSize::gib(8)),
             clock_synchronised: true,
+            time_zone_data: "2025b",
             now: EasternTime::from_unix_nanos(1_790_000_000_000_000_000),
         }
     }
@@ -218,8 +254,8 @@ mod tests {
     fn a_good_host_passes_every_check() {
         assert_eq!(told(|_| {}), []);
         assert!(passed(&evaluate(&good())));
-        let times: Vec<String> = evaluate(&good()).into_iter().map(|check| check.detail).collect();
-        assert!(times.last().is_some_and(|time| time.ends_with("-04:00")), "Eastern: {times:?}");
+        let clock = evaluate(&good()).into_iter().find(|check| check.id == "clock").unwrap();
+        assert!(clock.detail.ends_with("-04:00"), "Eastern: {clock:?}");
     }
 
     #[test]
@@ -238,6 +274,10 @@ mod tests {
         assert_eq!(told(|f| f.disk_free = Some(ByteSize::mib(1))), [("disk", Warn)]);
         assert_eq!(told(|f| f.memory_available = None), [("memory", Warn)]);
         assert_eq!(told(|f| f.clock_synchronised = false), [("clock", Warn)]);
+        assert_eq!(told(|f| f.time_zone_data = "2020a"), [("time-zone", Warn)]);
+        assert_eq!(told(|f| f.time_zone_data = "?"), [("time-zone", Warn)]);
+        assert_eq!(told(|f| f.apparmor = AppArmor::Lacks), [("apparmor", Fail)]);
+        assert_eq!(told(|f| f.apparmor = AppArmor::Knows), []);
     }
 
     #[test]

@@ -5,12 +5,14 @@
 //! ```
 //! Gathering ([`HostFacts::gather`]) touches the system and judges nothing; judging ([`evaluate`]) is pure.
 
+mod apparmor;
 mod facts;
 mod host;
 mod layers;
 
 use serde::Serialize;
 
+pub use apparmor::{AppArmor, apparmor_fragment};
 pub use facts::{Cgroups, HostFacts, LibvirtFacts};
 pub use host::evaluate;
 pub use layers::{LayerError, LayerFacts, evaluate_layers};

@@ -20,10 +20,13 @@ use dev_box_exec::{NetworkMode, Resources, TransportChoice, VmRequest};
 use dev_box_image::testing::FakeCommands;
 use dev_box_image::{Build, Builder, ImageStore, Quiet, SpaceLimits};
 use dev_box_net::guard::fake::FakeFirewall;
+use dev_box_net::host::HostPaths;
 use dev_box_net::{Firewall, NetSettings, VmNetwork};
+use dev_box_observe::RecordingSink;
+use dev_box_observe::audit::Actor;
 use dev_box_provision::reach::{Address, Reach};
 use dev_box_provision::vm_dir::QemuUser;
-use dev_box_provision::{LibvirtProvisioner, Settings};
+use dev_box_provision::{LibvirtProvisioner, Settings, UserVms};
 use tempfile::TempDir;
 
 /// What the guest in memory does.
@@ -61,6 +64,8 @@ pub(crate) struct Bench {
     pub(crate) connection: LibvirtConnection,
     pub(crate) network: VmNetwork,
     pub(crate) provisioner: LibvirtProvisioner,
+    pub(crate) user_vms: UserVms,
+    pub(crate) audit: Arc<RecordingSink>,
     /// What the agent was told.
     pub(crate) configured: Arc<Mutex<Vec<Configure>>>,
     /// Where agents were looked for.
@@ -81,28 +86,52 @@ impl Bench {
             .build(&images, &Build::packages("default".parse().unwrap(), agent), &Quiet)
             .unwrap();
         let firewall = Arc::new(FakeFirewall::new());
+        let host = HostPaths { interfaces: root.path().join("interfaces"), ..HostPaths::default() };
         let network = VmNetwork::new(
-            NetSettings::new(root.path().join("net")),
+            NetSettings { host, ..NetSettings::new(root.path().join("net")) },
             Arc::clone(&firewall) as Arc<dyn Firewall>,
         );
         let (dial, listen) = memory();
         let (configured, addresses) = (Arc::default(), Arc::default());
-        tokio::spawn(serve(listen, guest, Arc::clone(&configured)));
-        let provisioner = LibvirtProvisioner::new(
-            Settings {
-                state_root: images.root().to_owned(),
-                qemu: this_user(),
-                owner: "tester".to_owned(),
-                boot_timeout: Duration::from_millis(400),
-                space: no_limits(),
-            },
+        tokio::spawn(serve(listen, guest, libvirt.clone(), Arc::clone(&configured)));
+        let settings = Settings {
+            state_root: images.root().to_owned(),
+            qemu: this_user(),
+            owner: "tester".to_owned(),
+            boot_timeout: Duration::from_millis(400),
+            space: no_limits(),
+        };
+        let reach: Arc<dyn Reach> = Arc::new(ToGuest { dial, addresses: Arc::clone(&addresses) });
+        let audit = Arc::new(RecordingSink::new());
+        let user_vms = UserVms::new(
+            settings.clone(),
             connection.clone(),
-            images,
+            images.clone(),
             network.clone(),
-            Arc::new(ToGuest { dial, addresses: Arc::clone(&addresses) }),
-            clock,
+            Arc::clone(&reach),
+            clock.clone(),
+            Arc::clone(&audit) as _,
+            Actor::user(1000, Some("tester")),
         );
-        Self { root, libvirt, firewall, connection, network, provisioner, configured, addresses }
+        let provisioner =
+            LibvirtProvisioner::new(settings, connection.clone(), images, network.clone(), reach, clock);
+        Self {
+            root,
+            libvirt,
+            firewall,
+            connection,
+            network,
+            provisioner,
+            user_vms,
+            audit,
+            configured,
+            addresses,
+        }
+    }
+
+    /// The host has this interface from now on, as it has a running VM's tap.
+    pub(crate) fn make_tap(&self, name: &str) {
+        fs::create_dir_all(self.root.path().join("interfaces").join(name)).unwrap();
     }
 
     pub(crate) fn vm_dirs(&self) -> Vec<String> {
@@ -143,9 +172,14 @@ fn names_in(dir: &Path) -> Vec<String> {
     entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-async fn serve(mut listen: impl Listen, guest: Guest, configured: Arc<Mutex<Vec<Configure>>>) {
+async fn serve(
+    mut listen: impl Listen,
+    guest: Guest,
+    libvirt: FakeLibvirt,
+    configured: Arc<Mutex<Vec<Configure>>>,
+) {
     while let Ok(io) = listen.accept().await {
-        let configured = Arc::clone(&configured);
+        let (configured, libvirt) = (Arc::clone(&configured), libvirt.clone());
         match guest {
             Guest::HangsUp => drop(io),
             // Held, and never read.
@@ -163,6 +197,12 @@ async fn serve(mut listen: impl Listen, guest: Guest, configured: Arc<Mutex<Vec<
                             }
                             Request::Configure(configure) => {
                                 configured.lock().unwrap().push(configure);
+                                Message::Done
+                            }
+                            Request::Shutdown(_) => {
+                                for domain in libvirt.list().unwrap() {
+                                    libvirt.guest_powers_off(&domain.name);
+                                }
                                 Message::Done
                             }
                             _ => Message::Done,

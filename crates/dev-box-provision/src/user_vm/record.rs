@@ -1,0 +1,107 @@
+//! What is on record of a user's VM: `vm.json` in its directory.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use dev_box_core::accel::Accelerator;
+use dev_box_core::clock::EasternTime;
+use dev_box_core::id::{VmId, VmName};
+use dev_box_core::spec::ResourceProfile;
+use dev_box_image::{Digest, ImageName};
+use dev_box_net::EgressPolicy;
+use serde::{Deserialize, Serialize};
+
+use super::UserVmError;
+use crate::vm_dir::RECORD;
+
+/// Larger records are not read, in bytes.
+const MAX: u64 = 1 << 20;
+
+/// What a VM is, from its making on. Times are Eastern.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRecord {
+    /// Of this form: [`VmRecord::VERSION`].
+    pub version: u32,
+    /// The VM's name.
+    pub name: VmName,
+    /// The domain's UUID.
+    pub id: VmId,
+    /// Who made it.
+    pub owner: String,
+    /// When.
+    pub created: EasternTime,
+    /// The image its disk lies on.
+    pub image: ImageName,
+    /// The image's digest: the name may mean another image by now, the disk does not.
+    pub image_digest: Digest,
+    /// The kernel it boots.
+    pub kernel: PathBuf,
+    /// The initial RAM file system it boots.
+    pub initramfs: PathBuf,
+    /// How its code is run.
+    pub accelerator: Accelerator,
+    /// CPUs, memory, disk and limits.
+    pub resources: ResourceProfile,
+    /// What its network lets through.
+    pub policy: EgressPolicy,
+    /// The address it has, or had when it ran last; it gets that one again unless somebody has it.
+    pub address: Option<Ipv4Addr>,
+    /// When dev-box started it last.
+    pub started: Option<EasternTime>,
+    /// When dev-box stopped it last; a guest that powers itself off leaves no time.
+    pub stopped: Option<EasternTime>,
+}
+
+impl VmRecord {
+    /// The present form.
+    pub const VERSION: u32 = 1;
+
+    /// Reads the record in a VM's directory.
+    pub(super) fn read(dir: &Path) -> Result<Self, UserVmError> {
+        let path = dir.join(RECORD);
+        let text = read_bounded(&path).map_err(|source| UserVmError::Record {
+            action: "read",
+            path: path.clone(),
+            source,
+        })?;
+        serde_json::from_str(&text).map_err(|source| UserVmError::RecordDamaged { path, source })
+    }
+
+    /// Replaces a record: whoever reads meanwhile sees the old one or the new one.
+    pub(super) fn write(&self, path: &Path) -> Result<(), UserVmError> {
+        let failed = |source| UserVmError::Record { action: "write", path: path.to_owned(), source };
+        let text = serde_json::to_vec_pretty(self).map_err(|error| failed(error.into()))?;
+        let new = path.with_extension("new");
+        let written = || -> io::Result<()> {
+            let mut file = fs::OpenOptions::new();
+            let mut file = file.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            fs::rename(&new, path)
+        };
+        written().map_err(failed)
+    }
+}
+
+fn read_bounded(path: &Path) -> io::Result<String> {
+    if fs::metadata(path)?.len() > MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "too long for a record"));
+    }
+    fs::read_to_string(path)
+}
+
+impl UserVmError {
+    /// A record that is not there means that there is no such VM.
+    pub(super) fn of(self, name: &VmName) -> Self {
+        match self {
+            Self::Record { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Self::NotFound { name: name.clone() }
+            }
+            other => other,
+        }
+    }
+}
