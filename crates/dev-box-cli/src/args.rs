@@ -56,6 +56,12 @@ pub(crate) enum Command {
     /// Templates: running machines, kept to be cloned.
     #[command(subcommand)]
     Template(commands::template::TemplateCommand),
+    /// VMs that you keep: make, start, stop, list, attach to.
+    #[command(subcommand)]
+    Vm(commands::vm::VmCommand),
+    /// Snapshots of the VMs that you keep.
+    #[command(subcommand)]
+    Snapshot(commands::snapshot::SnapshotCommand),
     /// The network of the VMs.
     #[command(subcommand)]
     Net(NetCommand),
@@ -247,7 +253,7 @@ Examples:
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit code: 0 when nothing failed, else 1.\n\nExamples:\n  dev-box doctor\n  dev-box doctor --json | jq '.[] | select(.status == \"fail\")'"
+    after_help = "Exit code: 0 when nothing failed, else 1.\n\nExamples:\n  dev-box doctor\n  dev-box doctor --vm web\n  dev-box doctor --json | jq '.[] | select(.status == \"fail\")'"
 )]
 pub(crate) struct DoctorArgs {
     /// As JSON.
@@ -257,6 +263,10 @@ pub(crate) struct DoctorArgs {
     /// Verify the layers of defence of this running VM instead.
     #[arg(long, value_name = "NAME")]
     pub(crate) vm: Option<String>,
+
+    /// Print what libvirt's AppArmor profile needs for the configured state root, and check nothing.
+    #[arg(long, conflicts_with_all = ["vm", "json"])]
+    pub(crate) apparmor: bool,
 }
 
 #[derive(Debug, Args)]

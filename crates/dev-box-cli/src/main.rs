@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod console;
 mod daemon;
 mod exit;
 mod interrupt;
@@ -62,6 +63,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Rm(args) => commands::rm::run(config, args).await,
             Command::Image(command) => commands::image::run(config, command).await,
             Command::Template(command) => commands::template::run(config, command).await,
+            Command::Vm(command) => commands::vm::run(config, command).await,
+            Command::Snapshot(command) => commands::snapshot::run(config, command).await,
             Command::Net(command) => commands::net::run(config, command).await,
             Command::Audit(command) => commands::audit::run(&config, command),
             Command::Doctor(args) => commands::doctor::run(config, args).await,

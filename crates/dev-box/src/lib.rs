@@ -49,7 +49,7 @@ use dev_box_provision::blocking::{self, BlockingError};
 use dev_box_provision::sweep::{self, Leftover};
 use dev_box_provision::vm_dir::{QemuUser, VmDirError};
 use dev_box_provision::{
-    CreateError, LibvirtProvisioner, NewTemplate, Settings, TemplateUse, reach::Transports,
+    CreateError, LibvirtProvisioner, NewTemplate, Settings, TemplateUse, UserVms, reach::Transports,
 };
 
 /// Why dev-box cannot work here.
@@ -88,6 +88,7 @@ pub struct DevBox {
     network: VmNetwork,
     provisioner: LibvirtProvisioner,
     executor: AgentExecutor,
+    user_vms: UserVms,
     audit: Arc<AuditLog>,
 }
 
@@ -110,6 +111,16 @@ impl DevBox {
             boot_timeout: config.timeouts.boot(),
             space: SpaceLimits::default(),
         };
+        let user_vms = UserVms::new(
+            settings.clone(),
+            connection.clone(),
+            images.clone(),
+            network.clone(),
+            Arc::new(Transports),
+            Arc::clone(&clock),
+            Arc::clone(&audit) as _,
+            actor(),
+        );
         let provisioner = LibvirtProvisioner::new(
             settings,
             connection.clone(),
@@ -119,7 +130,7 @@ impl DevBox {
             Arc::clone(&clock),
         );
         let executor = executor(clock, &audit);
-        Ok(Self { config, connection, images, network, provisioner, executor, audit })
+        Ok(Self { config, connection, images, network, provisioner, executor, user_vms, audit })
     }
 
     /// The configuration it was opened with.
@@ -210,6 +221,12 @@ impl DevBox {
         Arc::clone(&self.audit) as _
     }
 
+    /// The VMs that users keep.
+    #[must_use]
+    pub fn user_vms(&self) -> &UserVms {
+        &self.user_vms
+    }
+
     /// Removes what owners that died have left.
     ///
     /// # Errors
@@ -223,6 +240,7 @@ impl DevBox {
         self.provisioner.drain().await;
         self.connection.close().await;
         drop(self.executor);
+        drop(self.user_vms);
         // Its writer ends when the last handle goes: a thread that may block waits for that.
         let _ = blocking::run(move || {
             drop(self.audit);
@@ -232,11 +250,14 @@ impl DevBox {
     }
 }
 
-/// Acts on behalf of the user that started this process.
+/// The user that started this process.
+fn actor() -> Actor {
+    Actor::User { uid: rustix::process::getuid().as_raw(), name: Some(owner().into()) }
+}
+
 fn executor(clock: Arc<dyn Clock>, audit: &Arc<AuditLog>) -> AgentExecutor {
     let sink: Arc<dyn AuditSink> = Arc::clone(audit) as _;
-    let uid = rustix::process::getuid().as_raw();
-    AgentExecutor::new(clock, sink).on_behalf_of(Actor::User { uid, name: Some(owner().into()) })
+    AgentExecutor::new(clock, sink).on_behalf_of(actor())
 }
 
 async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditLog, OpenError> {

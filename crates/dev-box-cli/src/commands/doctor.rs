@@ -3,13 +3,17 @@
 use std::process::ExitCode;
 
 use dev_box::Config;
-use dev_box::provision::doctor::{Check, Status, passed};
+use dev_box::provision::doctor::{Check, Status, apparmor_fragment, passed};
 
 use crate::args::DoctorArgs;
 use crate::exit::Failure;
 use crate::output;
 
 pub(crate) async fn run(config: Config, args: DoctorArgs) -> Result<ExitCode, Failure> {
+    if args.apparmor {
+        output::line(apparmor_fragment(&config.host.state_root).trim_end())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let checks = match args.vm {
         Some(name) => dev_box::check_vm(&config, &name).await.map_err(Failure::new)?,
         None => dev_box::check_host(&config).await,

@@ -11,5 +11,7 @@ pub(crate) mod ps;
 pub(crate) mod rm;
 pub(crate) mod run;
 pub(crate) mod serve;
+pub(crate) mod snapshot;
 pub(crate) mod start;
 pub(crate) mod template;
+pub(crate) mod vm;
