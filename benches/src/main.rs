@@ -11,6 +11,7 @@ mod micro;
 mod pool;
 mod registry;
 mod sampling;
+mod snapshots;
 
 use std::error::Error;
 use std::path::PathBuf;

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use crate::figure::Figure;
-use crate::{end_to_end, micro, pool};
+use crate::{end_to_end, micro, pool, snapshots};
 
 /// Why a benchmark could not run.
 pub(crate) type NotRun = Box<dyn Error>;
@@ -33,6 +33,16 @@ const ALL: &[Benchmark] = &[
         name: "exec.true",
         about: "/bin/true in a VM, from the request to its exit; and a ping beside it",
         run: end_to_end::exec_true,
+    },
+    Benchmark {
+        name: "wait.started",
+        about: "from libvirt saying that a VM runs to our knowing it",
+        run: snapshots::wait_started,
+    },
+    Benchmark {
+        name: "snapshot",
+        about: "going back in place, beside virsh snapshot-revert on the same VM in the same run",
+        run: snapshots::restore,
     },
     Benchmark {
         name: "pool",
