@@ -1,8 +1,12 @@
 //! dev-box as a whole, on real VMs.
 
+#![expect(clippy::unwrap_used, reason = "the helpers of tests may panic as the tests do")]
+
 mod daemon;
 mod doctor;
+mod libvirtd;
 mod net;
 mod run;
 mod template;
+mod user_vm;
 mod vsock;

@@ -232,9 +232,18 @@ impl Host {
         self.dev_box(["run"].iter().chain(args))
     }
 
-    /// The names of this host's VMs, by their directories.
+    /// The names of this host's disposable VMs, by their directories.
     pub fn vms(&self) -> Vec<String> {
-        let Ok(entries) = fs::read_dir(self.root.path().join("vms")) else { return Vec::new() };
+        self.names_in("vms")
+    }
+
+    /// The names of the VMs that its users keep.
+    pub fn user_vms(&self) -> Vec<String> {
+        self.names_in("user-vms")
+    }
+
+    fn names_in(&self, directory: &str) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.root.path().join(directory)) else { return Vec::new() };
         entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 
@@ -257,6 +266,7 @@ impl Host {
     #[track_caller]
     pub fn assert_clean(&self) {
         assert_eq!(self.vms(), Vec::<String>::new(), "VM directories are left");
+        assert_eq!(self.user_vms(), Vec::<String>::new(), "users' VMs are left");
         assert_eq!(self.qemu_pids(), Vec::<u32>::new(), "QEMU processes are left");
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         assert!(!mounts.contains(&*self.root.path().to_string_lossy()), "mounts are left");
@@ -268,6 +278,11 @@ impl Drop for Host {
         if std::thread::panicking() {
             // Say no more, but do not let a failed test spoil the others.
             let _ = self.command().args(["gc"]).stdin(Stdio::null()).output();
+            let vms = self.user_vms();
+            if !vms.is_empty() {
+                let rm = ["vm", "rm", "--force"].map(str::to_owned).into_iter().chain(vms);
+                let _ = self.command().args(rm).stdin(Stdio::null()).output();
+            }
         } else {
             self.assert_clean();
         }

@@ -1,0 +1,56 @@
+//! libvirtd goes away and comes back while VMs run. In nextest's group `host`: nothing else runs meanwhile.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use dev_box_tests::{Host, wait_until};
+
+fn daemon() -> Option<i32> {
+    fs::read_to_string("/run/libvirtd.pid").ok()?.trim().parse().ok()
+}
+
+/// As an upgrade does it. QEMUs are no children of the daemon's, and live on.
+fn restart(pid: i32) {
+    if Path::new("/run/systemd/system").exists() {
+        assert!(Command::new("systemctl").args(["restart", "libvirtd"]).status().unwrap().success());
+        return;
+    }
+    let there = || Path::new(&format!("/proc/{pid}")).exists();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).unwrap();
+    wait_until("libvirtd ends", Duration::from_secs(30), || !there() || zombie(pid));
+    assert!(Command::new("libvirtd").arg("-d").status().unwrap().success());
+}
+
+/// Where pid 1 does not reap.
+fn zombie(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
+}
+
+#[test]
+fn jobs_and_kept_vms_outlive_libvirtd() {
+    let Some(host) = Host::new("jobs_and_kept_vms_outlive_libvirtd") else { return };
+    let Some(pid) = daemon() else {
+        dev_box_tests::skip("jobs_and_kept_vms_outlive_libvirtd", "libvirtd is not a daemon of this host's");
+        return;
+    };
+    let vm = &*format!("it-outlives-{}", std::process::id());
+    host.dev_box(["vm", "create", vm, "--net", "isolated", "--start"]).expect_code(0);
+    let mut job =
+        host.start(["run", "-i", "--net", "isolated", "--", "sh", "-c", "echo up; read go; echo $go on"]);
+    let mut keys = job.stdin();
+    job.wait_for_output("up");
+    restart(pid);
+    let answers = || host.dev_box(["vm", "inspect", vm]).status.success();
+    wait_until("libvirtd answers again", Duration::from_secs(60), answers);
+    std::io::Write::write_all(&mut keys, b"went\n").unwrap();
+    drop(keys);
+    job.wait_for_output("went on");
+    job.finish().expect_code(0);
+
+    assert!(host.dev_box(["vm", "ls"]).expect_code(0).text().contains("running"));
+    host.dev_box(["snapshot", "create", vm, "after"]).expect_code(0);
+    host.dev_box(["snapshot", "restore", vm, "after"]).expect_code(0);
+    host.dev_box(["vm", "rm", "--force", vm]).expect_code(0);
+}
