@@ -58,8 +58,7 @@ fn virsh(args: &[&str]) {
 fn a_vm_that_is_kept_from_its_making_to_its_end() {
     let Some(host) = Host::new("a_vm_that_is_kept_from_its_making_to_its_end") else { return };
     let vm = &*unique("kept");
-    let made =
-        host.dev_box(["vm", "create", vm, "--start", "--json", "--iops", "5000", "--download", "8MiB"]);
+    let made = host.dev_box(["vm", "create", vm, "--start", "--json", "--iops", "5000"]);
     let made: Value = serde_json::from_slice(&made.expect_code(0).stdout).unwrap();
     assert_eq!((made["state"].as_str(), made["name"].as_str()), (Some("running"), Some(vm)));
     let address = made["address"].as_str().expect("an address").to_owned();

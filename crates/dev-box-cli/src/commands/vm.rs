@@ -274,8 +274,11 @@ async fn create(dev_box: &DevBox, args: CreateArgs) -> Result<ExitCode, Failure>
     };
     let vms = dev_box.user_vms();
     let made = vms.create(new).await.map_err(Failure::new)?;
-    if args.start {
-        vms.start(&args.name).await.map_err(Failure::new)?;
+    if args.start
+        && let Err(error) = vms.start(&args.name).await
+    {
+        output::note(format_args!("made {}, which does not start", args.name));
+        return Err(Failure::new(error));
     }
     if args.json {
         let vm = if args.start { vms.inspect(&args.name).await.map_err(Failure::new)?.0 } else { made };
