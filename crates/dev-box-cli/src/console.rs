@@ -83,7 +83,7 @@ async fn join(console: &mut Console) -> io::Result<Ended> {
     let mut keys = stdin::reader()?;
     let mut terminations = signal(SignalKind::terminate())?;
     let mut hangups = signal(SignalKind::hangup())?;
-    let (mut typed, mut shown) = ([0; 1024], [0; 16 * 1024]);
+    let (mut typed, mut shown) = (vec![0; 1024], vec![0; 16 * 1024]);
     loop {
         tokio::select! {
             read = from_guest.read(&mut shown) => match read {

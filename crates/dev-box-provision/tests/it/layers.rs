@@ -36,31 +36,26 @@ impl Group {
     /// In the unified hierarchy, or in those of v1 that are there. `None` where it cannot be made.
     fn new(name: &str, off: Off) -> Option<Self> {
         let root = Path::new("/sys/fs/cgroup");
-        let (memory, cpu) = (off != Off::MemoryLimit, off != Off::CpuLimit);
-        let made = if root.join("cgroup.controllers").exists() {
-            let dir = root.join(name);
-            fs::create_dir(&dir).ok()?;
-            let group = Self(vec![dir.clone()]);
-            let put = |file: &str, value: &str| fs::write(dir.join(file), value).ok();
-            memory.then(|| put("memory.max", "1073741824")).unwrap_or(Some(()))?;
-            cpu.then(|| put("cpu.max", "150000 100000")).unwrap_or(Some(()))?;
-            group
-        } else {
-            let mut group = Self(Vec::new());
-            for (controller, file, value, wanted) in [
-                ("memory", "memory.limit_in_bytes", "1073741824", memory),
-                ("cpu", "cpu.cfs_quota_us", "150000", cpu),
-            ] {
-                let dir = root.join(controller).join(name);
+        let unified = root.join("cgroup.controllers").exists();
+        let limits = match unified {
+            true => [("", "memory.max", "1073741824"), ("", "cpu.max", "150000 100000")],
+            false => {
+                [("memory", "memory.limit_in_bytes", "1073741824"), ("cpu", "cpu.cfs_quota_us", "150000")]
+            }
+        };
+        let mut group = Self(Vec::new());
+        for ((controller, file, value), left_out) in limits.into_iter().zip([Off::MemoryLimit, Off::CpuLimit])
+        {
+            let dir = root.join(controller).join(name);
+            if !group.0.contains(&dir) {
                 fs::create_dir(&dir).ok()?;
                 group.0.push(dir.clone());
-                if wanted {
-                    fs::write(dir.join(file), value).ok()?;
-                }
             }
-            group
-        };
-        Some(made)
+            if off != left_out {
+                fs::write(dir.join(file), value).ok()?;
+            }
+        }
+        Some(group)
     }
 
     fn add(&self, pid: u32) {
