@@ -5,8 +5,10 @@
 mod daemon;
 mod doctor;
 mod libvirtd;
+mod nested;
 mod net;
 mod run;
+mod soak;
 mod template;
 mod user_vm;
 mod vsock;

@@ -119,7 +119,12 @@ impl Running {
     }
 
     /// Waits for its end; kills it and panics when it takes longer than any test may.
-    pub fn finish(mut self) -> Finished {
+    pub fn finish(self) -> Finished {
+        self.finish_within(PATIENCE)
+    }
+
+    /// The same, with another limit.
+    pub fn finish_within(mut self, limit: Duration) -> Finished {
         drop(self.child.stdin.take());
         let drain = |pipe: Option<Box<dyn Read + Send>>| {
             std::thread::spawn(move || {
@@ -137,17 +142,13 @@ impl Running {
             if let Some(status) = self.child.try_wait().expect("a child of ours") {
                 break status;
             }
-            if waiting.elapsed() > PATIENCE {
+            if waiting.elapsed() > limit {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 let text = |thread: std::thread::JoinHandle<Vec<u8>>| {
                     String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned()
                 };
-                panic!(
-                    "still running after {PATIENCE:?}\nstdout:\n{}\nstderr:\n{}",
-                    text(stdout),
-                    text(stderr)
-                );
+                panic!("still running after {limit:?}\nstdout:\n{}\nstderr:\n{}", text(stdout), text(stderr));
             }
             std::thread::sleep(Duration::from_millis(10));
         };

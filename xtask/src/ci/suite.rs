@@ -16,11 +16,15 @@ const LINK_LIBVIRT: &[&str] = &["dev-box", "dev-box-cli", "dev-box-benches"];
 /// A test that cannot run here appends a line `SKIPPED: name: reason` to the file that this variable names.
 const SKIP_LOG: &str = "DEV_BOX_SKIP_LOG";
 
-/// The program that tries vsock inside a guest, where there is a loopback for it.
-const VSOCK_PROBE: &str = "target/x86_64-unknown-linux-gnu/agent/examples/vsock_loopback";
+/// The programs that try vsock inside a guest: where there is a loopback for it, and to a guest within. With the variables that
+/// tell the tests where they are.
+const VSOCK_PROBES: [(&str, &str); 2] =
+    [("DEV_BOX_VSOCK_PROBE", "vsock_loopback"), ("DEV_BOX_VSOCK_RUN", "vsock_run")];
+/// Where they are built.
+const PROBES: &str = "target/x86_64-unknown-linux-gnu/agent/examples";
 
 /// Static, as the agent is: it runs in a guest.
-fn build_vsock_probe(workspace: &Workspace) -> Command {
+fn build_vsock_probes(workspace: &Workspace) -> Command {
     let mut command = workspace.cargo();
     command.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
         "build",
@@ -33,9 +37,8 @@ fn build_vsock_probe(workspace: &Workspace) -> Command {
         "dev-box-comm",
         "--features",
         "vsock,testing",
-        "--example",
-        "vsock_loopback",
     ]);
+    command.args(VSOCK_PROBES.into_iter().flat_map(|(_, name)| ["--example", name]));
     command
 }
 
@@ -43,10 +46,10 @@ fn build_vsock_probe(workspace: &Workspace) -> Command {
 pub(super) fn all(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
     let skipped = scope.workspace.reports().join("skipped.txt");
     std::fs::write(&skipped, "").map_err(|source| StepError::File { path: skipped.clone(), source })?;
-    let probe = scope.workspace.root().join(VSOCK_PROBE);
-    scope.attempt(&mut build_vsock_probe(scope.workspace));
+    let probes = scope.workspace.root().join(PROBES);
+    scope.attempt(&mut build_vsock_probes(scope.workspace));
     let mut command = coverage::nextest(scope.workspace);
-    command.env(SKIP_LOG, &skipped).env("DEV_BOX_VSOCK_PROBE", probe);
+    command.env(SKIP_LOG, &skipped).envs(VSOCK_PROBES.map(|(variable, name)| (variable, probes.join(name))));
     if scope.options.full {
         command.args(["--run-ignored", "all"]).env("PROPTEST_CASES", "4096");
     }

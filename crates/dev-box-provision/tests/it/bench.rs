@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use dev_box_comm::hello::GuestHello;
+use dev_box_comm::hello::{Generations, GuestHello};
 use dev_box_comm::message::{Configure, GuestError, GuestErrorKind, Message, Request};
 use dev_box_comm::session::Session;
 use dev_box_comm::testing::{MemoryDial, memory};
@@ -36,6 +36,8 @@ pub(crate) enum Guest {
     Obeys,
     /// Its agent refuses to be configured.
     Refuses,
+    /// Its agent is of a generation before the first that this one speaks.
+    IsOld,
     /// Nobody answers.
     Silent,
     /// It goes away in the middle of the hello.
@@ -184,10 +186,14 @@ async fn serve(
             Guest::HangsUp => drop(io),
             // Held, and never read.
             Guest::Silent => std::mem::forget(io),
-            Guest::Obeys | Guest::Refuses => {
+            Guest::Obeys | Guest::Refuses | Guest::IsOld => {
+                let mut hello = GuestHello::new("boot");
+                if guest == Guest::IsOld {
+                    hello.version = "0.0.9".to_owned();
+                    hello.generations = Generations { min: 0, max: 0 };
+                }
                 tokio::spawn(async move {
-                    let Ok((_session, mut incoming, _)) = Session::accept(io, GuestHello::new("boot")).await
-                    else {
+                    let Ok((_session, mut incoming, _)) = Session::accept(io, hello).await else {
                         return;
                     };
                     while let Some((request, mut stream)) = incoming.next().await {

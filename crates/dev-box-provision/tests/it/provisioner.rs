@@ -188,6 +188,14 @@ async fn an_agent_that_is_silent_or_gone_is_told_with_the_console() {
 }
 
 #[tokio::test]
+async fn an_image_with_an_older_agent_is_told_what_to_do() {
+    let bench = Bench::new(Guest::IsOld).await;
+    let error = chain(&bench.provisioner.provision(&request()).await.unwrap_err());
+    assert!(error.contains("0.0.9") && error.contains("dev-box image build"), "{error}");
+    bench.assert_clean();
+}
+
+#[tokio::test]
 async fn an_agent_that_refuses_is_an_error() {
     let bench = Bench::new(Guest::Refuses).await;
     let error = bench.provisioner.provision(&request()).await.unwrap_err();
