@@ -31,9 +31,12 @@ const JOB: &str = r"
 #[ignore = "long, and downloads QEMU for the guest: cargo xtask ci --full"]
 fn vsock_serves_from_end_to_end() {
     const TEST: &str = "nested::vsock_serves_from_end_to_end";
-    let Some(dial) = std::env::var_os("DEV_BOX_VSOCK_RUN").map(PathBuf::from).filter(|path| path.is_file())
-    else {
-        return skip(TEST, "no vsock_run: `cargo xtask ci` builds it and names it in DEV_BOX_VSOCK_RUN");
+    let named = |variable| std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_file());
+    let (Some(dial), Some(agent)) = (named("DEV_BOX_VSOCK_RUN"), named("DEV_BOX_TEST_AGENT")) else {
+        return skip(
+            TEST,
+            "`cargo xtask ci` builds it and names it in DEV_BOX_VSOCK_RUN and DEV_BOX_TEST_AGENT",
+        );
     };
     let Some(host) = Host::new(TEST) else { return };
     // An image of its own, outside of what all tests share.
@@ -42,8 +45,9 @@ fn vsock_serves_from_end_to_end() {
     fs::remove_file(&shared).unwrap();
     fs::create_dir(&shared).unwrap();
     symlink(&image, shared.join("default")).unwrap();
-    let packages = ["--packages", "qemu-system-x86,linux-image-amd64,kmod"];
-    let build = host.start(["image", "build", "--name", "outer"].iter().chain(&packages));
+    let packages = "qemu-system-x86,linux-image-amd64,kmod";
+    let agent = agent.to_str().unwrap();
+    let build = host.start(["image", "build", "--name", "outer", "--agent", agent, "--packages", packages]);
     build.finish_within(LIMIT).expect_code(0);
 
     let workspace = host.root().join("in");
