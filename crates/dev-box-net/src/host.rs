@@ -19,6 +19,8 @@ pub struct HostPaths {
     pub ip_forward: PathBuf,
     /// `/proc/sys/net/bridge/bridge-nf-call-iptables`
     pub bridge_nf_call_iptables: PathBuf,
+    /// `/etc/resolv.conf`
+    pub resolv_conf: PathBuf,
 }
 
 impl Default for HostPaths {
@@ -28,6 +30,7 @@ impl Default for HostPaths {
             interfaces: "/sys/class/net".into(),
             ip_forward: "/proc/sys/net/ipv4/ip_forward".into(),
             bridge_nf_call_iptables: "/proc/sys/net/bridge/bridge-nf-call-iptables".into(),
+            resolv_conf: "/etc/resolv.conf".into(),
         }
     }
 }

@@ -26,6 +26,24 @@ pub fn address_of_tap(name: &str) -> Option<Ipv4Addr> {
     (tap_of(address) == name).then_some(address)
 }
 
+/// The port of the gateway on which the resolver of that VM's own listens, where its policy has names. The guest asks
+/// port 53 all the same.
+pub fn resolver_port_of(address: Ipv4Addr) -> u16 {
+    // Below the range that the kernel gives to others' sockets (32768 and up).
+    20_000 + low_bits(address, 13)
+}
+
+/// The NFLOG group in which the guard reports a VM's packets. One process a group may listen; other programs' groups
+/// are small numbers.
+pub fn log_group_of(address: Ipv4Addr) -> u16 {
+    0x8000 | low_bits(address, 15)
+}
+
+fn low_bits(address: Ipv4Addr, count: u32) -> u16 {
+    let [.., high, low] = address.octets();
+    u16::from_be_bytes([high, low]) & (u16::MAX >> (u16::BITS - count))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -40,6 +58,14 @@ mod tests {
         for other in ["vnet0", "dbt", "dbt0ad5000", "dbt0AD50002", "dbt+ad50002", "dbt0ad500020"] {
             assert_eq!(address_of_tap(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn numbers_of_neighbours_differ() {
+        let of = |address: Ipv4Addr| (resolver_port_of(address), log_group_of(address));
+        assert_eq!(of(Ipv4Addr::new(10, 213, 0, 2)), (20_002, 0x8002));
+        assert_eq!(of(Ipv4Addr::new(10, 213, 31, 255)), (28_191, 0x9fff));
+        assert_eq!(of(Ipv4Addr::new(10, 213, 255, 255)), (28_191, 0xffff));
     }
 
     proptest! {

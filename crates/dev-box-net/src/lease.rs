@@ -150,6 +150,26 @@ impl AddressLeases {
         Ok(leases)
     }
 
+    /// The records that can be read, whoever owns them.
+    ///
+    /// # Errors
+    /// [`LeaseError::Io`].
+    pub fn records(&self) -> Result<BTreeMap<Ipv4Addr, LeaseRecord>, LeaseError> {
+        let record = |address| Some((address, read(File::open(self.path(address)).ok()?)?));
+        Ok(self.addresses()?.into_iter().filter_map(record).collect())
+    }
+
+    /// Replaces the record of a lease that somebody holds; to be called while whatever changes leases is locked out.
+    ///
+    /// # Errors
+    /// [`LeaseError::Io`], when there is no such lease among others.
+    pub fn rewrite(&self, address: Ipv4Addr, record: &LeaseRecord) -> Result<(), LeaseError> {
+        let path = self.path(address);
+        // The same file: it is what the owner's lock is on.
+        let file = OpenOptions::new().write(true).open(&path).map_err(failed(&path, "opened"))?;
+        write(&file, &path, record)
+    }
+
     /// Takes a lease whose owner is dead, so that what belongs to it can be removed before it is released.
     ///
     /// # Errors
@@ -222,6 +242,16 @@ fn read(file: File) -> Option<LeaseRecord> {
     serde_json::from_str(&text).ok()
 }
 
+fn write(mut file: &File, path: &Path, record: &LeaseRecord) -> Result<(), LeaseError> {
+    let text = serde_json::to_vec(record).map_err(|error| failed(path, "written")(error.into()))?;
+    let mut write = || {
+        file.rewind()?;
+        file.set_len(0)?;
+        file.write_all(&text)
+    };
+    write().map_err(failed(path, "written"))
+}
+
 impl AddressLease {
     /// The address.
     pub fn address(&self) -> Ipv4Addr {
@@ -238,13 +268,7 @@ impl AddressLease {
     /// # Errors
     /// [`LeaseError::Io`].
     pub fn write(&mut self, record: &LeaseRecord) -> Result<(), LeaseError> {
-        let text = serde_json::to_vec(record).map_err(|error| failed(&self.path, "written")(error.into()))?;
-        let mut write = || {
-            self.file.rewind()?;
-            self.file.set_len(0)?;
-            self.file.write_all(&text)
-        };
-        write().map_err(failed(&self.path, "written"))
+        write(&self.file, &self.path, record)
     }
 
     /// Ends the lease: the record is deleted, the address free.

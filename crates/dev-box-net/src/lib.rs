@@ -6,6 +6,9 @@
 //! | [`subnet`], [`identity`], [`lease`] | subnets, addresses and what is derived from them; leases across processes |
 //! | [`xml`] | libvirt's network and its filters |
 //! | [`guard`] | the host guard: nftables rules that hold a policy by themselves |
+//! | [`resolver`] | names: a resolver for each VM whose policy has domains |
+//! | [`events`] | what packets did: drops, new destinations, DNS, as a stream and on record |
+//! | [`watch`] | verification while VMs run: pause, restore, resume |
 //! | [`vm_network`] | [`VmNetwork`]: all of that for one VM, in the right order, undone on failure |
 //!
 //! A VM's packets are judged twice: by libvirt's filter at its tap, and by the guard. Both are in place before the
@@ -26,17 +29,22 @@
 //! }
 //! ```
 
+pub mod events;
 pub mod guard;
 pub mod host;
 pub mod identity;
 pub mod lease;
 pub mod network;
 pub mod policy;
+pub mod resolver;
 pub mod subnet;
 pub mod vm_network;
+pub mod watch;
 pub mod xml;
 
+pub use events::{EventSource, NetEvent, NetEventKind};
 pub use guard::{Firewall, FirewallError, NftFirewall, Traffic};
 pub use policy::{EgressPolicy, PolicyDigest, PolicyError};
+pub use resolver::{DnsmasqResolver, Resolver, ResolverError};
 pub use subnet::Subnet;
 pub use vm_network::{GuardState, NetError, NetLease, NetSettings, Verification, VmNetwork};

@@ -1,9 +1,9 @@
 //! From a VM and its policy to an interface that is safe to start with: [`VmNetwork`].
 //!
 //! ```text
-//!   attach: network -> address -> filter -> rules -> NetLease      (VM starts, runs, is destroyed)      detach: back
-//!              |          |          |        |
-//!              +----------+----------+--------+--> on failure: what was made is undone, in reverse
+//!   attach: network -> address -> filter -> rules, names -> NetLease    (VM starts, runs, is destroyed)   detach: back
+//!              |          |          |           |
+//!              +----------+----------+-----------+--> on failure: what was made is undone, in reverse
 //! ```
 //!
 //! The calls block (libvirt, nft, file locks): from async code, make them where blocking is allowed, such as
@@ -20,15 +20,19 @@ use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
 use dev_box_core::spec::{FilterRef, Interface, LinkState, MacAddress};
 
+use crate::events::{RecordError, RecordFile};
 use crate::guard::{Fingerprint, Firewall, FirewallError, GuardError, Traffic, VmGuard};
 use crate::host::HostPaths;
 use crate::identity::{mac_of, tap_of};
 use crate::lease::{AddressLease, AddressLeases, LeaseError, LeaseRecord, Owner};
 use crate::network::{InvalidName, NetworkShape};
-use crate::policy::{EgressPolicy, PolicyDigest};
+use crate::policy::{EgressPolicy, PolicyDigest, PolicyStore};
+use crate::resolver::{DnsmasqResolver, NameService, Resolver, ResolverError};
 use crate::subnet::{Subnet, SubnetError};
 use crate::xml::network::{FoundNetwork, UnreadableNetwork, network_xml};
 use crate::xml::nwfilter::{name_prefix, nwfilter};
+
+mod upkeep;
 
 /// What a host's network of VMs is called and where its leases lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct NetSettings {
     pub subnet: Option<Subnet>,
     /// Where the host's state is read.
     pub host: HostPaths,
+    /// Directory of the administrator's policies, `NAME.toml` each.
+    pub policies: PathBuf,
 }
 
 impl NetSettings {
@@ -54,6 +60,7 @@ impl NetSettings {
             bridge: "devbox0".to_owned(),
             subnet: None,
             host: HostPaths::default(),
+            policies: "/etc/dev-box/policies".into(),
         }
     }
 }
@@ -63,6 +70,8 @@ impl NetSettings {
 pub struct VmNetwork {
     settings: NetSettings,
     firewall: Arc<dyn Firewall>,
+    resolver: Arc<dyn Resolver>,
+    policies: PolicyStore,
 }
 
 /// A VM's interface. Held by the process that owns the VM: when it dies, or drops this, the address is free again
@@ -92,7 +101,6 @@ pub struct NetLease {
     /// The policy that holds.
     pub policy: EgressPolicy,
     shape: NetworkShape,
-    fingerprint: Fingerprint,
     lock: AddressLease,
 }
 
@@ -125,6 +133,8 @@ pub struct Verification {
     pub network_active: bool,
     /// Whether libvirt still has the VM's filter.
     pub filter_defined: bool,
+    /// Whether the names of the policy are served; `None` when it has none.
+    pub names_served: Option<bool>,
     /// Whether the host forwards IPv4: without, nothing gets out.
     pub forwarding: bool,
     /// `bridge-nf-call-iptables`; `None` while br_netfilter is not loaded. For information: neither the guard nor the
@@ -135,7 +145,11 @@ pub struct Verification {
 impl Verification {
     /// Whether every layer stands and packets can flow.
     pub fn is_sound(&self) -> bool {
-        self.guard == GuardState::Intact && self.network_active && self.filter_defined && self.forwarding
+        self.guard == GuardState::Intact
+            && self.network_active
+            && self.filter_defined
+            && self.names_served != Some(false)
+            && self.forwarding
     }
 }
 
@@ -215,16 +229,17 @@ pub enum NetError {
     /// the firewall
     #[error("the firewall rules could not be changed")]
     Firewall(#[from] FirewallError),
-    /// domains in a policy
-    #[error(
-        "the policy allows {count} domain(s), the first being \"{first}\", and no resolver that enforces domains is \
-         set up: list addresses in `allow`, or set `destinations = \"public\"` and leave `domains` out"
-    )]
-    DomainsUnsupported {
-        /// How many.
-        count: usize,
-        /// The first.
-        first: String,
+    /// the policy's names
+    #[error("the names of the policy cannot be served")]
+    Resolver(#[from] ResolverError),
+    /// the events on record
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// the lease is gone
+    #[error("there is no lease on record for {vm}")]
+    NoLease {
+        /// The VM.
+        vm: VmName,
     },
     /// the host does not tell
     #[error("{path} cannot be {what}")]
@@ -243,9 +258,24 @@ pub enum NetError {
 }
 
 impl VmNetwork {
-    /// Nothing is made yet; [`VmNetwork::ensure`] and [`VmNetwork::attach`] do that.
+    /// Nothing is made yet; [`VmNetwork::ensure`] and [`VmNetwork::attach`] do that. Names of policies are served by
+    /// dnsmasq.
     pub fn new(settings: NetSettings, firewall: Arc<dyn Firewall>) -> Self {
-        Self { settings, firewall }
+        let dir = settings.dir.join(&settings.name).join("resolvers");
+        let resolver = Arc::new(DnsmasqResolver::new(dir, &settings.host.resolv_conf));
+        let policies = PolicyStore::new(&settings.policies);
+        Self { settings, firewall, resolver, policies }
+    }
+
+    /// What networks a VM can be asked for by name.
+    pub fn policies(&self) -> &PolicyStore {
+        &self.policies
+    }
+
+    /// The same, with another resolver.
+    #[must_use]
+    pub fn with_resolver(self, resolver: Arc<dyn Resolver>) -> Self {
+        Self { resolver, ..self }
     }
 
     /// Has libvirt's network defined and running. Idempotent; safe from several processes at once.
@@ -285,7 +315,6 @@ impl VmNetwork {
         if policy.is_isolated() {
             return Ok(None);
         }
-        refuse_domains(policy)?;
         let lock = self.lock()?;
         let shape = self.ensure_locked(libvirt)?;
         let filter = nwfilter(&shape, policy);
@@ -315,8 +344,8 @@ impl VmNetwork {
         let made = ensure_filter(libvirt, &filter.name, &filter.xml);
         // The lease is on record and names the filter, so nobody collects it from here on.
         drop(lock);
-        match made.and_then(|()| self.apply(&shape, record, &mut lease)) {
-            Ok(fingerprint) => Ok(Some(NetLease {
+        match made.and_then(|()| self.apply(&shape, record, &mut lease, true)) {
+            Ok(()) => Ok(Some(NetLease {
                 vm: vm.clone(),
                 mac: mac_of(lease.address()),
                 address: lease.address(),
@@ -329,7 +358,6 @@ impl VmNetwork {
                 filter: filter.name,
                 policy: policy.clone(),
                 shape,
-                fingerprint,
                 lock: lease,
             })),
             Err(error) => {
@@ -346,16 +374,20 @@ impl VmNetwork {
     /// it was when the VM started, so that a policy can be narrowed by this, and widened only as far as that filter.
     ///
     /// # Errors
-    /// [`NetError`]; the old rules hold then.
+    /// [`NetError`]; the old rules hold then, and of the names none are served if they were to change.
     pub fn change_policy(&self, lease: &mut NetLease, policy: &EgressPolicy) -> Result<(), NetError> {
-        refuse_domains(policy)?;
         let record = LeaseRecord {
             vm: lease.vm.clone(),
             policy: policy.clone(),
             filter: lease.filter.clone(),
             fingerprint: None,
         };
-        lease.fingerprint = self.apply(&lease.shape, record, &mut lease.lock)?;
+        let other_names = policy.domains() != lease.policy.domains();
+        if other_names {
+            // Before the set is emptied: an answer in between would open an old name's address.
+            self.resolver.stop(lease.address)?;
+        }
+        self.apply(&lease.shape, record, &mut lease.lock, other_names)?;
         lease.policy = policy.clone();
         Ok(())
     }
@@ -369,7 +401,8 @@ impl VmNetwork {
         self.change_policy(lease, &policy)
     }
 
-    /// Whether every layer of a VM's network stands. Two runs of nft and two calls of libvirt: some 10 ms.
+    /// Whether every layer of a VM's network stands, by what is on record of its lease. A look at the firewall and two
+    /// calls of libvirt: some 10 ms.
     ///
     /// # Errors
     /// [`NetError`] when that cannot be found out.
@@ -378,11 +411,11 @@ impl VmNetwork {
         libvirt: &L,
         lease: &NetLease,
     ) -> Result<Verification, NetError> {
-        self.verify_against(libvirt, lease.address, Some(&lease.fingerprint), &lease.filter)
+        let found = self.verify_by_name(libvirt, &lease.vm)?;
+        found.ok_or_else(|| NetError::NoLease { vm: lease.vm.clone() })
     }
 
-    /// As [`VmNetwork::verify`], for a VM that another process owns, by what is on record of its lease. `None` when
-    /// there is no lease in its name.
+    /// As [`VmNetwork::verify`], for a VM that another process owns. `None` when there is no lease in its name.
     ///
     /// # Errors
     /// [`NetError`] when that cannot be found out.
@@ -391,38 +424,7 @@ impl VmNetwork {
         libvirt: &L,
         vm: &VmName,
     ) -> Result<Option<Verification>, NetError> {
-        let Some(shape) = self.find(libvirt)? else { return Ok(None) };
-        let held = self.leases(&shape)?.list()?;
-        let found = held.into_iter().find_map(|(address, (_, record))| {
-            record.filter(|record| record.vm == *vm).map(|record| (address, record))
-        });
-        let Some((address, record)) = found else { return Ok(None) };
-        self.verify_against(libvirt, address, record.fingerprint.as_ref(), &record.filter).map(Some)
-    }
-
-    fn verify_against<L: Networks + NwFilters + ?Sized>(
-        &self,
-        libvirt: &L,
-        address: Ipv4Addr,
-        expected: Option<&Fingerprint>,
-        filter: &String,
-    ) -> Result<Verification, NetError> {
-        let found = self.firewall.inspect(&[address])?;
-        let guard = match (found.get(&address), expected) {
-            (None, _) => GuardState::Missing,
-            (Some(found), Some(expected)) if found == expected => GuardState::Intact,
-            (Some(_), _) => GuardState::Changed,
-        };
-        let name = &self.settings.name;
-        let network = libvirt.find_network(name).map_err(libvirt_failed("look for the network"))?;
-        let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
-        Ok(Verification {
-            guard,
-            network_active: network.is_some_and(|network| network.active),
-            filter_defined: filters.contains(filter),
-            forwarding: self.settings.host.forwards(),
-            bridge_nf_call_iptables: self.settings.host.bridge_nf(),
-        })
+        Ok(self.verify_all(libvirt)?.remove(vm))
     }
 
     /// What the VM's packets did so far.
@@ -474,7 +476,9 @@ impl VmNetwork {
                 && !self.settings.host.has_interface(&tap_of(address))
                 && let Some(lease) = leases.adopt(address)?
             {
+                self.resolver.stop(address)?;
                 self.firewall.remove(address)?;
+                RecordFile::remove(&self.events_of(address))?;
                 lease.release()?;
                 swept.leases.push((address, record.map(|record| record.vm)));
             }
@@ -485,6 +489,11 @@ impl VmNetwork {
             if ours && !self.settings.host.has_interface(&tap_of(address)) {
                 self.firewall.remove(address)?;
                 swept.rules.push(address);
+            }
+        }
+        for address in self.resolver.serving()?.into_keys() {
+            if !held.contains_key(&address) && !self.settings.host.has_interface(&tap_of(address)) {
+                self.resolver.stop(address)?;
             }
         }
         swept.filters = collect_filters(libvirt, &shape, &leases)?;
@@ -519,15 +528,46 @@ impl VmNetwork {
         shape: &NetworkShape,
         mut record: LeaseRecord,
         lease: &mut AddressLease,
+        forget_names: bool,
+    ) -> Result<(), NetError> {
+        record.fingerprint = Some(self.enforce(shape, lease.address(), &record, forget_names)?);
+        Ok(lease.write(&record)?)
+    }
+
+    /// Has the guard hold a record's policy, and its names served.
+    fn enforce(
+        &self,
+        shape: &NetworkShape,
+        address: Ipv4Addr,
+        record: &LeaseRecord,
+        forget_names: bool,
     ) -> Result<Fingerprint, NetError> {
-        let guard = VmGuard::new(record.vm.clone(), shape.clone(), lease.address(), record.policy.clone())?;
+        let (vm, policy) = (&record.vm, &record.policy);
+        let mut guard = VmGuard::new(vm.clone(), shape.clone(), address, policy.clone())?;
+        if forget_names {
+            guard = guard.forgetting_names();
+        }
         let fingerprint = self.firewall.apply(&guard)?;
-        record.fingerprint = Some(fingerprint.clone());
-        lease.write(&record)?;
+        // The set stands before anyone fills it.
+        if let Some(names) = self.names_of(vm, shape, address, policy)
+            && self.resolver.serving()?.get(&address) != Some(&names.digest())
+        {
+            self.resolver.serve(&names)?;
+        }
         Ok(fingerprint)
     }
 
-    /// Rules, then the filter, then the address, so that nobody gets an address whose rules are going away. An
+    fn names_of(
+        &self,
+        vm: &VmName,
+        shape: &NetworkShape,
+        address: Ipv4Addr,
+        policy: &EgressPolicy,
+    ) -> Option<NameService> {
+        NameService::new(vm.clone(), shape.clone(), address, policy.domains())
+    }
+
+    /// Names, rules, then the filter, then the address, so that nobody gets an address whose rules are going away. An
     /// address whose rules could not be removed stays on record.
     fn end<L: NwFilters + ?Sized>(
         &self,
@@ -536,7 +576,9 @@ impl VmNetwork {
         shape: &NetworkShape,
         filter: &str,
     ) -> Result<(), NetError> {
+        self.resolver.stop(lease.address())?;
         self.firewall.remove(lease.address())?;
+        RecordFile::remove(&self.events_of(lease.address()))?;
         let _lock = self.lock()?;
         lease.release()?;
         let held = self.leases(shape)?.list()?;
@@ -633,15 +675,6 @@ impl VmNetwork {
 fn libvirt_failed(what: impl Into<String>) -> impl FnOnce(LibvirtError) -> NetError {
     let what = what.into();
     move |source| NetError::Libvirt { what, source }
-}
-
-fn refuse_domains(policy: &EgressPolicy) -> Result<(), NetError> {
-    match policy.domains() {
-        [] => Ok(()),
-        [first, ..] => {
-            Err(NetError::DomainsUnsupported { count: policy.domains().len(), first: first.to_string() })
-        }
-    }
 }
 
 /// A filter's name says what is in it, so that one that is there is the right one.

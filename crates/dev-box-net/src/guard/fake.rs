@@ -1,6 +1,6 @@
 //! A [`Firewall`] in memory, as strict as nft: what it holds is what was applied, until something flushes it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -31,6 +31,7 @@ pub struct FakeFirewall {
 struct State {
     rules: BTreeMap<Ipv4Addr, VmGuard>,
     traffic: BTreeMap<Ipv4Addr, Traffic>,
+    names: BTreeMap<Ipv4Addr, BTreeSet<Ipv4Addr>>,
     faults: VecDeque<Call>,
 }
 
@@ -63,7 +64,21 @@ impl FakeFirewall {
 
     /// What someone does who flushes the whole firewall.
     pub fn flush(&self) {
-        self.state().rules.clear();
+        let mut state = self.state();
+        state.rules.clear();
+        state.names.clear();
+    }
+
+    /// Opens an address as the resolver does for a name; `false` when the VM has no set for that.
+    pub fn open_name(&self, vm: Ipv4Addr, address: Ipv4Addr) -> bool {
+        let mut state = self.state();
+        let has_set = state.rules.contains_key(&vm);
+        has_set && state.names.entry(vm).or_default().insert(address)
+    }
+
+    /// The addresses that names have opened for a VM.
+    pub fn names_of(&self, vm: Ipv4Addr) -> BTreeSet<Ipv4Addr> {
+        self.state().names.get(&vm).cloned().unwrap_or_default()
     }
 
     /// The rules that hold for an address.
@@ -78,12 +93,17 @@ impl FakeFirewall {
 }
 
 fn fingerprint(guard: &VmGuard) -> Fingerprint {
-    Fingerprint(format!("sha256:{}", hex::encode(Sha256::digest(render_apply(guard)))))
+    // Of the rules, not of what the transaction does besides.
+    let rules = VmGuard { forgets_names: false, ..guard.clone() };
+    Fingerprint(format!("sha256:{}", hex::encode(Sha256::digest(render_apply(&rules)))))
 }
 
 impl Firewall for FakeFirewall {
     fn apply(&self, guard: &VmGuard) -> Result<Fingerprint, FirewallError> {
         let mut state = self.enter(Call::Apply)?;
+        if guard.forgets_names() {
+            state.names.remove(&guard.address());
+        }
         state.rules.insert(guard.address(), guard.clone());
         state.traffic.entry(guard.address()).or_default();
         Ok(fingerprint(guard))
@@ -93,6 +113,7 @@ impl Firewall for FakeFirewall {
         let mut state = self.enter(Call::Remove)?;
         state.rules.remove(&address);
         state.traffic.remove(&address);
+        state.names.remove(&address);
         Ok(())
     }
 
@@ -122,6 +143,7 @@ impl Firewall for FakeFirewall {
         let mut state = self.enter(Call::Clear)?;
         state.rules.clear();
         state.traffic.clear();
+        state.names.clear();
         Ok(())
     }
 }

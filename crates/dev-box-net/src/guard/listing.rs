@@ -51,6 +51,10 @@ impl Tables {
             let mut value = value.clone();
             if let Some(fields) = value.as_object_mut() {
                 fields.remove("handle");
+                if kind == "set" && owner(&name).is_some() {
+                    // Filled by the resolver and by the VM's own packets.
+                    fields.remove("elem");
+                }
             }
             self.objects.push(Object { kind: kind.clone(), family: field("family"), name, value });
         }

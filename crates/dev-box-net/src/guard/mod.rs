@@ -15,7 +15,8 @@
 //!
 //! The bridge half sees a frame's tap, so it ties tap, Ethernet and IP address together; the inet half can then go by
 //! IP address, and knows connections. Neither needs `bridge-nf-call-iptables`. Every packet is judged, established
-//! or not, so that a changed policy cuts what it no longer allows. Frames from a tap (`dbt*`) that no VM's rules
+//! or not, so that a changed policy cuts what it no longer allows. Under a policy with names the VM's DNS goes to a
+//! resolver of its own ([`crate::resolver`]), which puts the answers' addresses into a set that the classes look at last. Frames from a tap (`dbt*`) that no VM's rules
 //! claim are dropped: a VM whose rules are missing has no network rather than an open one, as long as the tables
 //! stand; that they stand is what [`Firewall::inspect`] is for.
 
@@ -47,6 +48,7 @@ pub struct VmGuard {
     network: NetworkShape,
     address: Ipv4Addr,
     policy: EgressPolicy,
+    forgets_names: bool,
 }
 
 /// Why rules cannot be made.
@@ -82,7 +84,18 @@ impl VmGuard {
         if !network.subnet().is_guest(address) {
             return Err(GuardError::ForeignAddress { address, network: network.to_string() });
         }
-        Ok(Self { vm, network, address, policy })
+        Ok(Self { vm, network, address, policy, forgets_names: false })
+    }
+
+    /// The same, closing the addresses that names have opened so far: for a policy with other names.
+    #[must_use]
+    pub fn forgetting_names(self) -> Self {
+        Self { forgets_names: true, ..self }
+    }
+
+    /// Whether addresses that names have opened so far are closed.
+    pub fn forgets_names(&self) -> bool {
+        self.forgets_names
     }
 
     /// The VM.

@@ -6,14 +6,28 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 
 use super::{DropReason, VmGuard};
-use crate::identity::{TAP_PREFIX, tap_of};
+use crate::identity::{TAP_PREFIX, log_group_of, resolver_port_of, tap_of};
 use crate::policy::{Destinations, EgressPolicy, PortRule, Protocol, special_ranges};
 
 /// The name of both tables.
 pub(super) const TABLE: &str = "dev_box";
 
-/// Drops logged a second by VM and reason; as many again in one burst.
-const LOGGED_PER_SECOND: u32 = 5;
+/// Drops reported a second by VM, half and reason.
+const DROPS_PER_SECOND: u32 = 5;
+/// New destinations, DNS queries and DNS answers reported a second by VM, each.
+const NEWS_PER_SECOND: u32 = 20;
+/// How much of a dropped packet is reported, in bytes: its headers.
+const DROP_SNAPLEN: u32 = 64;
+/// How much of a DNS message is reported, in bytes: a plain one as a whole (RFC 1035), with its IP and UDP headers.
+const DNS_SNAPLEN: u32 = 540;
+
+/// How long an address that a name had stays open after its last packet; more than the longest a guest may keep an
+/// answer ([`crate::resolver::MAX_TTL`]).
+const NAME_LIFE: &str = "1h";
+/// How long a destination counts as known after it was reported.
+const SEEN_LIFE: &str = "1h";
+/// Most addresses that a VM's names have at once, and most destinations that are remembered.
+const SET_SIZE: u32 = 8192;
 
 /// The drops that each half of a VM's rules can make.
 const BRIDGE_REASONS: [DropReason; 9] = [
@@ -42,16 +56,26 @@ const INET_REASONS: [DropReason; 11] = [
 ];
 
 const BRIDGE_CHAINS: [&str; 4] = ["in", "in-ports", "out", "out-ports"];
-const INET_CHAINS: [&str; 9] =
-    ["direct", "pre", "input", "output", "out", "out-ports", "open", "in", "in-ports"];
+const INET_CHAINS: [&str; 10] =
+    ["direct", "pre", "resolver", "input", "output", "out", "out-ports", "open", "in", "in-ports"];
 const BRIDGE_COUNTERS: [&str; 2] = ["sent", "received"];
 const INET_COUNTERS: [&str; 1] = ["connections"];
 
+/// A VM's sets: name, type of its elements, how long one lives.
+type Sets = [(&'static str, &'static str, &'static str)];
+/// Addresses that the names of the policy have: the resolver puts them in.
+const NAMES: (&str, &str, &str) = ("names", "ipv4_addr", NAME_LIFE);
+/// Destinations that were reported.
+const SEEN: (&str, &str, &str) = ("seen", "ipv4_addr . inet_service", SEEN_LIFE);
+const BRIDGE_SETS: [(&str, &str, &str); 1] = [NAMES];
+const INET_SETS: [(&str, &str, &str); 2] = [NAMES, SEEN];
+
 /// Dispatch maps: name, key type, the chain a VM's element jumps to.
 const BRIDGE_MAPS: [(&str, &str, &str); 2] = [("from-guest", "ifname", "out"), ("to-guest", "ifname", "in")];
-const INET_MAPS: [(&str, &str, &str); 6] = [
+const INET_MAPS: [(&str, &str, &str); 7] = [
     ("direct-by", "ifname", "direct"),
     ("prerouting-by", "ipv4_addr", "pre"),
+    ("resolver-by", "ipv4_addr", "resolver"),
     ("input-by", "ipv4_addr", "input"),
     ("output-by", "ipv4_addr", "output"),
     ("from-guest", "ipv4_addr", "out"),
@@ -82,10 +106,14 @@ impl Script<'_> {
     }
 
     fn base(&mut self, name: &str, hook: &str, priority: i32) {
+        self.base_of("filter", name, hook, priority);
+    }
+
+    fn base_of(&mut self, kind: &str, name: &str, hook: &str, priority: i32) {
         self.line(
             "add",
             "chain",
-            format_args!("{name} {{ type filter hook {hook} priority {priority}; policy accept; }}"),
+            format_args!("{name} {{ type {kind} hook {hook} priority {priority}; policy accept; }}"),
         );
         self.line("flush", "chain", format_args!("{name}"));
     }
@@ -109,27 +137,28 @@ pub fn render_apply(guard: &VmGuard) -> String {
 pub fn render_remove(address: Ipv4Addr) -> String {
     let tap = tap_of(address);
     let mut text = String::with_capacity(8 * 1024);
-    for (family, maps, chains, reasons, counters) in [
-        ("bridge", &BRIDGE_MAPS[..], &BRIDGE_CHAINS[..], &BRIDGE_REASONS[..], &BRIDGE_COUNTERS[..]),
-        ("inet", &INET_MAPS[..], &INET_CHAINS[..], &INET_REASONS[..], &INET_COUNTERS[..]),
-    ] {
+    for (family, own) in [("bridge", &BRIDGE), ("inet", &INET)] {
         let mut script = Script { family, text: &mut text };
         // What is added here and deleted below never fails to be deleted.
         script.table();
-        skeleton(&mut script, &tap, maps, chains, reasons, counters);
-        elements(&mut script, address, maps);
-        for (map, key, _) in maps {
+        maps(&mut script, own.maps);
+        skeleton(&mut script, &tap, own);
+        elements(&mut script, address, own.maps);
+        for (map, key, _) in own.maps {
             script.line("delete", "element", format_args!("{map} {{ {} }}", element_key(key, address)));
         }
-        for chain in chains {
+        for chain in own.chains {
             script.line("delete", "chain", format_args!("{tap}.{chain}"));
         }
-        for reason in reasons {
+        for reason in own.reasons {
             script.line("delete", "chain", format_args!("{tap}.drop.{reason}"));
             script.line("delete", "counter", format_args!("{tap}.drop.{reason}"));
         }
-        for counter in counters {
+        for counter in own.counters {
             script.line("delete", "counter", format_args!("{tap}.{counter}"));
+        }
+        for (set, ..) in own.sets {
+            script.line("delete", "set", format_args!("{tap}.{set}"));
         }
     }
     text
@@ -140,27 +169,56 @@ pub fn render_clear() -> String {
     FAMILIES.map(|family| format!("add table {family} {TABLE}\ndelete table {family} {TABLE}\n")).concat()
 }
 
-/// Maps, and a VM's chains (emptied) and counters.
-fn skeleton(
-    script: &mut Script<'_>,
-    tap: &str,
-    maps: &[(&str, &str, &str)],
-    chains: &[&str],
-    reasons: &[DropReason],
-    counters: &[&str],
-) {
+/// What a VM has in a family's table.
+struct Own {
+    maps: &'static [(&'static str, &'static str, &'static str)],
+    chains: &'static [&'static str],
+    reasons: &'static [DropReason],
+    counters: &'static [&'static str],
+    sets: &'static Sets,
+}
+
+const BRIDGE: Own = Own {
+    maps: &BRIDGE_MAPS,
+    chains: &BRIDGE_CHAINS,
+    reasons: &BRIDGE_REASONS,
+    counters: &BRIDGE_COUNTERS,
+    sets: &BRIDGE_SETS,
+};
+const INET: Own = Own {
+    maps: &INET_MAPS,
+    chains: &INET_CHAINS,
+    reasons: &INET_REASONS,
+    counters: &INET_COUNTERS,
+    sets: &INET_SETS,
+};
+
+fn maps(script: &mut Script<'_>, maps: &[(&str, &str, &str)]) {
     for (map, key, _) in maps {
         script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
     }
-    for counter in counters {
+}
+
+/// A VM's sets and counters, and its chains, emptied.
+fn skeleton(script: &mut Script<'_>, tap: &str, own: &Own) {
+    for (set, kind, life) in own.sets {
+        script.line(
+            "add",
+            "set",
+            format_args!(
+                "{tap}.{set} {{ type {kind}; flags dynamic, timeout; timeout {life}; size {SET_SIZE}; }}"
+            ),
+        );
+    }
+    for counter in own.counters {
         script.line("add", "counter", format_args!("{tap}.{counter}"));
     }
-    for reason in reasons {
+    for reason in own.reasons {
         script.line("add", "counter", format_args!("{tap}.drop.{reason}"));
         script.line("add", "chain", format_args!("{tap}.drop.{reason}"));
         script.line("flush", "chain", format_args!("{tap}.drop.{reason}"));
     }
-    for chain in chains {
+    for chain in own.chains {
         script.line("add", "chain", format_args!("{tap}.{chain}"));
         script.line("flush", "chain", format_args!("{tap}.{chain}"));
     }
@@ -182,9 +240,7 @@ fn elements(script: &mut Script<'_>, address: Ipv4Addr, maps: &[(&str, &str, &st
 
 fn bridge_base(script: &mut Script<'_>) {
     script.table();
-    for (map, key, _) in BRIDGE_MAPS {
-        script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
-    }
+    maps(script, &BRIDGE_MAPS);
     // Before br_netfilter (0) and ebtables' filter (-200).
     for (chain, hook, priority, direction, map) in [
         ("prerouting", "prerouting", -290, "iifname", "from-guest"),
@@ -199,9 +255,7 @@ fn bridge_base(script: &mut Script<'_>) {
 fn inet_base(script: &mut Script<'_>) {
     script.table();
     script.line("add", "set", format_args!("bridges {{ type ifname; }}"));
-    for (map, key, _) in INET_MAPS {
-        script.line("add", "map", format_args!("{map} {{ type {key} : verdict; }}"));
-    }
+    maps(script, &INET_MAPS);
     // A packet of a VM's comes by its bridge. By the tap itself comes what is addressed to a link-local group
     // (01:80:c2:00:00:0x): the bridge hands it up past its own hooks, and IP would take it.
     script.base("prerouting", "prerouting", -290);
@@ -209,6 +263,9 @@ fn inet_base(script: &mut Script<'_>) {
     script.rule("prerouting", format_args!("iifname \"{TAP_PREFIX}*\" drop"));
     script.rule("prerouting", format_args!("iifname @bridges ip saddr vmap @prerouting-by"));
     script.rule("prerouting", format_args!("iifname @bridges drop"));
+    // Before anyone else's DNAT (-100).
+    script.base_of("nat", "resolver", "prerouting", -110);
+    script.rule("resolver", format_args!("iifname @bridges ip saddr vmap @resolver-by"));
     script.base("input", "input", -10);
     script.rule("input", format_args!("iifname @bridges ip saddr vmap @input-by"));
     script.rule("input", format_args!("iifname @bridges drop"));
@@ -278,6 +335,17 @@ impl<'a> Rules<'a> {
         format!("goto {}.drop.{reason}", self.tap)
     }
 
+    /// Hands the packet's first bytes to whoever listens to the VM's log group; to nobody otherwise.
+    fn report(&self, what: &str, snaplen: u32) -> String {
+        let group = log_group_of(self.guard.address());
+        format!("log prefix \"{} {what}\" group {group} snaplen {snaplen}", self.tap)
+    }
+
+    fn report_news(&self, what: &str, snaplen: u32) -> String {
+        let report = self.report(what, snaplen);
+        format!("limit rate {NEWS_PER_SECOND}/second burst {NEWS_PER_SECOND} packets {report}")
+    }
+
     fn drops(&self, script: &mut Script<'_>, reasons: &[DropReason]) {
         let tap = &self.tap;
         for reason in reasons {
@@ -286,8 +354,8 @@ impl<'a> Rules<'a> {
             script.rule(
                 &chain,
                 format_args!(
-                    "limit rate {LOGGED_PER_SECOND}/second burst {LOGGED_PER_SECOND} packets \
-                     log prefix \"dev-box drop {tap} {reason}: \" level info"
+                    "limit rate {DROPS_PER_SECOND}/second burst {DROPS_PER_SECOND} packets {}",
+                    self.report(&format!("drop {reason}"), DROP_SNAPLEN)
                 ),
             );
             script.rule(&chain, format_args!("drop"));
@@ -296,11 +364,18 @@ impl<'a> Rules<'a> {
 
     fn bridge(&self, script: &mut Script<'_>) {
         let tap = &self.tap;
-        skeleton(script, tap, &[], &BRIDGE_CHAINS, &BRIDGE_REASONS, &BRIDGE_COUNTERS);
+        skeleton(script, tap, &BRIDGE);
+        self.forget_names(script);
         self.drops(script, &BRIDGE_REASONS);
         self.bridge_out(script);
         self.bridge_in(script);
         elements(script, self.guard.address(), &BRIDGE_MAPS);
+    }
+
+    fn forget_names(&self, script: &mut Script<'_>) {
+        if self.guard.forgets_names() {
+            script.line("flush", "set", format_args!("{}.names", self.tap));
+        }
     }
 
     fn bridge_out(&self, script: &mut Script<'_>) {
@@ -382,6 +457,19 @@ impl<'a> Rules<'a> {
         if let Some(special) = ranges(special_ranges()) {
             rule(&special, &self.drop_to(DropReason::Special));
         }
+        // After the special ranges: whatever a name's answer says, it opens public addresses only.
+        if !policy.domains().is_empty() {
+            let tap = &self.tap;
+            let names = format!("@{tap}.names");
+            match direction {
+                // What is used stays open.
+                Direction::Out => {
+                    let renew = format!("update {names} {{ ip daddr timeout {NAME_LIFE} }} {ports}");
+                    rule(&names, &renew);
+                }
+                Direction::In => rule(&names, &ports),
+            }
+        }
         let last = match policy.destinations() {
             Destinations::Public => ports,
             Destinations::Listed => self.drop_to(DropReason::Destination),
@@ -403,7 +491,8 @@ impl<'a> Rules<'a> {
     fn inet(&self, script: &mut Script<'_>) {
         let tap = &self.tap;
         let (address, gateway) = (self.guard.address(), self.guard.network().gateway());
-        skeleton(script, tap, &[], &INET_CHAINS, &INET_REASONS, &INET_COUNTERS);
+        skeleton(script, tap, &INET);
+        self.forget_names(script);
         self.drops(script, &INET_REASONS);
 
         let chain = format!("{tap}.direct");
@@ -418,23 +507,38 @@ impl<'a> Rules<'a> {
         script.rule(&chain, format_args!("fib daddr type != unicast {host}"));
         script.rule(&chain, format_args!("accept"));
 
+        // The resolver of this VM's own, on its own port: libvirt's answers every name.
+        let port = if self.policy().domains().is_empty() {
+            53
+        } else {
+            let port = resolver_port_of(address);
+            let chain = format!("{tap}.resolver");
+            script.rule(
+                &chain,
+                format_args!(
+                    "ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {gateway}:{port}"
+                ),
+            );
+            port
+        };
+        script.rule(&format!("{tap}.resolver"), format_args!("accept"));
+
         let chain = format!("{tap}.input");
         let new = self.policy().limits().new_connections_per_second;
         let limit = format!("limit rate over {new}/second burst {} packets", new.get().saturating_mul(2));
         script.rule(&chain, format_args!("ip daddr != {gateway} {host}"));
         script.rule(&chain, format_args!("meta l4proto udp {limit} {rate}"));
         script.rule(&chain, format_args!("ct state new meta l4proto tcp {limit} {rate}"));
-        script.rule(&chain, format_args!("meta l4proto {{ tcp, udp }} th dport 53 accept"));
+        let query = self.report_news("query", DNS_SNAPLEN);
+        script.rule(&chain, format_args!("udp dport {port} {query}"));
+        script.rule(&chain, format_args!("meta l4proto {{ tcp, udp }} th dport {port} accept"));
         script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Gateway)));
 
         let chain = format!("{tap}.output");
-        script.rule(
-            &chain,
-            format_args!(
-                "ip saddr {gateway} meta l4proto {{ tcp, udp }} th sport 53 ct state established \
-                 ct direction reply accept"
-            ),
-        );
+        let reply = format!("ip saddr {gateway} meta l4proto {{ tcp, udp }} th sport {port}");
+        let answer = self.report_news("answer", DNS_SNAPLEN);
+        script.rule(&chain, format_args!("{reply} meta l4proto udp {answer}"));
+        script.rule(&chain, format_args!("{reply} ct state established ct direction reply accept"));
         script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Unsolicited)));
 
         self.forward(script, &limit);
@@ -468,6 +572,15 @@ impl<'a> Rules<'a> {
             format_args!("ct count over {} {}", limits.connections, self.drop_to(DropReason::Connections)),
         );
         script.rule(&chain, format_args!("counter name \"{tap}.connections\""));
+        // Remembered only when it is reported, so that what the limit held back is reported the next time.
+        let new = self.report("new", DROP_SNAPLEN);
+        script.rule(
+            &chain,
+            format_args!(
+                "ip daddr . th dport != @{tap}.seen limit rate {NEWS_PER_SECOND}/second burst \
+                 {NEWS_PER_SECOND} packets add @{tap}.seen {{ ip daddr . th dport }} {new}"
+            ),
+        );
         script.rule(&chain, format_args!("accept"));
 
         let chain = format!("{tap}.in");

@@ -6,6 +6,7 @@ mod class;
 mod document;
 mod domain;
 mod port;
+pub mod store;
 mod validate;
 
 use std::fmt;
@@ -20,6 +21,7 @@ pub use class::{AddressClass, Overridable};
 pub use document::{LimitsDocument, PolicyDocument};
 pub use domain::{DomainPattern, InvalidDomain};
 pub use port::{InvalidPort, PortRule, Protocol};
+pub use store::{PolicyStore, PolicyStoreError};
 pub use validate::{
     ListName, MAX_CIDRS, MAX_DOCUMENT_BYTES, MAX_DOMAINS, MAX_PORTS, PolicyError, PolicyProblem,
 };

@@ -6,6 +6,7 @@ use dev_box_core::libvirt::{Libvirt, NetworkSummary};
 
 use super::*;
 use crate::guard::fake::{Call, FakeFirewall};
+use crate::resolver::fake::FakeResolver;
 
 const ROUTES: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
     eth0\t0000D50A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
@@ -14,6 +15,7 @@ struct World {
     dir: tempfile::TempDir,
     libvirt: FakeLibvirt,
     firewall: Arc<FakeFirewall>,
+    resolver: Arc<FakeResolver>,
     network: VmNetwork,
 }
 
@@ -27,8 +29,9 @@ impl World {
         let mut settings = settings(dir.path());
         change(&mut settings);
         let firewall = Arc::new(FakeFirewall::new());
-        let network = VmNetwork::new(settings, firewall.clone());
-        Self { dir, libvirt: FakeLibvirt::new(), firewall, network }
+        let resolver = Arc::new(FakeResolver::new());
+        let network = VmNetwork::new(settings, firewall.clone()).with_resolver(resolver.clone());
+        Self { dir, libvirt: FakeLibvirt::new(), firewall, resolver, network }
     }
 
     fn attach(&self, vm: &str) -> Result<NetLease, NetError> {
@@ -48,6 +51,7 @@ impl World {
     fn is_clean(&self) -> bool {
         self.network.list(&self.libvirt).unwrap().is_empty()
             && self.firewall.list().unwrap().is_empty()
+            && self.resolver.serving().unwrap().is_empty()
             && self.libvirt.filters().unwrap().iter().all(|filter| !filter.starts_with("dev-box"))
     }
 }
@@ -58,6 +62,7 @@ fn settings(dir: &Path) -> NetSettings {
         interfaces: dir.join("interfaces"),
         ip_forward: dir.join("ip_forward"),
         bridge_nf_call_iptables: dir.join("bridge_nf"),
+        resolv_conf: dir.join("resolv.conf"),
     };
     fs::write(&host.routes, ROUTES).unwrap();
     fs::write(&host.ip_forward, "1\n").unwrap();
@@ -124,19 +129,69 @@ fn works_behind_the_seam_s_object() {
     world.network.detach(libvirt, lease).unwrap();
 }
 
+fn with_names(domains: &str) -> EgressPolicy {
+    EgressPolicy::from_toml(&format!("mode='custom'\ndomains=[{domains}]")).unwrap()
+}
+
 #[test]
-fn domains_are_refused_rather_than_ignored() {
+fn names_are_served_with_the_rules_and_go_with_them() {
     let world = World::new();
-    let policy = EgressPolicy::from_toml("mode='custom'\ndomains=['github.com', '*.crates.io']").unwrap();
-    let error = world.network.attach(&world.libvirt, &name("a"), &policy).unwrap_err().to_string();
-    assert!(error.contains("allows 2 domain(s), the first being \"github.com\""), "{error}");
-    assert!(world.network().is_none());
-    let mut lease = world.attach("a").unwrap();
-    assert!(matches!(
-        world.network.change_policy(&mut lease, &policy),
-        Err(NetError::DomainsUnsupported { .. })
-    ));
-    assert_eq!(lease.policy, EgressPolicy::NatFiltered);
+    let policy = with_names("'github.com', '*.crates.io'");
+    let lease = world.network.attach(&world.libvirt, &name("a"), &policy).unwrap().unwrap();
+    let served = world.resolver.served(lease.address).unwrap();
+    assert_eq!(served.domains(), policy.domains());
+    assert_eq!(served.listens_on().0, lease.gateway);
+    fs::write(world.dir.path().join("ip_forward"), "1").unwrap();
+    let verified = world.network.verify(&world.libvirt, &lease).unwrap();
+    assert!(verified.is_sound() && verified.names_served == Some(true), "{verified:?}");
+    world.resolver.crash(lease.address);
+    let verified = world.network.verify(&world.libvirt, &lease).unwrap();
+    assert!(!verified.is_sound() && verified.names_served == Some(false), "{verified:?}");
+    let mut lease = lease;
+    world.network.restore(&mut lease).unwrap();
+    assert!(world.network.verify(&world.libvirt, &lease).unwrap().is_sound());
+    world.network.detach(&world.libvirt, lease).unwrap();
+    assert!(world.is_clean());
+}
+
+#[test]
+fn other_names_close_what_the_old_ones_opened() {
+    let world = World::new();
+    let (first, public) = (with_names("'github.com'"), Ipv4Addr::new(1, 1, 1, 1));
+    let mut lease = world.network.attach(&world.libvirt, &name("a"), &first).unwrap().unwrap();
+    assert!(world.firewall.open_name(lease.address, public));
+    let limited = format!("{}\n[limits]\nconnections = 5", "mode='custom'\ndomains=['github.com']");
+    world.network.change_policy(&mut lease, &EgressPolicy::from_toml(&limited).unwrap()).unwrap();
+    assert_eq!(world.firewall.names_of(lease.address).len(), 1, "the same names: they stay open");
+    world.network.change_policy(&mut lease, &with_names("'crates.io'")).unwrap();
+    assert!(world.firewall.names_of(lease.address).is_empty());
+    assert_eq!(world.resolver.served(lease.address).unwrap().domains()[0].name(), "crates.io");
+    world.network.change_policy(&mut lease, &EgressPolicy::NatFiltered).unwrap();
+    assert!(world.resolver.served(lease.address).is_none());
+}
+
+#[test]
+fn a_resolver_that_does_not_start_leaves_nothing() {
+    let world = World::new();
+    world.resolver.refuse_next();
+    let error = world.network.attach(&world.libvirt, &name("a"), &with_names("'github.com'")).unwrap_err();
+    assert!(matches!(error, NetError::Resolver(_)), "{error:?}");
+    assert!(world.is_clean());
+}
+
+#[test]
+fn the_resolver_of_a_dead_owner_is_swept() {
+    let world = World::new();
+    let lease =
+        world.network.attach(&world.libvirt, &name("a"), &with_names("'github.com'")).unwrap().unwrap();
+    let address = lease.address;
+    world.make_tap(address);
+    drop(lease);
+    world.network.sweep(&world.libvirt).unwrap();
+    assert!(world.resolver.served(address).is_some(), "its VM still runs");
+    fs::remove_dir(world.dir.path().join("interfaces").join(tap_of(address))).unwrap();
+    world.network.sweep(&world.libvirt).unwrap();
+    assert!(world.is_clean());
 }
 
 #[test]

@@ -153,10 +153,16 @@ fn outbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
     }
     let special = Ipv4Net::aggregate(&special_ranges().collect());
     rules.extend(special.into_iter().map(|special| range(Action::Drop, out, special, None)));
-    if policy.destinations() == Destinations::Public {
+    if opens_public(policy) {
         rules.extend(ports(policy).map(|port| at_any_address(out, &port)));
     }
     rules
+}
+
+/// Whether any public address may be written to, as far as this filter can tell: which addresses a name has is known to
+/// the guard only.
+fn opens_public(policy: &EgressPolicy) -> bool {
+    policy.destinations() == Destinations::Public || !policy.domains().is_empty()
 }
 
 /// What may come in: answers, as far as a filter that knows no connections can tell them. The gateway's MAC and the VM's
@@ -165,7 +171,7 @@ fn outbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
 fn inbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
     let inward = Direction::In;
     let mut rules = vec![range(Action::Drop, inward, network.subnet().range(), None)];
-    let public = policy.destinations() == Destinations::Public;
+    let public = opens_public(policy);
     for allow in policy.allow() {
         if !by_port(policy) {
             rules.push(range(Action::Accept, inward, *allow, None));

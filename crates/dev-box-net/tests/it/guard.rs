@@ -149,8 +149,12 @@ fn allowed() -> Vec<Probe> {
 
 /// Runs `test` with the sysctl off, and on where there is one.
 fn both_ways(test: impl Fn(&Lab, bool)) {
+    both_ways_in(Lab::new, test);
+}
+
+pub(crate) fn both_ways_in(new: impl Fn() -> Option<Lab>, test: impl Fn(&Lab, bool)) {
     for on in [false, true] {
-        let Some(lab) = Lab::new() else { return };
+        let Some(lab) = new() else { return };
         if lab.set_bridge_nf(on) || !on {
             test(&lab, on);
         } else {
@@ -228,7 +232,7 @@ fn nothing_unsolicited_arrives() {
 }
 
 /// A server in the world that answers every line; gives the address to connect to.
-fn serve_lines(lab: &Lab, port: u16) {
+pub(crate) fn serve_lines(lab: &Lab, port: u16) {
     let listener = lab.within(Place::World, || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -244,7 +248,7 @@ fn serve_lines(lab: &Lab, port: u16) {
     });
 }
 
-fn answered(stream: &TcpStream) -> bool {
+pub(crate) fn answered(stream: &TcpStream) -> bool {
     stream.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
     let mut line = String::new();
     (&mut &*stream).write_all(b"hello\n").is_ok()
@@ -252,7 +256,7 @@ fn answered(stream: &TcpStream) -> bool {
         && line == "hello\n"
 }
 
-fn custom(text: &str) -> EgressPolicy {
+pub(crate) fn custom(text: &str) -> EgressPolicy {
     EgressPolicy::from_toml(&format!("mode = 'custom'\n{text}")).unwrap()
 }
 

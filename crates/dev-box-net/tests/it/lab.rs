@@ -74,6 +74,16 @@ pub(crate) fn missing() -> Option<&'static str> {
 impl Lab {
     /// `None`, said on standard error, where it cannot be built.
     pub(crate) fn new() -> Option<Self> {
+        Self::listening(&TCP_PORTS, &UDP_PORTS)
+    }
+
+    /// Without anybody on port 53, where a resolver is to be.
+    pub(crate) fn without_dns() -> Option<Self> {
+        let but_dns = |ports: &[u16]| ports.iter().copied().filter(|port| *port != 53).collect::<Vec<_>>();
+        Self::listening(&but_dns(&TCP_PORTS), &but_dns(&UDP_PORTS))
+    }
+
+    fn listening(tcp: &[u16], udp: &[u16]) -> Option<Self> {
         if let Some(why) = missing() {
             eprintln!("SKIPPED: {why}");
             return None;
@@ -87,7 +97,7 @@ impl Lab {
             _listeners: Vec::new(),
         };
         lab.wire();
-        lab.serve();
+        lab.serve(tcp, udp);
         Some(lab)
     }
 
@@ -153,13 +163,13 @@ impl Lab {
         assert!(status.unwrap().success());
     }
 
-    fn serve(&mut self) {
+    fn serve(&mut self, tcp: &[u16], udp: &[u16]) {
         for place in [Place::Host, Place::World, Place::VmA, Place::VmB] {
-            for port in TCP_PORTS {
+            for port in tcp.iter().copied() {
                 let listener = self.within(place, || TcpListener::bind(any(port)).unwrap());
                 self._listeners.push(listener);
             }
-            for port in UDP_PORTS {
+            for port in udp.iter().copied() {
                 let socket = self.within(place, || UdpSocket::bind(any(port)).unwrap());
                 let arrived = Arc::clone(&self.arrived);
                 thread::spawn(move || echo(place, &socket, &arrived));

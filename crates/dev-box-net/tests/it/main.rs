@@ -10,4 +10,5 @@
 mod frame;
 mod guard;
 mod lab;
+mod names;
 mod probe;

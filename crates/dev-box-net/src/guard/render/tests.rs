@@ -50,6 +50,26 @@ fn rules_need_an_interface_and_an_address_of_the_network() {
 }
 
 #[test]
+fn names_have_a_resolver_and_a_set_that_opens_nothing_special() {
+    let policy = EgressPolicy::from_toml("mode = 'custom'\ndomains = ['github.com']").unwrap();
+    let names = guard(policy);
+    let text = render_apply(&names);
+    insta::assert_snapshot!(
+        text.lines()
+            .filter(|line| ["names", "resolver", "20002"].iter().any(|word| line.contains(word)))
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
+    for family in ["bridge", "inet"] {
+        let place =
+            |what: &str| text.find(&format!("add rule {family} dev_box dbt0ad50002.out {what}")).unwrap();
+        assert!(place("ip daddr { 0.0.0.0/8") < place("ip daddr @dbt0ad50002.names"));
+    }
+    assert!(!text.contains("flush set"));
+    assert_eq!(render_apply(&names.forgetting_names()).matches("flush set").count(), 2);
+}
+
+#[test]
 fn every_drop_has_its_chain_and_every_chain_an_end() {
     let text = render_apply(&guard(EgressPolicy::NatFiltered));
     for target in text.lines().filter_map(|line| line.split_once(" goto ")).map(|(_, target)| target) {
@@ -75,6 +95,10 @@ fn what_is_added_is_removed() {
         {
             assert!(remove.contains(&line.replacen("add", "delete", 1)), "{line}");
         }
+    }
+    for line in apply.lines().filter(|line| line.starts_with("add set ") && line.contains("dbt")) {
+        let (set, _) = line.split_once(" {").unwrap();
+        assert!(remove.contains(&format!("{}\n", set.replacen("add", "delete", 1))), "{line}");
     }
     for line in apply.lines().filter(|line| line.starts_with("add element") && line.contains("jump")) {
         let (map, _) = line.split_once(" : ").unwrap();

@@ -1,0 +1,167 @@
+//! What is done to the network of a VM that runs, by whom it may be: verification, repair, another policy. All by what is
+//! on record of its lease, so that the process that owns the VM need not be asked.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use dev_box_core::id::VmName;
+use dev_box_core::libvirt::{Networks, NwFilters};
+
+use super::{GuardState, LeaseSummary, NetError, Verification, VmNetwork, ensure_filter, libvirt_failed};
+use crate::lease::LeaseRecord;
+use crate::network::NetworkShape;
+use crate::policy::EgressPolicy;
+use crate::xml::nwfilter::nwfilter;
+
+impl Verification {
+    /// What is wrong, in words; `None` when it is sound.
+    pub fn finding(&self) -> Option<String> {
+        let mut wrong = Vec::new();
+        match self.guard {
+            GuardState::Intact => {}
+            GuardState::Changed => wrong.push("the guard's rules were changed"),
+            GuardState::Missing => wrong.push("the guard's rules are gone"),
+        }
+        if !self.network_active {
+            wrong.push("libvirt's network does not run");
+        }
+        if !self.filter_defined {
+            wrong.push("libvirt has lost the VM's filter");
+        }
+        if self.names_served == Some(false) {
+            wrong.push("the VM's resolver does not run");
+        }
+        if !self.forwarding {
+            wrong.push("the host does not forward IPv4 (net.ipv4.ip_forward is 0)");
+        }
+        (!wrong.is_empty()).then(|| wrong.join("; "))
+    }
+}
+
+impl VmNetwork {
+    /// Whether every layer stands, of every VM on record: one look at the firewall and two questions to libvirt,
+    /// however many there are.
+    ///
+    /// # Errors
+    /// [`NetError`] when that cannot be found out.
+    pub fn verify_all<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+    ) -> Result<BTreeMap<VmName, Verification>, NetError> {
+        let Some(shape) = self.find(libvirt)? else { return Ok(BTreeMap::new()) };
+        let records = self.leases(&shape)?.records()?;
+        if records.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let addresses: Vec<Ipv4Addr> = records.keys().copied().collect();
+        let rules = self.firewall.inspect(&addresses)?;
+        let network =
+            libvirt.find_network(&self.settings.name).map_err(libvirt_failed("look for the network"))?;
+        let network_active = network.is_some_and(|network| network.active);
+        let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
+        let serving = self.resolver.serving()?;
+        let verification = |(address, record): (Ipv4Addr, LeaseRecord)| {
+            let names = self.names_of(&record.vm, &shape, address, &record.policy);
+            let guard = match (rules.get(&address), record.fingerprint.as_ref()) {
+                (None, _) => GuardState::Missing,
+                (Some(found), Some(expected)) if found == expected => GuardState::Intact,
+                (Some(_), _) => GuardState::Changed,
+            };
+            let verification = Verification {
+                guard,
+                network_active,
+                filter_defined: filters.contains(&record.filter),
+                names_served: names.map(|names| serving.get(&address) == Some(&names.digest())),
+                forwarding: self.settings.host.forwards(),
+                bridge_nf_call_iptables: self.settings.host.bridge_nf(),
+            };
+            (record.vm, verification)
+        };
+        Ok(records.into_iter().map(verification).collect())
+    }
+
+    /// Puts a VM's network back as its record has it: libvirt's network and the definition of the filter, the guard's
+    /// rules, the resolver. `false` when there is no lease in its name.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn repair<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+    ) -> Result<bool, NetError> {
+        let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
+        let _lock = self.lock()?;
+        self.ensure_locked(libvirt)?;
+        let filter = nwfilter(&shape, &record.policy);
+        // After a change of policy the interface refers to the filter it started with, which nobody can make anew.
+        if filter.name == record.filter {
+            ensure_filter(libvirt, &filter.name, &filter.xml)?;
+        }
+        self.put(&shape, address, record, false)?;
+        Ok(true)
+    }
+
+    /// As [`VmNetwork::change_policy`], for a VM that another process may own. `false` when there is no lease in its name.
+    ///
+    /// # Errors
+    /// [`NetError`]; `isolated` among them, since the VM has an interface.
+    pub fn change_policy_of<L: Networks + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+        policy: &EgressPolicy,
+    ) -> Result<bool, NetError> {
+        let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
+        let _lock = self.lock()?;
+        let other_names = policy.domains() != record.policy.domains();
+        if other_names {
+            // Before the set is emptied: an answer in between would open an old name's address.
+            self.resolver.stop(address)?;
+        }
+        self.put(&shape, address, LeaseRecord { policy: policy.clone(), ..record }, other_names)?;
+        Ok(true)
+    }
+
+    /// The lease in a VM's name; `None` when it has none.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn lease_of<L: Networks + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+    ) -> Result<Option<LeaseSummary>, NetError> {
+        let is_it = |lease: &LeaseSummary| lease.record.as_ref().is_some_and(|record| record.vm == *vm);
+        Ok(self.list(libvirt)?.into_iter().find(is_it))
+    }
+
+    /// Where the events of the VM with that address are kept ([`crate::events::RecordFile`]).
+    pub fn events_of(&self, address: Ipv4Addr) -> PathBuf {
+        self.settings.dir.join(&self.settings.name).join(format!("{address}.events"))
+    }
+
+    fn on_record<L: Networks + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+    ) -> Result<Option<(NetworkShape, Ipv4Addr, LeaseRecord)>, NetError> {
+        let Some(shape) = self.find(libvirt)? else { return Ok(None) };
+        let records = self.leases(&shape)?.records()?;
+        let found = records.into_iter().find(|(_, record)| record.vm == *vm);
+        Ok(found.map(|(address, record)| (shape, address, record)))
+    }
+
+    fn put(
+        &self,
+        shape: &NetworkShape,
+        address: Ipv4Addr,
+        record: LeaseRecord,
+        forget_names: bool,
+    ) -> Result<(), NetError> {
+        let fingerprint = self.enforce(shape, address, &record, forget_names)?;
+        let record = LeaseRecord { fingerprint: Some(fingerprint), ..record };
+        Ok(self.leases(shape)?.rewrite(address, &record)?)
+    }
+}

@@ -1,0 +1,211 @@
+//! Verification while VMs run: [`Watch`] decides, [`run`] does.
+//!
+//! ```text
+//!   unseen --sound--> sound --unsound--> (pause, restore) --> held --sound--> (resume) --> sound
+//!     |                                                      ^    |
+//!     +--unsound---------------------------------------------+    +--unsound--> (restore again) --> held
+//! ```
+//!
+//! A VM whose rules are not as they should be is paused before anything else, so that what it does meanwhile is nothing.
+//! It runs again once a verification finds every layer in place. What cannot be verified is neither sound nor unsound: it
+//! stays as it is, and counts as unverified ([`Watch::verified_within`]).
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use dev_box_core::id::VmName;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use crate::events::NetEventKind;
+
+/// From one round to the next: a flushed firewall is noticed within two seconds even when a round takes one.
+pub const PERIOD: Duration = Duration::from_secs(1);
+
+/// How old a verification may be that is good enough to hand a VM out.
+pub const FRESH: Duration = Duration::from_secs(2);
+
+/// A future with its type hidden.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What verification found of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// Every layer stands.
+    Sound,
+    /// Something does not; in words.
+    Unsound(String),
+    /// It could not be found out; in words.
+    Unknown(String),
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Stop the VM's CPUs.
+    Pause(VmName),
+    /// Put its rules back.
+    Restore(VmName),
+    /// Let it run again.
+    Resume(VmName),
+    /// Tell whoever keeps records.
+    Report(VmName, NetEventKind),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Unseen,
+    Sound,
+    Held,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    state: State,
+    verified: Option<Instant>,
+}
+
+/// The state of all VMs that are watched. Pure: time and findings come in, actions go out.
+#[derive(Debug, Clone, Default)]
+pub struct Watch {
+    vms: BTreeMap<VmName, Seen>,
+}
+
+impl Watch {
+    /// Nobody is watched yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes a round's findings, begun at `now`, and says what to do, in order. A VM that is not among them is gone.
+    pub fn round(&mut self, now: Instant, findings: BTreeMap<VmName, Finding>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.vms.retain(|vm, _| findings.contains_key(vm));
+        for (vm, finding) in findings {
+            let seen = self.vms.entry(vm.clone()).or_insert(Seen { state: State::Unseen, verified: None });
+            match (finding, seen.state) {
+                (Finding::Sound, state) => {
+                    seen.verified = Some(now);
+                    seen.state = State::Sound;
+                    if state == State::Held {
+                        actions.push(Action::Resume(vm.clone()));
+                        actions.push(Action::Report(vm, NetEventKind::Restored));
+                    }
+                }
+                (Finding::Unsound(_), State::Held) => actions.push(Action::Restore(vm)),
+                (Finding::Unsound(finding), State::Unseen | State::Sound) => {
+                    seen.verified = None;
+                    seen.state = State::Held;
+                    actions.push(Action::Pause(vm.clone()));
+                    actions
+                        .push(Action::Report(vm.clone(), NetEventKind::Tampered { finding, paused: true }));
+                    actions.push(Action::Restore(vm));
+                }
+                (Finding::Unknown(_), _) => {}
+            }
+        }
+        actions
+    }
+
+    /// Whether the VM was found sound by a verification that began at most `limit` before `now`.
+    pub fn verified_within(&self, vm: &VmName, now: Instant, limit: Duration) -> bool {
+        let verified = self.vms.get(vm).and_then(|seen| seen.verified);
+        verified.is_some_and(|verified| now.saturating_duration_since(verified) <= limit)
+    }
+
+    /// Whether the VM is held until its rules are back.
+    pub fn is_held(&self, vm: &VmName) -> bool {
+        self.vms.get(vm).is_some_and(|seen| seen.state == State::Held)
+    }
+}
+
+/// Who has the VMs: looks at their network, stops them and lets them run.
+pub trait Custody: Send + Sync {
+    /// What holds of each VM right now.
+    fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>>;
+
+    /// Stops the VM's CPUs. A VM that is gone, or stands still already, is no failure.
+    fn pause<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>>;
+
+    /// Puts every layer of its network back.
+    fn restore<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>>;
+
+    /// Lets a VM run again that [`Custody::pause`] stopped.
+    fn resume<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>>;
+
+    /// Takes note of an event.
+    fn report(&self, vm: &VmName, event: NetEventKind);
+}
+
+/// A [`Watch`] that a driver feeds; clones see the same one.
+#[derive(Debug, Clone, Default)]
+pub struct WatchHandle(Arc<Mutex<Watch>>);
+
+impl WatchHandle {
+    fn watch(&self) -> MutexGuard<'_, Watch> {
+        // Whole after every round, whatever panicked beside it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the VM's network was verified recently enough to hand it out; see [`FRESH`].
+    pub fn is_fresh(&self, vm: &VmName) -> bool {
+        self.watch().verified_within(vm, Instant::now(), FRESH)
+    }
+
+    /// See [`Watch::is_held`].
+    pub fn is_held(&self, vm: &VmName) -> bool {
+        self.watch().is_held(vm)
+    }
+}
+
+/// Verifies all VMs every [`PERIOD`], for as long as it is polled.
+pub async fn run(custody: &dyn Custody, handle: &WatchHandle) {
+    let mut ticks = interval(PERIOD);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        round(custody, handle).await;
+    }
+}
+
+/// One round: a verification, and a second one at once where something had to be restored.
+pub async fn round(custody: &dyn Custody, handle: &WatchHandle) {
+    for _ in 0..2 {
+        let begun = Instant::now();
+        let findings = custody.verify().await;
+        for (vm, finding) in &findings {
+            if let Finding::Unknown(why) = finding {
+                tracing::warn!(%vm, why, "the VM's network could not be verified");
+            }
+        }
+        let actions = handle.watch().round(begun, findings);
+        let restored = actions.iter().any(|action| matches!(action, Action::Restore(_)));
+        for action in actions {
+            perform(custody, action).await;
+        }
+        if !restored {
+            return;
+        }
+    }
+}
+
+async fn perform(custody: &dyn Custody, action: Action) {
+    let (vm, what, done) = match &action {
+        Action::Pause(vm) => (vm, "pause", custody.pause(vm).await),
+        Action::Restore(vm) => (vm, "restore the network of", custody.restore(vm).await),
+        Action::Resume(vm) => (vm, "resume", custody.resume(vm).await),
+        Action::Report(vm, event) => {
+            custody.report(vm, event.clone());
+            return;
+        }
+    };
+    if let Err(error) = done {
+        // The next round finds it as it is, and tries again.
+        tracing::error!(%vm, error, "could not {what} the VM");
+    }
+}
+
+#[cfg(test)]
+mod tests;
