@@ -6,6 +6,7 @@
 //! | [`provisioner`] | the seam: `Provisioner`, and the `ReadyVm` it gives | none |
 //! | [`pool`] | [`VmPool`](pool::VmPool): VMs that are ready before they are asked for | none of its own |
 //! | [`executor`] | [`AgentExecutor`]: a job through all its phases | the VM's session |
+//! | [`forward`] | a guest's server on a port of the host's | sockets |
 //! | [`gateway`] | [`Gateway`]: a VM's one channel for many clients, audited | sessions |
 //! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
 //! | [`terminal`] | what of a guest's output a person may see | none |
@@ -16,6 +17,7 @@
 
 pub mod cancel;
 pub mod executor;
+pub mod forward;
 pub mod gateway;
 pub mod job;
 pub mod outcome;
