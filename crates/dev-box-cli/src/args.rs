@@ -1,5 +1,6 @@
 //! The command line, as clap reads it.
 
+mod net;
 mod vm;
 
 use std::ffi::OsString;
@@ -11,7 +12,8 @@ use dev_box::core::clock::EasternTime;
 
 use crate::commands;
 
-pub(crate) use vm::{Net, VmOptions};
+pub(crate) use net::NetArgs;
+pub(crate) use vm::VmOptions;
 
 /// Run CLI coding agents, and the code they write, in disposable KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -46,6 +48,8 @@ pub(crate) enum Command {
     Start(commands::start::StartArgs),
     /// Run a command in a VM that the daemon keeps.
     Exec(commands::exec::ExecArgs),
+    /// Reach a server in a VM that the daemon keeps by a port of this host.
+    PortForward(commands::port_forward::PortForwardArgs),
     /// List the VMs that the daemon keeps.
     Ps(commands::ps::PsArgs),
     /// Remove VMs that the daemon keeps.
@@ -62,9 +66,9 @@ pub(crate) enum Command {
     /// Snapshots of the VMs that you keep.
     #[command(subcommand)]
     Snapshot(commands::snapshot::SnapshotCommand),
-    /// The network of the VMs.
+    /// The network of the VMs: who may reach what, and what was reached.
     #[command(subcommand)]
-    Net(NetCommand),
+    Net(commands::net::NetCommand),
     /// The audit log: who did what, and whether somebody changed the record of it.
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -88,6 +92,7 @@ Examples:
   dev-box run -- sh -c 'exit 7'; echo $?
   dev-box run --workspace . --write-back -- cargo fmt
   dev-box run --workspace . --output /tmp/out --timeout 10m -- sh ./job.sh
+  dev-box run --policy only-github.toml --workspace . -- git fetch
   dev-box run --net isolated --memory 512MiB --cpus 1 -- python3 untrusted.py";
 
 #[derive(Debug, Args)]
@@ -208,14 +213,6 @@ pub(crate) struct ImageBuildArgs {
     /// As JSON.
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum NetCommand {
-    /// Make the libvirt network, its filter and the host guard, where they are missing.
-    Ensure,
-    /// Remove what `ensure` made; refused while a VM uses it.
-    Rm,
 }
 
 #[derive(Debug, Subcommand)]

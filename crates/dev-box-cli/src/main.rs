@@ -59,6 +59,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Serve(args) => commands::serve::run(config, args).await,
             Command::Start(args) => commands::start::run(config, args).await,
             Command::Exec(args) => Box::pin(commands::exec::run(config, args)).await,
+            Command::PortForward(args) => commands::port_forward::run(config, args).await,
             Command::Ps(args) => commands::ps::run(config, args).await,
             Command::Rm(args) => commands::rm::run(config, args).await,
             Command::Image(command) => commands::image::run(config, command).await,

@@ -6,6 +6,7 @@ mod resources;
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::accel::Accelerator;
@@ -130,8 +131,9 @@ pub enum BootSource {
     Disk,
 }
 
-/// Which egress policy a VM's network follows. The rules themselves are dev-box-net's.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+/// Which egress policy a VM's network follows; written as one word. The rules themselves are dev-box-net's.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub enum NetworkMode {
     /// Outgoing DNS, 80, 443, 22 and 9418 to the public internet, nothing else.
     #[default]
@@ -160,6 +162,21 @@ impl NetworkMode {
             "nat-filtered" => Self::NatFiltered,
             "isolated" => Self::Isolated,
             name => Self::Named(name.to_owned()),
+        }
+    }
+}
+
+impl From<String> for NetworkMode {
+    fn from(word: String) -> Self {
+        Self::from_word(&word)
+    }
+}
+
+impl From<NetworkMode> for String {
+    fn from(mode: NetworkMode) -> Self {
+        match mode {
+            NetworkMode::Named(name) => name,
+            known => known.as_str().to_owned(),
         }
     }
 }

@@ -8,6 +8,7 @@ use dev_box_comm::session::Session;
 use dev_box_core::accel::{Accelerator, AcceleratorPolicy};
 use dev_box_core::id::VmName;
 use dev_box_core::size::ByteSize;
+pub use dev_box_core::spec::NetworkMode;
 use serde::Serialize;
 
 use crate::sink::BoxFuture;
@@ -25,17 +26,6 @@ pub struct Resources {
     pub memory: ByteSize,
     /// Virtual size of the disk (sparse).
     pub disk: ByteSize,
-}
-
-/// The network a VM gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum NetworkMode {
-    /// Outgoing DNS, HTTP, HTTPS, SSH and git to public addresses; nothing else.
-    #[default]
-    NatFiltered,
-    /// None at all.
-    Isolated,
 }
 
 /// The control channel.

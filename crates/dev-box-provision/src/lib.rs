@@ -16,6 +16,7 @@ mod console;
 pub mod doctor;
 mod identity;
 mod machine;
+mod network_watch;
 pub mod provisioner;
 pub mod reach;
 mod stopwatch;

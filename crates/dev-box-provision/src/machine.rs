@@ -6,6 +6,7 @@ use dev_box_image::Overlay;
 use dev_box_net::{NetError, NetLease, VmNetwork};
 
 use crate::blocking::{self, BlockingError};
+use crate::network_watch::EventsTask;
 use crate::vm_dir::{VmDir, VmDirError};
 
 /// What of a VM has been made so far. It grows while the VM is made and goes as a whole.
@@ -16,6 +17,8 @@ pub(crate) struct Machine {
     pub(crate) overlay: Option<Overlay>,
     /// Its interface; what a dead owner's left is found by the network itself.
     pub(crate) lease: Option<NetLease>,
+    /// What its network sees is taken down.
+    pub(crate) events: Option<EventsTask>,
     /// Whether libvirt may know it.
     pub(crate) started: bool,
 }
@@ -46,12 +49,12 @@ pub enum TearDownError {
 
 impl Machine {
     pub(crate) fn new(dir: VmDir) -> Self {
-        Self { dir, overlay: None, lease: None, started: false }
+        Self { dir, overlay: None, lease: None, events: None, started: false }
     }
 
     /// What a dead owner left: it may have been anywhere in the making.
     pub(crate) fn abandoned(dir: VmDir) -> Self {
-        Self { dir, overlay: None, lease: None, started: true }
+        Self { dir, overlay: None, lease: None, events: None, started: true }
     }
 
     /// Takes it down, in the reverse order of its making: the guest first, then what held it in. The files stay while
@@ -73,6 +76,7 @@ impl Machine {
             };
             removed.map_err(|source| TearDownError::Domain { name: name.to_string(), source })?;
         }
+        drop(self.events);
         if let Some(lease) = self.lease {
             let network = network.clone();
             blocking::with_libvirt(connection, move |libvirt| network.detach(libvirt, lease))

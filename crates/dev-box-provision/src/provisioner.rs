@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::os::unix::fs::chown;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use dev_box_comm::message::Request;
@@ -29,18 +29,19 @@ use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{LibvirtError, StartMode};
 use dev_box_core::spec::{
-    BootSource, Channel, Disk, DiskCache, NetworkMode as SpecNetwork, Ownership, ResourceProfile, RunAs,
-    Share, VmSpec,
+    BootSource, Channel, Disk, DiskCache, Ownership, ResourceProfile, RunAs, Share, VmSpec,
 };
 use dev_box_core::template::VmTemplate;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_exec::sink::BoxFuture;
 use dev_box_exec::workspace::Owner;
-use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
+use dev_box_exec::{ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
 use dev_box_image::template::{HostFacts, Shape, Template, TemplateError, TemplateStore};
 use dev_box_image::{Digest, Image, ImageName, ImageStore, Overlay, OverlayError, SpaceLimits};
-use dev_box_net::{EgressPolicy, NetLease, VmNetwork};
-use tokio::sync::oneshot;
+use dev_box_net::watch::WatchHandle;
+use dev_box_net::{EgressPolicy, NetEvent, NetLease, VmNetwork};
+use dev_box_observe::AuditSink;
+use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -49,6 +50,7 @@ use crate::blocking::{self, BlockingError};
 use crate::console;
 use crate::identity::{self, network_config};
 use crate::machine::Machine;
+use crate::network_watch::{self, EventsTask, NetworkNews};
 use crate::reach::{self, Address, Reach, ReachError};
 use crate::stopwatch::Stopwatch;
 use crate::template::{self, TemplateUse};
@@ -110,16 +112,19 @@ pub(crate) struct Made {
     pub(crate) now: EasternTime,
 }
 
-struct Inner {
+pub(crate) struct Inner {
     settings: Settings,
-    connection: LibvirtConnection,
+    pub(crate) connection: LibvirtConnection,
     images: ImageStore,
-    network: VmNetwork,
+    pub(crate) network: VmNetwork,
+    pub(crate) news: NetworkNews,
+    watch: WatchHandle,
+    watching: Once,
     reach: Arc<dyn Reach>,
     clock: Arc<dyn Clock>,
     machines: Mutex<HashMap<VmName, Machine>>,
     work: TaskTracker,
-    closing: CancellationToken,
+    pub(crate) closing: CancellationToken,
 }
 
 impl fmt::Debug for Inner {
@@ -145,6 +150,9 @@ impl LibvirtProvisioner {
                 connection,
                 images,
                 network,
+                news: NetworkNews::new(Arc::clone(&clock)),
+                watch: WatchHandle::default(),
+                watching: Once::new(),
                 reach,
                 clock,
                 machines: Mutex::default(),
@@ -167,6 +175,23 @@ impl LibvirtProvisioner {
     /// The directory cannot be made.
     pub fn templates(&self) -> Result<TemplateStore, BlockingError<TemplateError>> {
         Ok(TemplateStore::open(&self.0.settings.state_root)?)
+    }
+
+    /// Has what VMs' networks see audited from now on: drops, new destinations, DNS, tampering.
+    pub fn audit_network_to(&self, sink: Arc<dyn AuditSink>) {
+        self.0.news.audit_to(sink);
+    }
+
+    /// What VMs' networks see, from now on. Who falls behind loses the oldest, and is told how many.
+    #[must_use]
+    pub fn network_events(&self) -> broadcast::Receiver<NetEvent> {
+        self.0.news.subscribe()
+    }
+
+    /// Whether VMs' networks are as they should be.
+    #[must_use]
+    pub fn network_watch(&self) -> WatchHandle {
+        self.0.watch.clone()
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -209,6 +234,9 @@ impl LibvirtProvisioner {
         let waiting = gone.clone().drop_guard();
         let (reply, answer) = oneshot::channel();
         let (inner, request) = (Arc::clone(&self.0), request.clone());
+        inner.watching.call_once(|| {
+            tokio::spawn(network_watch::watch_over(Arc::downgrade(&inner), inner.watch.clone()));
+        });
         self.0.work.spawn(async move {
             let made = inner.make(&request, wanted, &gone).await;
             if let Err(Ok(unwanted)) = reply.send(made)
@@ -286,12 +314,19 @@ struct Plan {
     why_not_kvm: Option<String>,
     transport: TransportKind,
     cid: Option<u32>,
+    policy: EgressPolicy,
 }
 
 impl Inner {
     fn machines(&self) -> MutexGuard<'_, HashMap<VmName, Machine>> {
         // A map of owned values is whole whatever panicked beside it.
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// VMs that are ready and have a network.
+    pub(crate) fn networked(&self) -> Vec<VmName> {
+        let machines = self.machines();
+        machines.iter().filter(|(_, machine)| machine.lease.is_some()).map(|(name, _)| name.clone()).collect()
     }
 
     async fn make(
@@ -377,6 +412,11 @@ impl Inner {
             why_not_kvm: detected.why_not_kvm.map(|why| why.to_string()),
             transport,
             cid,
+            policy: self
+                .network
+                .policies()
+                .get(&request.network)
+                .map_err(step("finding the network policy"))?,
         })
     }
 
@@ -413,15 +453,13 @@ impl Inner {
         watch.step("disk");
         self.wanted(gone)?;
 
-        let policy = match request.network {
-            NetworkMode::Isolated => EgressPolicy::Isolated,
-            NetworkMode::NatFiltered => EgressPolicy::NatFiltered,
-        };
-        let (network, vm) = (self.network.clone(), plan.name.clone());
+        let (network, vm, policy) = (self.network.clone(), plan.name.clone(), plan.policy.clone());
         let attached =
             blocking::with_libvirt(&self.connection, move |libvirt| network.attach(libvirt, &vm, &policy))
                 .await;
         machine.lease = attached.map_err(step("attaching the network"))?;
+        let events = |lease| EventsTask::start(&self.network, lease, self.news.clone());
+        machine.events = machine.lease.as_ref().map(events);
         watch.step("network");
         self.wanted(gone)?;
 
@@ -549,10 +587,7 @@ impl Inner {
         spec.run_as = (uid != 0).then_some(RunAs { uid, gid });
         spec.vsock_cid = plan.cid;
         spec.console_log = Some(dir.console());
-        spec.network = match request.network {
-            NetworkMode::NatFiltered => SpecNetwork::NatFiltered,
-            NetworkMode::Isolated => SpecNetwork::Isolated,
-        };
+        spec.network = request.network.clone();
         spec.interface = lease.map(NetLease::interface);
         spec
     }

@@ -96,9 +96,10 @@ pub(crate) fn shape(request: &VmRequest, transport: &str) -> Shape {
         cpus: request.resources.cpus,
         memory: request.resources.memory,
         disk: request.resources.disk,
+        // The machine has an interface or none; which policy holds at it is no matter of the machine's.
         network: match request.network {
-            NetworkMode::NatFiltered => "nat-filtered",
             NetworkMode::Isolated => "isolated",
+            NetworkMode::NatFiltered | NetworkMode::Named(_) => "nat-filtered",
         }
         .to_owned(),
         transport: transport.to_owned(),

@@ -62,6 +62,10 @@ pub struct HostConfig {
     pub state_root: PathBuf,
     /// Address leases lie here: one place for the whole host, whatever the state root, since its network is one.
     pub run_root: PathBuf,
+    /// Network policies by name, `NAME.toml` each.
+    pub policies: PathBuf,
+    /// Where the name servers are read that names of network policies are asked of.
+    pub resolv_conf: PathBuf,
     /// Where the audit log's first key is put when the log begins; `audit-first.key` of the state root where this is
     /// not set. Only verification needs it: keep it where whoever takes this host cannot reach it.
     pub audit_key: Option<PathBuf>,
@@ -75,6 +79,8 @@ impl Default for HostConfig {
             uri: "qemu:///system".to_owned(),
             state_root: PathBuf::from("/var/lib/dev-box"),
             run_root: PathBuf::from("/run/dev-box"),
+            policies: PathBuf::from("/etc/dev-box/policies"),
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
             audit_key: None,
             qemu_user: "libvirt-qemu".to_owned(),
         }

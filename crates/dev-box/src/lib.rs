@@ -35,16 +35,18 @@ pub use dev_box_provision as provision;
 
 use dev_box_core::clock::{Clock, SystemClock};
 use dev_box_core::connection::LibvirtConnection;
-use dev_box_core::libvirt::LibvirtError;
+use dev_box_core::id::VmName;
+use dev_box_core::libvirt::{Libvirt, LibvirtError};
 use dev_box_exec::{
     AgentExecutor, Cancel, ExecutionResult, Job, NetworkMode, OutputSink, Provisioner, Resources,
     TransportChoice, VmRequest,
 };
 use dev_box_image::{ImageStore, SpaceLimits, StoreError, Template};
 use dev_box_net::network::NetworkShape;
-use dev_box_net::{NetError, NetSettings, NftFirewall, VmNetwork};
-use dev_box_observe::AuditSink;
-use dev_box_observe::audit::{Actor, AuditLog, AuditOptions};
+use dev_box_net::policy::PolicyStore;
+use dev_box_net::{EgressPolicy, NetError, NetSettings, NftFirewall, VmNetwork};
+use dev_box_observe::audit::{Actor, AuditLog, AuditOptions, Text};
+use dev_box_observe::{AuditError, AuditEvent, AuditSink, Entry};
 use dev_box_provision::blocking::{self, BlockingError};
 use dev_box_provision::sweep::{self, Leftover};
 use dev_box_provision::vm_dir::{QemuUser, VmDirError};
@@ -77,6 +79,17 @@ pub enum OpenError {
     /// Leftovers could not be looked for.
     #[error("cannot look for what earlier runs left")]
     Sweep(#[from] VmDirError),
+}
+
+/// The policy of a VM was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyChangeError {
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] BlockingError<NetError>),
+    /// It would not show.
+    #[error("nothing is changed that the audit log would not show")]
+    Audit(#[from] AuditError),
 }
 
 /// dev-box on this host: libvirt, images, network, and what makes VMs of them.
@@ -129,6 +142,7 @@ impl DevBox {
             Arc::new(Transports),
             Arc::clone(&clock),
         );
+        provisioner.audit_network_to(Arc::clone(&audit) as _);
         let executor = executor(clock, &audit);
         Ok(Self { config, connection, images, network, provisioner, executor, user_vms, audit })
     }
@@ -152,6 +166,40 @@ impl DevBox {
     pub async fn ensure_network(&self) -> Result<NetworkShape, BlockingError<NetError>> {
         let network = self.network.clone();
         blocking::with_libvirt(&self.connection, move |libvirt| network.ensure(libvirt)).await
+    }
+
+    /// The VMs' network, with libvirt at hand, where calls may block.
+    ///
+    /// # Errors
+    /// `call`'s.
+    pub async fn with_network<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&VmNetwork, &dyn Libvirt) -> Result<T, NetError> + Send + 'static,
+    ) -> Result<T, BlockingError<NetError>> {
+        let network = self.network.clone();
+        blocking::with_libvirt(&self.connection, move |libvirt| call(&network, libvirt)).await
+    }
+
+    /// The network policies that VMs can be asked for by name.
+    #[must_use]
+    pub fn policies(&self) -> &PolicyStore {
+        self.network.policies()
+    }
+
+    /// Changes the network policy of a VM that runs, whoever owns it, and audits that. `false` when there is none of that
+    /// name with a network.
+    ///
+    /// # Errors
+    /// [`PolicyChangeError`].
+    pub async fn change_policy(&self, vm: &VmName, policy: EgressPolicy) -> Result<bool, PolicyChangeError> {
+        let name = vm.clone();
+        let lease = self.with_network(move |network, libvirt| network.lease_of(libvirt, &name)).await?;
+        let Some(record) = lease.and_then(|lease| lease.record) else { return Ok(false) };
+        let (from, to) = (Text::display(record.policy.digest()), Text::display(policy.digest()));
+        let entry = Entry::intent(AuditEvent::PolicyChange { from, to }).vm(vm).by(actor());
+        let (vm, policy) = (vm.clone(), policy);
+        self.audit.append(entry).await?;
+        Ok(self.with_network(move |network, libvirt| network.change_policy_of(libvirt, &vm, &policy)).await?)
     }
 
     /// Removes the VMs' network, its filters and all firewall rules of dev-box's.
@@ -266,7 +314,10 @@ async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditLog, 
 }
 
 fn network(config: &Config) -> VmNetwork {
-    VmNetwork::new(NetSettings::new(&config.host.run_root), Arc::new(NftFirewall::default()))
+    let mut settings = NetSettings::new(&config.host.run_root);
+    settings.policies.clone_from(&config.host.policies);
+    settings.host.resolv_conf.clone_from(&config.host.resolv_conf);
+    VmNetwork::new(settings, Arc::new(NftFirewall::default()))
 }
 
 async fn connect(config: &Config) -> Result<LibvirtConnection, OpenError> {

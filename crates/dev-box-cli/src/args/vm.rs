@@ -4,18 +4,20 @@ use clap::{Args, ValueEnum};
 use dev_box::DevBox;
 use dev_box::core::accel::AcceleratorPolicy;
 use dev_box::core::size::ByteSize;
-use dev_box::exec::{NetworkMode, TransportChoice, VmRequest};
+use dev_box::exec::{TransportChoice, VmRequest};
 use dev_box::image::ImageName;
+use dev_box::net::policy::PolicyStoreError;
 use dev_box::provision::TemplateUse;
 use serde::{Deserialize, Serialize};
+
+use super::NetArgs;
 
 /// What is not given is the configuration's choice.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct VmOptions {
-    /// The network the VM gets.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) net: Net,
+    #[command(flatten)]
+    pub(crate) net: NetArgs,
 
     /// Virtual CPUs.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
@@ -48,17 +50,17 @@ pub(crate) struct VmOptions {
 
 impl VmOptions {
     /// The request for such a VM.
-    pub(crate) fn request(&self, dev_box: &DevBox, purpose: &str) -> VmRequest {
+    ///
+    /// # Errors
+    /// See [`NetArgs::mode`].
+    pub(crate) fn request(&self, dev_box: &DevBox, purpose: &str) -> Result<VmRequest, PolicyStoreError> {
         let mut request = dev_box.request(purpose);
         if let Some(image) = &self.image {
             request.image.clone_from(image);
         }
         request.resources.cpus = self.cpus.unwrap_or(request.resources.cpus);
         request.resources.memory = self.memory.unwrap_or(request.resources.memory);
-        request.network = match self.net {
-            Net::NatFiltered => NetworkMode::NatFiltered,
-            Net::Isolated => NetworkMode::Isolated,
-        };
+        request.network = self.net.mode(dev_box)?;
         request.transport = match self.channel {
             ChannelChoice::Auto => TransportChoice::Auto,
             ChannelChoice::Serial => TransportChoice::Serial,
@@ -67,7 +69,7 @@ impl VmOptions {
         if self.require_kvm {
             request.accelerator = AcceleratorPolicy::Kvm;
         }
-        request
+        Ok(request)
     }
 
     /// Which templates it may be cloned from.
@@ -78,17 +80,6 @@ impl VmOptions {
             (None, false) => TemplateUse::Fitting,
         }
     }
-}
-
-/// The network a VM gets.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Net {
-    /// Out: DNS, HTTP, HTTPS, SSH, git, to public addresses only. In: nothing.
-    #[default]
-    NatFiltered,
-    /// No network interface at all.
-    Isolated,
 }
 
 /// The control channel between host and guest.

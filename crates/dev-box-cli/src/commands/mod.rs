@@ -7,6 +7,7 @@ pub(crate) mod exec;
 pub(crate) mod gc;
 pub(crate) mod image;
 pub(crate) mod net;
+pub(crate) mod port_forward;
 pub(crate) mod ps;
 pub(crate) mod rm;
 pub(crate) mod run;

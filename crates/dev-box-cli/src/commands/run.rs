@@ -36,7 +36,7 @@ pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failu
         }
     }
     let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { Arc::new(Live::new()) };
-    let request = args.vm.request(&dev_box, "run");
+    let request = args.vm.request(&dev_box, "run").map_err(Failure::new)?;
     let dev_box = dev_box.using(args.vm.templates());
     let result = dev_box.run(&request, job, sink, cancel.token()).await;
     dev_box.close().await;

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use dev_box::core::size::ByteSize;
-use dev_box::exec::{DiscardSink, NetworkMode, OutputSink};
+use dev_box::exec::{DiscardSink, OutputSink};
 use dev_box::image::ImageName;
 use dev_box::image::template::{Template, TemplateStore};
 use dev_box::provision::NewTemplate;
 use dev_box::{Config, DevBox};
 use serde_json::json;
 
-use crate::args::{Net, duration};
+use crate::args::{NetArgs, duration};
 use crate::exit::Failure;
 use crate::live::Live;
 use crate::{interrupt, output};
@@ -75,9 +75,8 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "NAME")]
     image: Option<String>,
 
-    /// The network its clones get, and the commands have.
-    #[arg(long, value_enum, default_value_t = Net::NatFiltered)]
-    net: Net,
+    #[command(flatten)]
+    net: NetArgs,
 
     /// Virtual CPUs of its clones.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
@@ -113,10 +112,7 @@ async fn create(config: Config, args: CreateArgs) -> Result<ExitCode, Failure> {
     request.image = args.image.unwrap_or(request.image);
     request.resources.cpus = args.cpus.unwrap_or(request.resources.cpus);
     request.resources.memory = args.memory.unwrap_or(request.resources.memory);
-    request.network = match args.net {
-        Net::NatFiltered => NetworkMode::NatFiltered,
-        Net::Isolated => NetworkMode::Isolated,
-    };
+    request.network = args.net.mode(&dev_box).map_err(Failure::new)?;
     let new = NewTemplate {
         name: args.name,
         request,

@@ -8,6 +8,7 @@ use dev_box::comm::session::Io;
 use dev_box::core::clock::{Clock, EasternTime, SystemClock};
 use dev_box::core::id::{IdError, VmName};
 use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm};
+use dev_box::net::policy::PolicyStoreError;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -38,6 +39,8 @@ pub(crate) enum CreateError {
     Vms(#[from] VmsError),
     #[error("no name could be made up")]
     Name(#[source] IdError),
+    #[error(transparent)]
+    Policy(#[from] PolicyStoreError),
     #[error("the VM could not be made")]
     Provision(#[source] ProvisionError),
     #[error("the daemon is stopping")]
@@ -67,7 +70,7 @@ impl Daemon {
             Some(name) => name,
             None => VmName::generate("vm").map_err(CreateError::Name)?,
         };
-        let request = new.vm.request(&self.dev_box, "serve");
+        let request = new.vm.request(&self.dev_box, "serve")?;
         let reservation = self.vms.reserve(VmInfo {
             name: name.clone(),
             domain: None,

@@ -49,6 +49,7 @@ impl From<CreateError> for Refusal {
     fn from(error: CreateError) -> Self {
         let (status, code) = match error {
             CreateError::Vms(error) => return error.into(),
+            CreateError::Policy(_) => (StatusCode::INSUFFICIENT_STORAGE, "too-many-policies"),
             CreateError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
             CreateError::Provision(ProvisionError::Unsatisfiable { .. }) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unsatisfiable")
