@@ -33,7 +33,7 @@ pub(crate) enum NetCommand {
     Show(OfVm),
     /// Give a VM that runs another policy. Connections that it forbids are cut at once.
     #[command(after_help = "\
-Exit code: 0 changed, 1 no such VM, 125 not changed.
+Exit code: 0 changed, 1 not changed.
 
 Examples:
   dev-box net apply dev-box-0b852928 --policy only-github.toml
