@@ -1,22 +1,20 @@
 //! `dev-box vm`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueHint};
+use clap::{Args, Subcommand};
 use dev_box::core::accel::AcceleratorPolicy;
 use dev_box::core::id::VmName;
 use dev_box::core::size::ByteSize;
 use dev_box::core::spec::{Bandwidth, BlockLimits, ResourceProfile};
 use dev_box::image::ImageName;
-use dev_box::net::EgressPolicy;
 use dev_box::provision::user_vm::{Start, Stop, UserVm, UserVms};
 use dev_box::provision::{NewVm, UserVmError};
 use dev_box::{Config, DevBox};
 use serde_json::{Value, json};
 
-use crate::args::{Net, duration};
+use crate::args::{NetArgs, duration};
 use crate::console;
 use crate::exit::Failure;
 use crate::output;
@@ -142,13 +140,8 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "SIZE")]
     disk: Option<ByteSize>,
 
-    /// The network it gets.
-    #[arg(long, value_enum, default_value_t = Net::NatFiltered, conflicts_with = "policy")]
-    net: Net,
-
-    /// What its network lets through, as a policy file (TOML).
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    policy: Option<PathBuf>,
+    #[command(flatten)]
+    net: NetArgs,
 
     /// CPU time for all of QEMU, in percent of one CPU [default: its CPUs and half a one].
     #[arg(long, value_name = "PERCENT")]
@@ -240,15 +233,8 @@ async fn dispatch(dev_box: &DevBox, command: VmCommand) -> Result<ExitCode, Fail
 
 async fn create(dev_box: &DevBox, args: CreateArgs) -> Result<ExitCode, Failure> {
     let defaults = &dev_box.config().vm;
-    let policy = match (&args.policy, args.net) {
-        (Some(file), _) => {
-            let read = |error| Failure::new(format!("cannot read {}: {error}", file.display()));
-            let text = std::fs::read_to_string(file).map_err(read)?;
-            EgressPolicy::from_toml(&text).map_err(Failure::new)?
-        }
-        (None, Net::NatFiltered) => EgressPolicy::NatFiltered,
-        (None, Net::Isolated) => EgressPolicy::Isolated,
-    };
+    let mode = args.net.mode(dev_box).map_err(Failure::new)?;
+    let policy = dev_box.policies().get(&mode).map_err(Failure::new)?;
     let kib = |rate: Option<ByteSize>| rate.map(|rate| rate.as_kib().max(1));
     let new = NewVm {
         name: args.name.clone(),

@@ -33,11 +33,10 @@ impl VmNetwork {
         // Somebody else may have had it, and gone, between the look and the lock.
         let Some(record) = lock.record().filter(|record| record.vm == *vm) else { return Ok(None) };
         let (policy, filter, address) = (record.policy.clone(), record.filter.clone(), lock.address());
-        let fingerprint = match record.fingerprint.clone() {
-            Some(fingerprint) => fingerprint,
+        if record.fingerprint.is_none() {
             // Its owner died before the rules stood, or before that was written down.
-            None => self.apply(&shape, record, &mut lock)?,
-        };
+            self.apply(&shape, record, &mut lock, true)?;
+        }
         Ok(Some(NetLease {
             vm: vm.clone(),
             mac: mac_of(address),
@@ -51,7 +50,6 @@ impl VmNetwork {
             filter,
             policy,
             shape,
-            fingerprint,
             lock,
         }))
     }
