@@ -10,7 +10,6 @@
 //! `tokio::task::spawn_blocking`.
 
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
@@ -20,19 +19,22 @@ use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
 use dev_box_core::spec::{FilterRef, Interface, LinkState, MacAddress};
 
-use crate::events::{RecordError, RecordFile};
-use crate::guard::{Fingerprint, Firewall, FirewallError, GuardError, Traffic, VmGuard};
+use crate::events::RecordFile;
+use crate::guard::{Fingerprint, Firewall, Traffic, VmGuard};
 use crate::host::HostPaths;
 use crate::identity::{mac_of, tap_of};
 use crate::lease::{AddressLease, AddressLeases, LeaseError, LeaseRecord, Owner};
-use crate::network::{InvalidName, NetworkShape};
+use crate::network::NetworkShape;
 use crate::policy::{EgressPolicy, PolicyDigest, PolicyStore};
-use crate::resolver::{DnsmasqResolver, NameService, Resolver, ResolverError};
-use crate::subnet::{Subnet, SubnetError};
-use crate::xml::network::{FoundNetwork, UnreadableNetwork, network_xml};
+use crate::resolver::{DnsmasqResolver, NameService, Resolver};
+use crate::subnet::Subnet;
+use crate::xml::network::{FoundNetwork, network_xml};
 use crate::xml::nwfilter::{name_prefix, nwfilter};
 
+mod error;
 mod upkeep;
+
+pub use error::NetError;
 
 /// What a host's network of VMs is called and where its leases lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -186,75 +188,6 @@ pub struct LeaseSummary {
     pub record: Option<LeaseRecord>,
     /// Traffic, where there are rules.
     pub traffic: Option<Traffic>,
-}
-
-/// Why a VM has no network.
-#[derive(Debug, thiserror::Error)]
-pub enum NetError {
-    /// the configured names
-    #[error(transparent)]
-    Name(#[from] InvalidName),
-    /// no subnet
-    #[error(transparent)]
-    Subnet(#[from] SubnetError),
-    /// a libvirt network has our name but is not as we make it
-    #[error(
-        "libvirt has a network \"{name}\" that is not as dev-box makes it ({difference}): remove it with \
-         `virsh net-destroy {name}; virsh net-undefine {name}`, or configure another name"
-    )]
-    ForeignNetwork {
-        /// Its name.
-        name: String,
-        /// What is different.
-        difference: String,
-    },
-    /// libvirt's XML
-    #[error(transparent)]
-    Unreadable(#[from] UnreadableNetwork),
-    /// libvirt refused
-    #[error("libvirt could not {what}")]
-    Libvirt {
-        /// What was asked.
-        what: String,
-        /// Why not.
-        #[source]
-        source: LibvirtError,
-    },
-    /// no address
-    #[error(transparent)]
-    Lease(#[from] LeaseError),
-    /// the rules
-    #[error(transparent)]
-    Guard(#[from] GuardError),
-    /// the firewall
-    #[error("the firewall rules could not be changed")]
-    Firewall(#[from] FirewallError),
-    /// the policy's names
-    #[error("the names of the policy cannot be served")]
-    Resolver(#[from] ResolverError),
-    /// the events on record
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    /// the lease is gone
-    #[error("there is no lease on record for {vm}")]
-    NoLease {
-        /// The VM.
-        vm: VmName,
-    },
-    /// the host does not tell
-    #[error("{path} cannot be {what}")]
-    Host {
-        /// What was read or written.
-        path: PathBuf,
-        /// What was tried.
-        what: &'static str,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// VMs are still there
-    #[error("{0} VM(s) still have a network: end them first")]
-    InUse(usize),
 }
 
 impl VmNetwork {

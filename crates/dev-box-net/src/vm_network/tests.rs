@@ -5,8 +5,10 @@ use dev_box_core::libvirt::fake::FakeLibvirt;
 use dev_box_core::libvirt::{Libvirt, NetworkSummary};
 
 use super::*;
+use crate::guard::GuardError;
 use crate::guard::fake::{Call, FakeFirewall};
 use crate::resolver::fake::FakeResolver;
+use crate::subnet::SubnetError;
 
 const ROUTES: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
     eth0\t0000D50A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
