@@ -4,8 +4,9 @@
 //! chosen -> running -> passed | failed | skipped      each step in turn, whatever the one before it did
 //! ```
 //!
-//! A step fails when something it runs fails or when it takes longer than its budget. The budgets together stay within
-//! an hour on two cores: a test of this module adds them up.
+//! A step fails when something it runs fails or when it takes longer than its budget, and the gate fails when all of it takes
+//! longer than an hour on two cores. The budgets leave room for one step to be slow, not for all of them: a fresh
+//! machine spends its time on `setup`, a busy one on `tests`.
 
 mod checks;
 mod outside;
@@ -31,12 +32,15 @@ const fn minutes(minutes: u64) -> Duration {
     Duration::from_secs(minutes * 60)
 }
 
+/// What all of it may take.
+const WHOLE: Duration = minutes(60);
+
 /// Every step, in the order in which they run: what fails fast and what others reuse comes first.
 pub(crate) const STEPS: &[Step] = &[
     Step {
         name: "setup",
         about: "packages, libvirtd, pinned tools, the guest image (idempotent)",
-        budget: minutes(12),
+        budget: minutes(15),
         run: checks::setup,
     },
     Step { name: "format", about: "cargo fmt --check", budget: minutes(1), run: checks::format },
@@ -45,16 +49,16 @@ pub(crate) const STEPS: &[Step] = &[
     Step {
         name: "clippy",
         about: "all targets and features, warnings denied",
-        budget: minutes(5),
+        budget: minutes(8),
         run: checks::clippy,
     },
     Step {
         name: "features",
         about: "each crate with no, each and every feature; libvirt only where it belongs",
-        budget: minutes(5),
+        budget: minutes(8),
         run: checks::features,
     },
-    Step { name: "docs", about: "rustdoc, warnings denied", budget: minutes(3), run: checks::docs },
+    Step { name: "docs", about: "rustdoc, warnings denied", budget: minutes(5), run: checks::docs },
     Step {
         name: "deny",
         about: "licences, bans, sources, advisories",
@@ -64,21 +68,21 @@ pub(crate) const STEPS: &[Step] = &[
     Step {
         name: "tests",
         about: "every test of every rung, real VMs included, in one run with coverage",
-        budget: minutes(15),
+        budget: minutes(30),
         run: suite::all,
     },
-    Step { name: "doctests", about: "the examples in the docs", budget: minutes(4), run: suite::doc },
+    Step { name: "doctests", about: "the examples in the docs", budget: minutes(6), run: suite::doc },
     Step {
         name: "consumer",
         about: "each library crate as a stranger would use it",
-        budget: minutes(3),
+        budget: minutes(5),
         run: outside::consumer,
     },
-    Step { name: "fuzz", about: "every fuzz target", budget: minutes(6), run: outside::fuzz },
+    Step { name: "fuzz", about: "every fuzz target", budget: minutes(10), run: outside::fuzz },
     Step {
         name: "demo",
         about: "a real job in a real VM, and its report",
-        budget: minutes(3),
+        budget: minutes(5),
         run: outside::demo,
     },
 ];
@@ -124,6 +128,8 @@ pub(crate) struct TestArgs {
 pub(crate) enum CiError {
     #[error("{0} step(s) of the gate failed")]
     Failed(usize),
+    #[error("every step passed, and all of it took {}: more than {}", crate::report::duration(*.took), crate::report::duration(*.whole))]
+    Slow { took: Duration, whole: Duration },
     #[error("no step is left to run")]
     Nothing,
     #[error("cannot make the directory {path} for the logs")]
@@ -172,9 +178,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_budgets_fit_into_an_hour() {
-        let total: Duration = STEPS.iter().map(|step| step.budget).sum();
-        assert!(total <= minutes(60), "{total:?}");
+    fn no_step_may_take_most_of_the_hour() {
+        for step in STEPS {
+            assert!(step.budget * 2 <= WHOLE, "{}", step.name);
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{CiError, Options, Outcome, Scope, Step};
+use super::{CiError, Options, Outcome, Scope, Step, WHOLE};
 use crate::report::{chain, duration};
 use crate::workspace::Workspace;
 
@@ -66,7 +66,7 @@ pub(super) fn run(
         }
         records.push(record);
     }
-    close(&records, began.elapsed())
+    close(&records, began.elapsed(), if options.full { WHOLE * FULL } else { WHOLE })
 }
 
 fn one(workspace: &Workspace, options: Options, step: &Step, budget: Duration) -> Record {
@@ -127,7 +127,7 @@ fn indented(text: &str) -> String {
 }
 
 /// The closing list; its last line is `N passed, N failed, N skipped`.
-fn close(records: &[Record], took: Duration) -> Result<(), CiError> {
+fn close(records: &[Record], took: Duration, whole: Duration) -> Result<(), CiError> {
     println!();
     for record in records {
         let (mark, why) = match &record.end {
@@ -146,7 +146,11 @@ fn close(records: &[Record], took: Duration) -> Result<(), CiError> {
         }
     }
     println!("{}", tally(records));
-    if failed.is_empty() { Ok(()) } else { Err(CiError::Failed(failed.len())) }
+    match failed.len() {
+        0 if took > whole => Err(CiError::Slow { took, whole }),
+        0 => Ok(()),
+        failed => Err(CiError::Failed(failed)),
+    }
 }
 
 fn tally(records: &[Record]) -> String {
@@ -232,7 +236,9 @@ mod tests {
             .map(|step| one(&workspace, options(), step, step.budget))
             .collect();
         assert_eq!(tally(&records), "1 passed, 1 failed, 1 skipped");
-        assert!(close(&records, Duration::ZERO).is_err());
+        assert!(matches!(close(&records, Duration::ZERO, WHOLE), Err(CiError::Failed(1))));
+        assert!(close(&records[..1], WHOLE, WHOLE).is_ok());
+        assert!(matches!(close(&records[..1], WHOLE * 2, WHOLE), Err(CiError::Slow { .. })));
     }
 
     #[test]
