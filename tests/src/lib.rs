@@ -161,6 +161,16 @@ impl Running {
     }
 }
 
+impl Drop for Running {
+    /// Nothing runs on after a test that failed.
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
 /// A host as one test sees it: state of its own, the shared guest image, the real libvirt.
 ///
 /// Dropping it checks that nothing is left behind.
