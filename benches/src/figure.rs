@@ -16,6 +16,9 @@ pub(crate) enum Unit {
     /// Throughput in 2^20 bytes a second: larger is better, and the percentiles are those of the slow side.
     #[serde(rename = "MiB/s")]
     MebibytesPerSecond,
+    /// Operations a second: larger is better, as above.
+    #[serde(rename = "1/s")]
+    PerSecond,
 }
 
 impl Unit {
@@ -24,6 +27,7 @@ impl Unit {
             Self::Nanoseconds => "ns",
             Self::Milliseconds => "ms",
             Self::MebibytesPerSecond => "MiB/s",
+            Self::PerSecond => "1/s",
         }
     }
 }
@@ -45,7 +49,7 @@ impl Figure {
     /// The figure of these samples; zeros when there is none.
     pub(crate) fn of(name: impl Into<String>, unit: Unit, mut samples: Vec<f64>) -> Self {
         samples.sort_by(f64::total_cmp);
-        if unit == Unit::MebibytesPerSecond {
+        if matches!(unit, Unit::MebibytesPerSecond | Unit::PerSecond) {
             // The 95th percentile is what 95 % of the samples reach, so that it is the bad end for every unit.
             samples.reverse();
         }

@@ -4,6 +4,7 @@
 //! it was measured in: a figure without its machine, accelerator and versions says nothing.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool speaks on its terminal")]
 
+mod channel;
 mod end_to_end;
 mod environment;
 mod figure;

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use crate::figure::Figure;
-use crate::{end_to_end, micro, pool, snapshots};
+use crate::{channel, end_to_end, micro, pool, snapshots};
 
 /// Why a benchmark could not run.
 pub(crate) type NotRun = Box<dyn Error>;
@@ -44,6 +44,12 @@ const ALL: &[Benchmark] = &[
         about: "going back in place, beside virsh snapshot-revert on the same VM in the same run",
         run: snapshots::restore,
     },
+    Benchmark {
+        name: "channel",
+        about: "a VM's channel: echo, exec's overhead, attach, output, files",
+        run: channel::run,
+    },
+    Benchmark { name: "exec.lost", about: "from the kill of QEMU to the news of it", run: channel::lost },
     Benchmark {
         name: "pool",
         about: "clones of a template and hand-overs of a pool, beside cold boots",

@@ -8,6 +8,7 @@ mod libvirtd;
 mod nested;
 mod net;
 mod run;
+mod sessions;
 mod soak;
 mod template;
 mod user_vm;

@@ -26,6 +26,13 @@ impl Daemon {
         Self { running }
     }
 
+    /// Its memory, in KiB.
+    pub fn rss_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.running.id())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
     /// Asks it to end, and waits until it has.
     pub fn stop(self) -> Finished {
         self.running.signal(Signal::SIGTERM);

@@ -2,6 +2,7 @@
 //! would call it, and a look at the host afterwards for anything left behind.
 
 mod daemon;
+mod screen;
 
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 pub use daemon::Daemon;
+pub use screen::Screen;
 
 /// Where `cargo xtask setup` puts the guest image that all tests share.
 const SHARED_IMAGES: &str = "/var/lib/dev-box/images";
@@ -111,6 +113,16 @@ impl Running {
     /// Closes our end of its standard output.
     pub fn close_output(&mut self) {
         drop(self.child.stdout.take());
+    }
+
+    /// Its standard error, to be read here.
+    pub fn stderr(&mut self) -> std::process::ChildStderr {
+        self.child.stderr.take().expect("piped")
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Its standard input.

@@ -1,5 +1,6 @@
 //! The command line, as clap reads it.
 
+mod job;
 mod net;
 mod vm;
 
@@ -12,6 +13,7 @@ use dev_box::core::clock::EasternTime;
 
 use crate::commands;
 
+pub(crate) use job::JobOptions;
 pub(crate) use net::NetArgs;
 pub(crate) use vm::VmOptions;
 
@@ -50,7 +52,17 @@ pub(crate) enum Command {
     Exec(commands::exec::ExecArgs),
     /// Reach a server in a VM that the daemon keeps by a port of this host.
     PortForward(commands::port_forward::PortForwardArgs),
-    /// List the VMs that the daemon keeps.
+    /// A shell in a VM that the daemon keeps.
+    Shell(commands::shell::ShellArgs),
+    /// Go back to a job that was started with `exec --detach`.
+    Attach(commands::attach::AttachArgs),
+    /// Show what a job wrote that was started with `exec --detach`.
+    Logs(commands::logs::LogsArgs),
+    /// Send a signal to a job.
+    Kill(commands::kill::KillArgs),
+    /// Copy files and directories into a VM that the daemon keeps, or out of it.
+    Cp(commands::cp::CpArgs),
+    /// List the VMs that the daemon keeps, or the jobs of one.
     Ps(commands::ps::PsArgs),
     /// Remove VMs that the daemon keeps.
     Rm(commands::rm::RmArgs),
@@ -118,32 +130,19 @@ pub(crate) struct RunArgs {
     #[arg(long, requires = "write_back")]
     pub(crate) delete: bool,
 
-    /// End the command after this time: 90s, 10m, 2h.
-    #[arg(short, long, value_name = "TIME", value_parser = duration)]
-    pub(crate) timeout: Option<Duration>,
-
-    /// Set a variable in the command's environment.
-    #[arg(short, long = "env", value_name = "K=V", value_parser = variable)]
-    pub(crate) env: Vec<(String, String)>,
-
-    /// Pass a variable of this environment on, by name; its value is never logged.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) env_from_host: Vec<String>,
+    #[command(flatten)]
+    pub(crate) job: JobOptions,
 
     #[command(flatten)]
     pub(crate) vm: VmOptions,
 
-    /// Run as this user of the image [default: root].
-    #[arg(short, long, value_name = "USER")]
-    pub(crate) user: Option<String>,
-
-    /// Directory to run in [default: the workspace].
-    #[arg(long, value_name = "DIR")]
-    pub(crate) cwd: Option<PathBuf>,
-
     /// Give the command this process's standard input.
     #[arg(short, long)]
     pub(crate) interactive: bool,
+
+    /// Run it on a terminal, as large as this one: with -i for programs that fill the screen.
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) tty: bool,
 
     /// Print the result as one JSON object on stdout when done; the command's own output is in it, not streamed.
     #[arg(long)]

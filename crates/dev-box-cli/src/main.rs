@@ -10,6 +10,7 @@ mod live;
 mod output;
 mod progress;
 mod stdin;
+mod tty;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
 }
 
 fn is_run(command: &Command) -> bool {
-    matches!(command, Command::Run(_) | Command::Exec(_))
+    matches!(command, Command::Run(_) | Command::Exec(_) | Command::Shell(_) | Command::Attach(_))
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
@@ -60,6 +61,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Start(args) => commands::start::run(config, args).await,
             Command::Exec(args) => Box::pin(commands::exec::run(config, args)).await,
             Command::PortForward(args) => commands::port_forward::run(config, args).await,
+            Command::Shell(args) => Box::pin(commands::shell::run(config, args)).await,
+            Command::Attach(args) => Box::pin(commands::attach::run(config, args)).await,
+            Command::Logs(args) => Box::pin(commands::logs::run(config, args)).await,
+            Command::Kill(args) => commands::kill::run(config, args).await,
+            Command::Cp(args) => Box::pin(commands::cp::run(config, args)).await,
             Command::Ps(args) => commands::ps::run(config, args).await,
             Command::Rm(args) => commands::rm::run(config, args).await,
             Command::Image(command) => commands::image::run(config, command).await,

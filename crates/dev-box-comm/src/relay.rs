@@ -15,8 +15,8 @@
 use std::future::pending;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::message::Message;
-use crate::session::{GuestStream, LaneEnd, LaneReader, LaneWriter, Stream};
+use crate::message::{GuestError, GuestErrorKind, Message};
+use crate::session::{GuestStream, LaneEnd, LaneReader, LaneWriter, Stream, StreamError};
 
 /// What a relayed stream carried, and how it ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -27,7 +27,8 @@ pub struct Relayed {
     pub output: u64,
     /// Bytes of lane 2, from the guest.
     pub errors: u64,
-    /// The guest's last message. `None`: the stream was reset, by either side, or a session closed.
+    /// The guest's last message. `None`: the stream was reset, by either side, or a session closed. Of the guest's session
+    /// the client is told by a message that is not the guest's.
     pub last: Option<Message>,
     /// Whether it was the client that gave the stream up, or went away.
     pub abandoned: bool,
@@ -48,7 +49,7 @@ pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(
         )
     });
     let mut outputs_done = false;
-    let (last, abandoned) = {
+    let (last, ending) = {
         let to_guest = async {
             while let Ok(Some(message)) = client.receiver.recv().await {
                 overhear(&message);
@@ -63,13 +64,19 @@ pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(
             loop {
                 match guest.receiver.recv().await {
                     Ok(Some(Message::Unknown)) => {}
-                    Ok(Some(last)) if last.is_last() => return Some(last),
+                    Ok(Some(last)) if last.is_last() => return (Some(last), Ending::Guest),
                     Ok(Some(message)) => {
                         if client.sender.send(message).await.is_err() {
                             pending::<()>().await;
                         }
                     }
-                    Ok(None) | Err(_) => return None,
+                    // The client's own session goes on: a reset would look like a breach.
+                    Err(StreamError::Closed(reason)) => {
+                        let text = format!("the VM is lost: {reason}");
+                        let told = Message::Failed(GuestError::new(GuestErrorKind::Other, text));
+                        return (Some(told), Ending::Lost);
+                    }
+                    Ok(None) | Err(_) => return (None, Ending::Guest),
                 }
             }
         };
@@ -80,8 +87,8 @@ pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(
         tokio::pin!(to_guest, to_client, feed);
         loop {
             tokio::select! {
-                () = &mut to_guest => break (None, true),
-                last = &mut to_client => break (last, false),
+                () = &mut to_guest => break (None, Ending::Client),
+                ended = &mut to_client => break ended,
                 () = &mut feed => {}
                 _ = &mut outputs, if !outputs_done => outputs_done = true,
             }
@@ -103,9 +110,18 @@ pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(
         input: count(&input),
         output: count(&output),
         errors: count(&errors),
-        abandoned: abandoned || (last.is_some() && !delivered),
-        last,
+        abandoned: ending == Ending::Client || (last.is_some() && !delivered),
+        last: last.filter(|_| ending != Ending::Lost),
     }
+}
+
+/// Who ended a stream.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    Client,
+    Guest,
+    /// Nobody: the guest's session closed.
+    Lost,
 }
 
 /// Moves a lane's bytes until it ends, and ends the other one as it did.
@@ -131,7 +147,7 @@ mod tests {
 
     use super::*;
     use crate::message::{ExecRequest, ExitStatus, Exited, Request, Started};
-    use crate::session::{GuestStreamParts, Incoming, Session, StreamError};
+    use crate::session::{GuestStreamParts, Incoming, Session};
     use crate::{GuestHello, HostHello};
 
     async fn pair() -> (Session, Session, Incoming) {
@@ -242,7 +258,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_guest_that_resets_or_dies_resets_the_client() {
+    async fn a_guest_that_resets_is_passed_on_and_one_that_dies_is_told_of() {
         let mut line = line().await;
         let mut client = line.client.open(exec()).await.unwrap();
         let guest = started(&mut line.guest).await;
@@ -255,7 +271,8 @@ mod tests {
         let _guest = started(&mut line.guest).await;
         client.recv().await.unwrap();
         line.vm.close();
-        assert_eq!(client.recv().await, Err(StreamError::Reset));
+        let Ok(Some(Message::Failed(error))) = client.recv().await else { panic!("not told") };
+        assert!(error.to_string().contains("the VM is lost"), "{error}");
     }
 
     #[tokio::test]

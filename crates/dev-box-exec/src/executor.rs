@@ -9,7 +9,7 @@ mod failure;
 mod files;
 pub(crate) mod measure;
 mod output;
-mod process;
+pub(crate) mod process;
 mod report;
 
 use std::path::Path;
@@ -283,7 +283,9 @@ impl<'a> Place<'a> {
     }
 }
 
-fn request(job: &Job) -> ExecRequest {
+/// What the guest is asked for a job: without its workspace, and without a time limit, which the host keeps.
+#[must_use]
+pub fn request(job: &Job) -> ExecRequest {
     let mut request = ExecRequest::new(job.argv.iter().map(|arg| arg.as_os_str()));
     request.env =
         job.env.iter().map(|(name, value)| (name.as_os_str().into(), value.as_os_str().into())).collect();

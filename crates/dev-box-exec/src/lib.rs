@@ -10,11 +10,14 @@
 //! | [`gateway`] | [`Gateway`]: a VM's one channel for many clients, audited | sessions |
 //! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
 //! | [`terminal`] | what of a guest's output a person may see | none |
+//! | [`background`] | jobs that go on without their client: start, attach, list, kill | the VM's session |
+//! | [`transfer`] | files and trees along the channel | the VM's session, files |
 //! | `testing` | doubles: a provisioner without VMs, a guest that follows a script (feature `testing`) | |
 //! | [`workspace`] | files into the VM's share and back out of it, hostile as they are | files |
 //!
 //! Nothing here knows libvirt, and nothing here needs it to build or to be tested.
 
+pub mod background;
 pub mod cancel;
 pub mod executor;
 pub mod forward;
@@ -27,6 +30,7 @@ pub mod sink;
 pub mod terminal;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod transfer;
 pub mod workspace;
 
 pub use cancel::{Cancel, CancelSource};

@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 use serde::{Serialize, Serializer};
 
 mod apply;
+pub mod archive;
 mod attributes;
 mod beneath;
 mod copy;
@@ -242,6 +243,12 @@ pub enum Refusal {
     /// A socket.
     #[error("a socket")]
     Socket,
+    /// A hard link inside an archive: what it leads to may be anything.
+    #[error("a hard link")]
+    HardLink,
+    /// A name that leads out of the directory, or is none.
+    #[error("its name leads out of the directory")]
+    LeadsOut,
     /// A block or character device.
     #[error("a device")]
     Device,

@@ -1,35 +1,35 @@
 //! `dev-box exec`.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::{Args, ValueHint};
 use dev_box::Config;
 use dev_box::core::clock::SystemClock;
 use dev_box::core::id::VmName;
-use dev_box::exec::{AgentExecutor, DiscardSink, Job, OutputCaps, OutputSink, Stdin};
+use dev_box::exec::{AgentExecutor, CancelSource, DiscardSink, Job, OutputSink, Stdin, background};
 use dev_box::observe::NullSink;
 
-use crate::args::{duration, variable};
+use crate::args::JobOptions;
 use crate::daemon::client::Client;
 use crate::exit::Failure;
 use crate::live::Live;
-use crate::{interrupt, output};
-
-/// Kept of each stream for `--json`.
-const KEPT_FOR_JSON: usize = 16 << 20;
+use crate::tty::Lent;
+use crate::{interrupt, output, stdin};
 
 const EXAMPLES: &str = "\
+With --tty keys go to the command, Ctrl-C too; Ctrl-P Ctrl-Q leaves, and ends it.
+
 Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable,
 127 not found, 128+N killed by signal N.
 
 Examples:
   dev-box exec work -- make test
   echo hello | dev-box exec -i work -- sha256sum
-  dev-box exec work --user nobody --cwd /tmp -- sh -c 'echo $PWD'";
+  dev-box exec -it work -- top
+  dev-box exec --detach work -- ./server     prints the job's name, for attach, logs, kill
+  dev-box exec work --user nobody --limit-memory 256MiB -- python3 untrusted.py";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -38,29 +38,20 @@ pub(crate) struct ExecArgs {
     #[arg(value_name = "NAME")]
     vm: VmName,
 
+    #[command(flatten)]
+    job: JobOptions,
+
     /// Give the command this process's standard input.
     #[arg(short, long)]
     interactive: bool,
 
-    /// Set a variable in the command's environment.
-    #[arg(short, long = "env", value_name = "K=V", value_parser = variable)]
-    env: Vec<(String, String)>,
+    /// Run it on a terminal, as large as this one: with -i for programs that fill the screen.
+    #[arg(short, long, conflicts_with = "json")]
+    tty: bool,
 
-    /// Pass a variable of this environment on, by name; its value is never logged.
-    #[arg(long, value_name = "NAME")]
-    env_from_host: Vec<String>,
-
-    /// Run as this user of the image [default: root].
-    #[arg(short, long, value_name = "USER")]
-    user: Option<String>,
-
-    /// Directory to run in [default: the user's home].
-    #[arg(long, value_name = "DIR")]
-    cwd: Option<PathBuf>,
-
-    /// End the command after this time: 90s, 10m, 2h [default: timeouts.job_s of the configuration].
-    #[arg(short, long, value_name = "TIME", value_parser = duration)]
-    timeout: Option<Duration>,
+    /// Do not wait for it: print the job's name and leave it running, without a time limit unless --timeout gives one.
+    #[arg(short, long, conflicts_with = "json")]
+    detach: bool,
 
     /// Print the result as one JSON object on stdout when done; the command's own output is in it, not streamed.
     #[arg(long)]
@@ -71,14 +62,28 @@ pub(crate) struct ExecArgs {
     argv: Vec<OsString>,
 }
 
+impl ExecArgs {
+    /// A command on this terminal.
+    pub(crate) fn on_terminal(vm: VmName, user: Option<String>, argv: Vec<OsString>) -> Self {
+        let job = JobOptions { user, ..JobOptions::default() };
+        Self { vm, job, interactive: true, tty: true, detach: false, json: false, argv }
+    }
+}
+
 pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
-    let job = job(&config, &args)?;
+    let mut job = args.job.job(&config, &args.argv, args.json)?;
     let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
+    if args.detach {
+        job.timeout = args.job.timeout;
+        return detach(&session, job, args.interactive, args.tty).await;
+    }
+    let console = Console::open(&mut job, args.tty, args.interactive, &cancel)?;
     // The daemon writes the audit: it sees what is really asked.
     let executor = AgentExecutor::new(Arc::new(SystemClock), Arc::new(NullSink));
-    let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { Arc::new(Live::new()) };
+    let sink = if args.json { Arc::new(DiscardSink) } else { console.sink() };
     let result = executor.execute_on(&args.vm, &session, job, sink, cancel.token()).await;
+    drop(console);
     session.close();
     session.closed().await;
     if args.json {
@@ -88,30 +93,81 @@ pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Fail
     Ok(ExitCode::from(result.process_exit_code()))
 }
 
-fn job(config: &Config, args: &ExecArgs) -> Result<Job, Failure> {
-    let mut job = Job::new(args.argv.iter().cloned());
-    for (name, value) in &args.env {
-        job.env.push((name.into(), value.into()));
-    }
-    for name in &args.env_from_host {
-        job.env.push((name.into(), from_host(name)?));
-    }
-    job.cwd.clone_from(&args.cwd);
-    job.user.clone_from(&args.user);
-    job.timeout = Some(args.timeout.unwrap_or(Duration::from_secs(config.timeouts.job_s)));
-    job.grace = Duration::from_secs(config.timeouts.grace_s);
-    job.caps = OutputCaps {
-        streamed: config.limits.output.as_bytes(),
-        kept: if args.json { KEPT_FOR_JSON } else { 0 },
-    };
-    if args.interactive {
-        job.stdin = Stdin::Reader(Box::new(crate::stdin::reader().map_err(Failure::new)?));
-    }
-    Ok(job)
+async fn detach(
+    session: &dev_box::comm::Session,
+    job: Job,
+    stdin: bool,
+    tty: bool,
+) -> Result<ExitCode, Failure> {
+    let mut request = dev_box::exec::executor::request(&job);
+    request.stdin = stdin;
+    request.timeout_ms = job.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+    request.pty = tty.then(crate::tty::size);
+    let name = background::start(session, request).await.map_err(Failure::new)?;
+    output::line(&dev_box::exec::terminal::one_line(name.as_bytes()))?;
+    Ok(ExitCode::SUCCESS)
 }
 
-/// A variable of this process's environment.
-pub(crate) fn from_host(name: &str) -> Result<OsString, Failure> {
-    std::env::var_os(name)
-        .ok_or_else(|| Failure::new(format!("--env-from-host {name}: there is no such variable here")))
+/// Where a job's input comes from and its output goes.
+#[derive(Debug)]
+pub(crate) struct Console {
+    lent: Option<Lent>,
+}
+
+impl Console {
+    /// Gives the job this process's standard input and terminal, as far as is wanted.
+    pub(crate) fn open(
+        job: &mut Job,
+        tty: bool,
+        stdin: bool,
+        cancel: &CancelSource,
+    ) -> Result<Self, Failure> {
+        let lent = if tty { Some(Lent::take()?) } else { None };
+        if let Some(lent) = &lent {
+            job.terminal = Some(lent.terminal());
+            // TERM is what programs know the terminal's abilities by.
+            if let Some(term) = std::env::var_os("TERM") {
+                job.env.insert(0, ("TERM".into(), term));
+            }
+            // Hours of a person's work are no flood; nor is there an end to it that a clock could know.
+            job.caps.streamed = u64::MAX;
+            job.timeout = None;
+        }
+        if stdin {
+            job.stdin = input(lent.as_ref(), cancel)?;
+        }
+        Ok(Self { lent })
+    }
+
+    /// For what the job writes.
+    pub(crate) fn sink(&self) -> Arc<dyn OutputSink> {
+        match &self.lent {
+            Some(lent) => lent.screen(),
+            None => Arc::new(Live::new()),
+        }
+    }
+
+    /// The terminal, if it is lent.
+    pub(crate) fn lent(&self) -> Option<&Lent> {
+        self.lent.as_ref()
+    }
+
+    /// For a job that is there already.
+    pub(crate) fn lend(tty: bool) -> Result<Self, Failure> {
+        Ok(Self { lent: if tty { Some(Lent::take()?) } else { None } })
+    }
+}
+
+/// Standard input for a job: from the terminal, when that is lent.
+pub(crate) fn input(lent: Option<&Lent>, cancel: &CancelSource) -> Result<Stdin, Failure> {
+    let reader = match lent {
+        Some(_) => {
+            let cancel = cancel.clone();
+            stdin::keyboard(move || {
+                cancel.cancel_now();
+            })
+        }
+        None => stdin::reader(),
+    };
+    Ok(Stdin::Reader(Box::new(reader.map_err(Failure::new)?)))
 }

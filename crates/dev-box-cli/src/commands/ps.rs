@@ -4,6 +4,10 @@ use std::process::ExitCode;
 
 use clap::Args;
 use dev_box::Config;
+use dev_box::comm::message::{ExitStatus, Exited, JobEntry};
+use dev_box::core::id::VmName;
+use dev_box::exec::background;
+use dev_box::exec::terminal::one_line;
 
 use crate::daemon::api::{VmInfo, VmState};
 use crate::daemon::client::Client;
@@ -11,15 +15,25 @@ use crate::exit::Failure;
 use crate::output;
 
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  dev-box ps\n  dev-box ps --json | jq -r '.[].name'")]
+#[command(after_help = "Examples:\n  dev-box ps\n  dev-box ps work\n  dev-box ps --json | jq -r '.[].name'")]
 pub(crate) struct PsArgs {
+    /// List the jobs of this VM instead: what the guest says of them.
+    #[arg(value_name = "NAME")]
+    vm: Option<VmName>,
+
     /// As JSON.
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) async fn run(config: Config, args: PsArgs) -> Result<ExitCode, Failure> {
-    let vms = Client::new(&config).vms().await.map_err(Failure::new)?;
+    let client = Client::new(&config);
+    if let Some(vm) = &args.vm {
+        let session = client.channel(vm).await.map_err(Failure::new)?;
+        let jobs = background::list(&session).await.map_err(Failure::new)?;
+        return show(&jobs, args.json);
+    }
+    let vms = client.vms().await.map_err(Failure::new)?;
     if args.json {
         output::json(&vms)?;
     } else {
@@ -28,6 +42,31 @@ pub(crate) async fn run(config: Config, args: PsArgs) -> Result<ExitCode, Failur
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn show(jobs: &[JobEntry], json: bool) -> Result<ExitCode, Failure> {
+    if json {
+        output::json(&jobs)?;
+    } else {
+        for job in jobs {
+            output::line(&job_summary(job))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One line, harmless to a terminal: all of it is the guest's.
+fn job_summary(job: &JobEntry) -> String {
+    let state = match (&job.exited, job.pid) {
+        (Some(Exited { status: ExitStatus::Code(code), .. }), _) => format!("exited {code}"),
+        (Some(Exited { status: ExitStatus::Signal(signal), .. }), _) => format!("killed {signal}"),
+        (None, Some(pid)) => format!("runs as {pid}"),
+        (None, None) => "runs".to_owned(),
+    };
+    let argv: Vec<String> = job.argv.iter().map(|word| one_line(word.as_bytes())).collect();
+    let name = one_line(job.job.as_bytes());
+    let kind = if job.background { "background" } else { "foreground" };
+    format!("{name:<38} {state:<14} {kind:<11} {:>6} s  {}", job.age_ms / 1000, argv.join(" "))
 }
 
 fn summary(vm: &VmInfo) -> String {

@@ -3,26 +3,19 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use dev_box::core::accel::{self, Accelerator};
-use dev_box::exec::{
-    CollectTo, DiscardSink, ExecutionResult, Job, OutputCaps, OutputSink, Owner, Stdin, WorkspaceIn,
-};
+use dev_box::exec::{CollectTo, DiscardSink, ExecutionResult, Job, OutputSink, Owner, WorkspaceIn};
 use dev_box::{Config, DevBox};
 
 use crate::args::RunArgs;
-use crate::commands::exec::from_host;
+use crate::commands::exec::Console;
 use crate::exit::Failure;
-use crate::live::Live;
 use crate::{interrupt, output};
-
-/// Kept of each stream for `--json`.
-const KEPT_FOR_JSON: usize = 16 << 20;
 
 pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
-    let job = job(&config, &args)?;
+    let mut job = job(&config, &args)?;
     if !args.quiet {
         warn_of_emulation(&config, &args);
     }
@@ -35,35 +28,20 @@ pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failu
             }
         }
     }
-    let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { Arc::new(Live::new()) };
     let request = args.vm.request(&dev_box, "run").map_err(Failure::new)?;
     let dev_box = dev_box.using(args.vm.templates());
+    let console = Console::open(&mut job, args.tty, args.interactive, &cancel)?;
+    let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { console.sink() };
     let result = dev_box.run(&request, job, sink, cancel.token()).await;
+    drop(console);
     dev_box.close().await;
     report(&args, &result)?;
     Ok(ExitCode::from(result.process_exit_code()))
 }
 
 fn job(config: &Config, args: &RunArgs) -> Result<Job, Failure> {
-    let mut job = Job::new(args.argv.iter().cloned());
-    for (name, value) in &args.env {
-        job.env.push((name.into(), value.into()));
-    }
-    for name in &args.env_from_host {
-        job.env.push((name.into(), from_host(name)?));
-    }
-    job.cwd.clone_from(&args.cwd);
-    job.user.clone_from(&args.user);
-    job.timeout = Some(args.timeout.unwrap_or(Duration::from_secs(config.timeouts.job_s)));
-    job.grace = Duration::from_secs(config.timeouts.grace_s);
-    job.caps = OutputCaps {
-        streamed: config.limits.output.as_bytes(),
-        kept: if args.json { KEPT_FOR_JSON } else { 0 },
-    };
+    let mut job = args.job.job(config, &args.argv, args.json)?;
     job.workspace = Some(workspace(config, args)?);
-    if args.interactive {
-        job.stdin = Stdin::Reader(Box::new(crate::stdin::reader().map_err(Failure::new)?));
-    }
     Ok(job)
 }
 

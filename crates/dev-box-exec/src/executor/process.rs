@@ -295,7 +295,7 @@ async fn until(at: Option<Instant>) {
 }
 
 /// Feeds standard input; ends when there is no more, or nobody takes it.
-async fn feed(stdin: Stdin, mut lane: LaneWriter) {
+pub(crate) async fn feed(stdin: Stdin, mut lane: LaneWriter) {
     match stdin {
         Stdin::Null => {}
         Stdin::Bytes(bytes) => {

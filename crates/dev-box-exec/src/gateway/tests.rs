@@ -99,9 +99,16 @@ async fn a_lost_vm_ends_its_clients() {
     let bench = Bench::new(script).await;
     let (client, served) = bench.client().await;
     let mut stream = client.open(exec("a")).await.unwrap();
-    while let Ok(Some(message)) = stream.recv().await {
-        assert!(!message.is_last(), "{message:?}");
-    }
+    let last = loop {
+        let message = stream.recv().await.unwrap().unwrap();
+        if message.is_last() {
+            break message;
+        }
+    };
+    assert!(
+        matches!(&last, Message::Failed(error) if error.to_string().contains("the VM is lost")),
+        "{last:?}"
+    );
     client.closed().await;
     served.await.unwrap().unwrap();
     assert_eq!(bench.audit.actions(), ["exec.run:intent", "exec.end:abandoned"]);

@@ -42,7 +42,7 @@ impl Budget {
     }
 }
 
-/// Writes the content of a directory as an archive: symlinks as such, sockets left out.
+/// Writes the content of a directory as an archive: symlinks as such; sockets, FIFOs and devices left out.
 ///
 /// # Errors
 /// What the file system said, or the writer.
@@ -66,7 +66,6 @@ fn pack_directory(
     relative: &Path,
     budget: &mut Budget,
 ) -> Result<(), GuestError> {
-    use std::os::unix::fs::FileTypeExt as _;
     let directory = root.join(relative);
     let entries = std::fs::read_dir(&directory).map_err(|error| failed("list", &directory, &error))?;
     let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
@@ -76,7 +75,9 @@ fn pack_directory(
         let path = directory.join(&name);
         // One that vanishes meanwhile is no error: the tree may be in use.
         let Ok(metadata) = std::fs::symlink_metadata(&path) else { continue };
-        if metadata.file_type().is_socket() {
+        let kind = metadata.file_type();
+        // Nobody takes them on the host, and a FIFO would end the archive.
+        if !(kind.is_file() || kind.is_dir() || kind.is_symlink()) {
             continue;
         }
         budget.take(if metadata.is_file() { metadata.len() } else { 0 })?;
@@ -172,13 +173,14 @@ mod tests {
         std::fs::set_permissions(deep.join("run"), std::fs::Permissions::from_mode(0o751)).unwrap();
         std::os::unix::fs::symlink("/etc/shadow", from.path().join("link")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(from.path().join("socket")).unwrap();
+        nix::unistd::mkfifo(&from.path().join("fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
         let target = to.path().join("made/for/it");
         unpack(&tree(&target), packed(from.path()).as_slice()).unwrap();
         let run = target.join("a").join("n".repeat(200)).join("b/run");
         assert_eq!(std::fs::read_to_string(&run).unwrap(), "#!/bin/sh");
         assert_eq!(std::fs::metadata(&run).unwrap().mode() & 0o7777, 0o751);
         assert_eq!(std::fs::read_link(target.join("link")).unwrap(), Path::new("/etc/shadow"));
-        assert!(!target.join("socket").exists());
+        assert!(!target.join("socket").exists() && !target.join("fifo").exists());
     }
 
     #[test]

@@ -1,0 +1,228 @@
+//! Jobs that go on without their client: started, attached to again, left, listed, signalled.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use dev_box_comm::message::{
+    Attach, ExecRequest, Exited, GuestError, JobEntry, Kill, Message, PtySize, Request,
+};
+use dev_box_comm::session::{CallError, LaneReader, Session, StreamError, StreamParts};
+use tokio::sync::watch;
+use tokio::time::{Duration, Instant, sleep_until};
+
+use crate::cancel::{Cancel, Urgency};
+use crate::executor::process::feed;
+use crate::job::Stdin;
+use crate::sink::{OutputSink, OutputStream};
+
+/// What is kept comes at once: silence this long means that it has come. The protocol has no mark for it.
+const SILENCE: Duration = Duration::from_millis(300);
+
+/// More than an agent keeps, of both streams: what comes after it is new.
+const KEPT: u64 = 1 << 20;
+
+/// Why a background job was not reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackgroundError {
+    /// The guest says why.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The stream or the session ended first.
+    #[error("the connection to the VM ended")]
+    Stream(#[from] StreamError),
+    /// The guest answered something else than it should.
+    #[error("the guest broke the protocol: {0}")]
+    Violation(&'static str),
+    /// The output could not be passed on.
+    #[error("the output cannot be written")]
+    Sink(#[source] std::io::Error),
+}
+
+impl From<CallError> for BackgroundError {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Guest(error) => error.into(),
+            CallError::Stream(error) => error.into(),
+            _ => Self::Violation("it answered a request with something else"),
+        }
+    }
+}
+
+/// Starts a job that goes on by itself; gives its id.
+///
+/// # Errors
+/// [`BackgroundError`].
+pub async fn start(session: &Session, request: ExecRequest) -> Result<String, BackgroundError> {
+    let request = ExecRequest { background: true, ..request };
+    let mut stream = session.open(Request::Exec(request)).await?;
+    loop {
+        match stream.recv().await? {
+            Some(Message::Started(started)) => {
+                return started
+                    .job
+                    .ok_or(BackgroundError::Violation("it did not say what the job is called"));
+            }
+            Some(Message::Failed(error)) => return Err(error.into()),
+            Some(Message::Unknown) => {}
+            _ => return Err(BackgroundError::Violation("it did not say whether the job started")),
+        }
+    }
+}
+
+/// The jobs the guest knows. Its claim; bounded by the protocol.
+///
+/// # Errors
+/// [`BackgroundError`].
+pub async fn list(session: &Session) -> Result<Vec<JobEntry>, BackgroundError> {
+    let mut all = Vec::new();
+    for message in session.call(Request::Jobs).await? {
+        if let Message::Jobs { jobs } = message {
+            all.extend(jobs);
+        }
+    }
+    Ok(all)
+}
+
+/// Sends a signal to all of a job.
+///
+/// # Errors
+/// [`BackgroundError`].
+pub async fn kill(session: &Session, job: &str, signal: i32) -> Result<(), BackgroundError> {
+    session.call(Request::Kill(Kill { job: job.to_owned(), signal })).await?;
+    Ok(())
+}
+
+/// How a time with a job ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attended {
+    /// The job's end came first.
+    Exited(Exited),
+    /// It goes on: the caller cancelled, nobody read the output, or only what was kept had been asked for.
+    Left,
+}
+
+/// What is given to a job that is attached to.
+#[derive(Debug, Default)]
+pub struct Attachment {
+    /// For its standard input, where it has one.
+    pub stdin: Stdin,
+    /// The sizes of its terminal, where it has one.
+    pub resizes: Option<watch::Receiver<PtySize>>,
+    /// Leave a job that goes on once what the guest has kept of its output is here.
+    pub recent_only: bool,
+}
+
+/// Attaches to a job: the last of its output, then what it writes, until it ends or the caller cancels. The job goes on
+/// whatever becomes of this.
+///
+/// # Errors
+/// [`BackgroundError`].
+pub async fn attach(
+    session: &Session,
+    request: Attach,
+    attachment: Attachment,
+    sink: Arc<dyn OutputSink>,
+    cancel: &Cancel,
+) -> Result<Attended, BackgroundError> {
+    let StreamParts { mut sender, mut receiver, input, output, errors, .. } =
+        session.open(Request::Attach(request)).await?.split();
+    let heard = Heard::default();
+    let outputs = async {
+        tokio::try_join!(
+            pass_on(output, OutputStream::Stdout, &*sink, &heard),
+            pass_on(errors, OutputStream::Stderr, &*sink, &heard)
+        )
+    };
+    let recent = async {
+        if attachment.recent_only {
+            heard.silence().await;
+        } else {
+            std::future::pending::<()>().await;
+        }
+    };
+    let resizing = async {
+        let Some(mut sizes) = attachment.resizes else { return };
+        // The first at once: the job may have been given another one's size.
+        sizes.mark_changed();
+        while sizes.changed().await.is_ok() {
+            let size = *sizes.borrow_and_update();
+            if sender.send(Message::Resize(size)).await.is_err() {
+                return;
+            }
+        }
+    };
+    let feeding = feed(attachment.stdin, input);
+    tokio::pin!(outputs, recent, resizing, feeding);
+    let (mut fed, mut resized, mut written, mut last) = (false, false, false, None);
+    while !(written && last.is_some()) {
+        tokio::select! {
+            biased;
+            () = cancel.reached(Urgency::Graceful) => return Ok(Attended::Left),
+            message = receiver.recv(), if last.is_none() => match message? {
+                Some(Message::Started(_) | Message::Unknown) => {}
+                Some(Message::Exited(exited)) => last = Some(Attended::Exited(exited)),
+                Some(Message::Failed(error)) => return Err(error.into()),
+                _ => return Err(BackgroundError::Violation("it said something that has no place in a job's stream")),
+            },
+            done = &mut outputs, if !written => match done {
+                Ok(_) => written = true,
+                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(Attended::Left),
+                Err(error) => return Err(BackgroundError::Sink(error)),
+            },
+            () = &mut recent, if last.is_none() => return Ok(Attended::Left),
+            () = &mut feeding, if !fed => fed = true,
+            () = &mut resizing, if !resized => resized = true,
+        }
+    }
+    Ok(last.unwrap_or(Attended::Left))
+}
+
+/// How much output came, and when the last of it.
+#[derive(Debug)]
+struct Heard(Mutex<(u64, Instant)>);
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self(Mutex::new((0, Instant::now())))
+    }
+}
+
+impl Heard {
+    fn state(&self) -> MutexGuard<'_, (u64, Instant)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, bytes: u64) {
+        let mut state = self.state();
+        *state = (state.0 + bytes, Instant::now());
+    }
+
+    /// Waits until no more is to be expected of what was kept.
+    async fn silence(&self) {
+        loop {
+            let (bytes, last) = *self.state();
+            let due = last + SILENCE;
+            if bytes > KEPT || Instant::now() >= due {
+                return;
+            }
+            sleep_until(due).await;
+        }
+    }
+}
+
+async fn pass_on(
+    mut lane: LaneReader,
+    stream: OutputStream,
+    sink: &dyn OutputSink,
+    heard: &Heard,
+) -> std::io::Result<()> {
+    while let Some(bytes) = lane.next().await {
+        let length = bytes.len() as u64;
+        sink.write(stream, bytes).await?;
+        heard.note(length);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+use std::sync::Mutex;
+use std::time::Duration;
+
+use bytes::Bytes;
+use dev_box_comm::message::{ExitStatus, GuestErrorKind, Started};
+use dev_box_comm::session::{GuestStream, Incoming};
+use dev_box_comm::{GuestHello, HostHello};
+use tokio::io::duplex;
+
+use super::*;
+use crate::cancel::CancelSource;
+use crate::sink::BoxFuture;
+
+async fn pair() -> (Session, Incoming, Session) {
+    let (ours, theirs) = duplex(64 << 10);
+    let (host, guest) = tokio::join!(
+        Session::connect(ours, HostHello::fresh().unwrap()),
+        Session::accept(theirs, GuestHello::new("b"))
+    );
+    let (guest, incoming, _) = guest.unwrap();
+    (host.unwrap().0, incoming, guest)
+}
+
+#[derive(Debug, Default)]
+struct Keep(Mutex<Vec<u8>>);
+
+impl OutputSink for Keep {
+    fn write(&self, _: OutputStream, bytes: Bytes) -> BoxFuture<'_, std::io::Result<()>> {
+        self.0.lock().unwrap().extend_from_slice(&bytes);
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+#[derive(Debug)]
+struct Broken(std::io::ErrorKind);
+
+impl OutputSink for Broken {
+    fn write(&self, _: OutputStream, _: Bytes) -> BoxFuture<'_, std::io::Result<()>> {
+        Box::pin(std::future::ready(Err(self.0.into())))
+    }
+}
+
+fn started() -> Message {
+    Message::Started(Started { pid: 3, job: Some("job-1".into()) })
+}
+
+fn exited() -> Exited {
+    Exited { status: ExitStatus::Code(4), usage: Default::default(), timed_out: false, oom_killed: false }
+}
+
+fn request() -> Attach {
+    Attach { job: "job-1".into(), replay_bytes: 100, stdin: true }
+}
+
+async fn attending(
+    sink: Arc<dyn OutputSink>,
+    attachment: Attachment,
+    cancel: Cancel,
+) -> (tokio::task::JoinHandle<Result<Attended, BackgroundError>>, GuestStream, Incoming, Session) {
+    let (session, mut incoming, guest) = pair().await;
+    let task = tokio::spawn(async move { attach(&session, request(), attachment, sink, &cancel).await });
+    let (asked, mut stream) = incoming.next().await.unwrap();
+    assert_eq!(asked, Request::Attach(request()));
+    stream.send(started()).await.unwrap();
+    (task, stream, incoming, guest)
+}
+
+#[tokio::test]
+async fn a_job_is_started_and_left() {
+    let (session, mut incoming, _guest) = pair().await;
+    let asked = tokio::spawn(async move {
+        let (request, mut stream) = incoming.next().await.unwrap();
+        stream.send(started()).await.unwrap();
+        (request, stream.recv().await)
+    });
+    assert_eq!(start(&session, ExecRequest::new(["sleep"])).await.unwrap(), "job-1");
+    let (request, after) = asked.await.unwrap();
+    assert!(matches!(request, Request::Exec(exec) if exec.background));
+    assert_eq!(after, Err(StreamError::Reset));
+}
+
+#[tokio::test]
+async fn all_output_comes_before_the_end() {
+    let keep = Arc::new(Keep::default());
+    let (sizes, resizes) = watch::channel(PtySize { rows: 24, cols: 80 });
+    let attachment =
+        Attachment { stdin: Stdin::Bytes("typed".into()), resizes: Some(resizes), recent_only: false };
+    let (task, stream, ..) = attending(keep.clone(), attachment, Cancel::never()).await;
+    let mut parts = stream.split();
+    assert_eq!(parts.receiver.recv().await, Ok(Some(Message::Resize(PtySize { rows: 24, cols: 80 }))));
+    sizes.send(PtySize { rows: 5, cols: 6 }).unwrap();
+    assert_eq!(parts.receiver.recv().await, Ok(Some(Message::Resize(PtySize { rows: 5, cols: 6 }))));
+    assert_eq!(parts.input.next().await.as_deref(), Some(&b"typed"[..]));
+    parts.output.write(Bytes::from(vec![b'x'; 200_000])).await.unwrap();
+    parts.sender.send(Message::Exited(exited())).await.unwrap();
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Exited(exited()));
+    assert_eq!(keep.0.lock().unwrap().len(), 200_000);
+}
+
+#[tokio::test]
+async fn a_job_that_is_left_is_only_left() {
+    let cancel = CancelSource::new();
+    let (task, mut stream, ..) =
+        attending(Arc::new(Keep::default()), Attachment::default(), cancel.token()).await;
+    cancel.cancel();
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
+    assert_eq!(stream.recv().await, Err(StreamError::Reset), "no signal, nothing");
+    for (kind, left) in [(std::io::ErrorKind::BrokenPipe, true), (std::io::ErrorKind::StorageFull, false)] {
+        let (task, mut stream, ..) =
+            attending(Arc::new(Broken(kind)), Attachment::default(), Cancel::never()).await;
+        stream.parts().output.write(Bytes::from_static(b"x")).await.unwrap();
+        assert_eq!(task.await.unwrap().is_ok(), left);
+    }
+}
+
+#[tokio::test]
+async fn refusals_and_breaches_are_told_apart() {
+    let (task, mut stream, ..) =
+        attending(Arc::new(Keep::default()), Attachment::default(), Cancel::never()).await;
+    stream.send(Message::Failed(GuestError::new(GuestErrorKind::NotFound, "no"))).await.unwrap();
+    assert!(matches!(task.await.unwrap(), Err(BackgroundError::Guest(_))));
+    let (task, mut stream, ..) =
+        attending(Arc::new(Keep::default()), Attachment::default(), Cancel::never()).await;
+    stream.send(Message::Jobs { jobs: Vec::new() }).await.unwrap();
+    assert!(matches!(task.await.unwrap(), Err(BackgroundError::Violation(_))));
+    let (task, _stream, _incoming, guest) =
+        attending(Arc::new(Keep::default()), Attachment::default(), Cancel::never()).await;
+    guest.close();
+    assert!(matches!(task.await.unwrap(), Err(BackgroundError::Stream(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn jobs_are_listed_and_killed() {
+    let (session, mut incoming, _guest) = pair().await;
+    tokio::spawn(async move {
+        while let Some((request, mut stream)) = incoming.next().await {
+            match request {
+                Request::Jobs => {
+                    let entry = JobEntry {
+                        job: "job-1".into(),
+                        pid: Some(3),
+                        argv: Vec::new(),
+                        background: true,
+                        exited: None,
+                        age_ms: 1,
+                    };
+                    stream.send(Message::Jobs { jobs: vec![entry.clone()] }).await.unwrap();
+                    stream.send(Message::Jobs { jobs: vec![entry] }).await.unwrap();
+                }
+                Request::Kill(kill) => assert_eq!((kill.job.as_str(), kill.signal), ("job-1", 9)),
+                other => panic!("{other:?}"),
+            }
+            stream.send(Message::Done).await.unwrap();
+        }
+    });
+    assert_eq!(list(&session).await.unwrap().len(), 2);
+    tokio::time::timeout(Duration::from_secs(5), kill(&session, "job-1", 9)).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_kept_is_enough() {
+    let keep = Arc::new(Keep::default());
+    let attachment = Attachment { recent_only: true, ..Attachment::default() };
+    let (task, mut stream, ..) = attending(keep.clone(), attachment, Cancel::never()).await;
+    stream.parts().output.write(Bytes::from_static(b"kept")).await.unwrap();
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
+    assert_eq!(*keep.0.lock().unwrap(), b"kept");
+    // A job that never stops writing is left, too.
+    let attachment = Attachment { recent_only: true, ..Attachment::default() };
+    let (task, mut stream, ..) = attending(keep, attachment, Cancel::never()).await;
+    while stream.parts().output.write(Bytes::from(vec![b'x'; 30_000])).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
+}
