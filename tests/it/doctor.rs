@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 
+use dev_box_net::{Firewall, NftFirewall};
 use dev_box_tests::Host;
 
 fn status<'a>(checks: &'a serde_json::Value, id: &str) -> &'a str {
@@ -47,6 +49,50 @@ fn the_layers_around_a_running_vm_are_verified() {
     done.expect_code(0);
     running.signal(nix::sys::signal::Signal::SIGINT);
     running.finish().expect_code(130);
+}
+
+/// What can be taken off a VM that libvirt runs. The rest is taken off QEMUs that dev-box-provision's tests start.
+#[test]
+fn with_a_layer_taken_off_a_running_vm_exactly_its_check_fails() {
+    let Some(host) = Host::new("with_a_layer_taken_off_a_running_vm_exactly_its_check_fails") else { return };
+    let vm = &*format!("it-layers-{}", std::process::id());
+    let made = host.dev_box(["vm", "create", vm, "--start", "--json"]).expect_code(0);
+    let made: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
+    let failing = || {
+        let done = host.dev_box(["doctor", "--json", "--vm", vm]);
+        let checks: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        let failed: Vec<String> = checks
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|check| check["status"] == "fail")
+            .map(|check| format!("{}: {}", check["id"].as_str().unwrap(), check["detail"].as_str().unwrap()))
+            .collect();
+        let expected = i32::from(!failed.is_empty());
+        done.expect_code(expected);
+        failed
+    };
+    assert_eq!(failing(), [] as [&str; 0]);
+
+    let virsh = |args: &[&str]| {
+        let done = Command::new("virsh").args(["-q", "-c", "qemu:///system"]).args(args).output().unwrap();
+        assert!(done.status.success(), "virsh {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    };
+    virsh(&["schedinfo", vm, "--live", "--set", "global_quota=-1"]);
+    let failed = failing();
+    assert!(failed.len() == 1 && failed[0].starts_with("layer.cgroups: no cpu limit"), "{failed:?}");
+    virsh(&["schedinfo", vm, "--live", "--set", "global_quota=150000"]);
+    virsh(&["memtune", vm, "--live", "--hard-limit", "-1"]);
+    let failed = failing();
+    assert!(failed.len() == 1 && failed[0].starts_with("layer.cgroups: no memory limit"), "{failed:?}");
+    virsh(&["memtune", vm, "--live", "--hard-limit", "2097152"]);
+    assert_eq!(failing(), [] as [&str; 0]);
+
+    let address = made["address"].as_str().unwrap().parse().unwrap();
+    NftFirewall::default().remove(address).unwrap();
+    let failed = failing();
+    assert!(failed.len() == 1 && failed[0].starts_with("layer.network: guard Missing"), "{failed:?}");
+    host.dev_box(["vm", "rm", "--force", vm]).expect_code(0);
 }
 
 #[test]

@@ -5,7 +5,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use dev_box_tests::{Host, Running, wait_until};
+use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -138,14 +140,40 @@ fn what_befalls_a_vm_that_is_kept() {
     assert!(console.0.finish().expect_code(1).stderr.contains("has stopped"));
     wait_until("libvirt notices", Duration::from_secs(20), || state(&host, vm) == "shutoff");
 
+    // A person's terminal is raw while attached, and as it was on every way out: the escape key, a signal, the VM's end.
+    let terminal = openpty(None, None).unwrap();
+    let canonical =
+        || tcgetattr(&terminal.master).unwrap().local_flags.contains(LocalFlags::ICANON | LocalFlags::ECHO);
+    let mut shown = std::fs::File::from(terminal.master.try_clone().unwrap());
+    std::thread::spawn(move || std::io::copy(&mut shown, &mut std::io::sink()));
+    let mut keys = std::fs::File::from(terminal.master.try_clone().unwrap());
+    let attach = || {
+        let mut command = host.command();
+        let slave = || terminal.slave.try_clone().unwrap();
+        command.args(["vm", "console", vm]).stdin(slave()).stdout(slave());
+        assert!(canonical());
+        let running = host.spawn(&mut command);
+        wait_until("the terminal is raw", Duration::from_secs(20), || !canonical());
+        running
+    };
+
     // The domain removed with virsh: the next start defines it again, disk and all. Then a panic.
     virsh(&["undefine", vm]);
     assert_eq!(state(&host, vm), "undefined");
     host.dev_box(["vm", "start", vm]).expect_code(0);
     let mut console = Console::attach(&host, vm);
     console.ask("test -e /root/kept && echo sti''ll", "still");
-    console.type_in("echo c > /proc/sysrq-trigger\r");
-    assert!(console.0.finish().expect_code(1).stderr.contains("has stopped"));
+    console.leave();
+    let attached = attach();
+    keys.write_all(b"\x1d").unwrap();
+    attached.finish().expect_code(0);
+    let attached = attach();
+    attached.signal(Signal::SIGTERM);
+    attached.finish().expect_code(0);
+    let attached = attach();
+    keys.write_all(b"echo c > /proc/sysrq-trigger\r").unwrap();
+    assert!(attached.finish().expect_code(1).stderr.contains("has stopped"));
+    assert!(canonical());
     wait_until("it is off", Duration::from_secs(20), || state(&host, vm) == "shutoff");
     let log = host.dev_box(["vm", "console", vm, "--log"]).expect_code(0).text();
     assert!(log.contains("Kernel panic"), "{log}");

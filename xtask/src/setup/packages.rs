@@ -71,6 +71,8 @@ const PACKAGES: &[Package] = &[
     recent("libvirt-dev", 10, Why::Build),
     // Tests read archives back with the tools everybody uses.
     plain("cpio", Why::Gate),
+    // dev-box-core's tests boot a kernel with nothing else.
+    plain("busybox-static", Why::Gate),
     plain("git", Why::Gate),
     plain("python3", Why::Gate),
     // libFuzzer is compiled from source.

@@ -16,7 +16,7 @@ use super::host::{self, Guarded};
 async fn it_answers_freezes_and_sets_the_clock() {
     let image = Path::new("/var/lib/dev-box/images/default");
     if !image.join("root.qcow2").exists() {
-        eprintln!("SKIPPED: there is no default image: build it with `dev-box image build`");
+        crate::skip("there is no default image: build it with `dev-box image build`");
         return;
     }
     let Some(scratch) = host::scratch("agent") else { return };

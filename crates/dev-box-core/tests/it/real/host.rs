@@ -31,7 +31,7 @@ pub(crate) struct Scratch(PathBuf);
 /// `None`, and why, where there is no QEMU under libvirt.
 pub(crate) fn scratch(name: &str) -> Option<Scratch> {
     if let Err(error) = VirtConnector.connect("qemu:///system", Access::ReadWrite, Arc::new(|_| ())) {
-        eprintln!("SKIPPED: no qemu:///system here: {error}");
+        crate::skip(&format!("no qemu:///system here: {error}"));
         return None;
     }
     let path = PathBuf::from(format!("/var/tmp/dev-box-core-{}-{name}", std::process::id()));
@@ -92,10 +92,9 @@ impl Scratch {
     /// A guest that says READY and counts aloud on its console. `None`, and why, where nothing can be booted.
     pub(crate) fn guest(&self, name: &str, test: &str) -> Option<VmSpec> {
         let (Some(kernel), Some(busybox)) = (kernel(), static_busybox()) else {
-            eprintln!(
-                "SKIPPED: no kernel (set DEV_BOX_TEST_KERNEL, or build the default image) or no static busybox \
-                 (package busybox-static)"
-            );
+            let needs = "no kernel (set DEV_BOX_TEST_KERNEL, or build the default image) or no static busybox \
+                         (package busybox-static)";
+            crate::skip(needs);
             return None;
         };
         // Where QEMU's user can read it.

@@ -291,14 +291,14 @@ fn daemon(directory: &Path) -> Option<Daemon> {
         command.uid(nobody).gid(nobody);
     }
     let Ok(child) = command.stderr(std::process::Stdio::null()).spawn() else {
-        eprintln!("SKIPPED: libvirtd (package libvirt-daemon) is not installed");
+        crate::skip("libvirtd (package libvirt-daemon) is not installed");
         return None;
     };
     let mut daemon = Daemon(child);
     let deadline = Instant::now() + SOON;
     while !socket(directory).exists() {
         if daemon.0.try_wait().unwrap().is_some() || Instant::now() > deadline {
-            eprintln!("SKIPPED: a libvirtd of one's own does not start here");
+            crate::skip("a libvirtd of one's own does not start here");
             return None;
         }
         std::thread::sleep(Duration::from_millis(20));

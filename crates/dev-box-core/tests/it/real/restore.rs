@@ -127,7 +127,7 @@ async fn no_space_for_a_snapshot() {
         .arg(&small)
         .status();
     if !mounted.is_ok_and(|status| status.success()) {
-        eprintln!("SKIPPED: mounting a small file system needs root");
+        crate::skip("mounting a small file system needs root");
         return;
     }
     struct Unmount(std::path::PathBuf);

@@ -17,6 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Takes ssh's place: leaves out the options and the host, and gives the rest to a shell as the other host would.
 const SSH: &str = r#"#!/bin/sh
+# A process group of its own: what it starts goes with it.
+[ -n "$OWN_GROUP" ] || OWN_GROUP=1 exec setsid -w "$0" "$@"
 echo $$ > "$(dirname "$0")/pid"
 while :; do case "$1" in -l|-p|-e|-i|-o) shift 2;; -*) shift;; *) break;; esac; done
 shift
@@ -28,7 +30,7 @@ exec sh -c "exec $*"
 async fn another_host_by_ssh() {
     let Some(scratch) = host::scratch("ssh") else { return };
     if Command::new("virt-ssh-helper").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: another_host_by_ssh: virt-ssh-helper is not installed");
+        crate::skip("virt-ssh-helper is not installed");
         return;
     }
     let ssh = scratch.path("ssh");
@@ -49,7 +51,7 @@ async fn another_host_by_ssh() {
     let mut events = connection.subscribe();
     let pid = || fs::read_to_string(scratch.path("pid")).unwrap().trim().to_owned();
     let first = pid();
-    assert!(Command::new("kill").args(["-9", &first]).status().unwrap().success());
+    assert!(Command::new("kill").args(["-9", "--", &format!("-{first}")]).status().unwrap().success());
     let mut next = async || loop {
         match tokio::time::timeout(PATIENCE, events.recv()).await.unwrap().unwrap() {
             // Other tests' VMs come and go on this libvirtd.
@@ -76,7 +78,7 @@ async fn qemus_driver_in_this_process() {
     let connection = match LibvirtConnection::open(&format!("qemu:///embed?root={}", root.display())).await {
         Ok(connection) => connection,
         Err(error) => {
-            eprintln!("SKIPPED: qemus_driver_in_this_process: {error}");
+            crate::skip(&error.to_string());
             return;
         }
     };
