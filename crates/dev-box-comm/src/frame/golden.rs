@@ -197,6 +197,7 @@ fn messages() -> Vec<Message> {
             disk_free_bytes: 6,
             jobs: 7,
             agent_restarts: 8,
+            ..GuestInfo::default()
         }),
         Message::Jobs {
             jobs: vec![JobEntry {

@@ -145,4 +145,13 @@ pub struct GuestInfo {
     /// Times the agent was started again by its supervisor.
     #[serde(default)]
     pub agent_restarts: u32,
+    /// Processes there are; an older agent does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<u64>,
+    /// Processes and threads that were started since boot; an older agent does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forks: Option<u64>,
+    /// Its wall clock: nanoseconds since 1970-01-01 UTC; an older agent does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unix_time_ns: Option<i64>,
 }

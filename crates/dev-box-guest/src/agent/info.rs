@@ -29,6 +29,9 @@ pub fn info(surroundings: &Surroundings, jobs: usize) -> GuestInfo {
         disk_free_bytes: blocks(disk.as_ref().map_or(0, |disk| disk.blocks_available())),
         jobs: u32::try_from(jobs).unwrap_or(u32::MAX),
         agent_restarts: surroundings.restarts,
+        processes: processes(Path::new("/proc")),
+        forks: std::fs::read_to_string("/proc/stat").ok().and_then(|stat| number_after(&stat, "processes")),
+        unix_time_ns: unix_time_ns(),
     }
 }
 
@@ -67,6 +70,23 @@ fn kibibytes(text: &str, key: &str) -> u64 {
     number.parse::<u64>().unwrap_or(0).saturating_mul(1024)
 }
 
+/// Directories named by a number.
+fn processes(proc: &Path) -> Option<u64> {
+    let is_process = |name: &std::ffi::OsStr| name.as_encoded_bytes().iter().all(u8::is_ascii_digit);
+    let entries = std::fs::read_dir(proc).ok()?;
+    Some(entries.flatten().filter(|entry| is_process(&entry.file_name())).count() as u64)
+}
+
+/// Of a line `KEY NUMBER`.
+fn number_after(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '))?.trim().parse().ok()
+}
+
+fn unix_time_ns() -> Option<i64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME).ok()?;
+    now.tv_sec().checked_mul(1_000_000_000)?.checked_add(now.tv_nsec())
+}
+
 fn uptime_ms(text: &str) -> u64 {
     let (seconds, hundredths) =
         text.split_whitespace().next().unwrap_or_default().split_once('.').unwrap_or_default();
@@ -86,6 +106,8 @@ mod tests {
         assert!(info.memory_bytes > info.memory_available_bytes && info.memory_available_bytes > 0);
         assert!(info.cpus > 0 && info.uptime_ms > 0 && info.disk_bytes > 0);
         assert_eq!((info.jobs, info.boot_id.len()), (3, 36));
+        assert!(info.processes > Some(0) && info.forks >= info.processes, "{info:?}");
+        assert!(info.unix_time_ns > Some(1_700_000_000_000_000_000));
         assert!(!info.kernel.is_empty() && !info.hostname.is_empty());
     }
 
@@ -109,5 +131,8 @@ mod tests {
         assert_eq!(kibibytes("A: 3 kB\n", "A:"), 3072);
         assert_eq!(kibibytes("A: 3 kB\n", "B:"), 0);
         assert_eq!(first_line("/nowhere"), "");
+        assert_eq!(number_after("processes_x 1\nprocesses 77\n", "processes"), Some(77));
+        assert_eq!(number_after("procs 1\n", "processes"), None);
+        assert_eq!(processes(Path::new("/nowhere")), None);
     }
 }
