@@ -48,6 +48,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<String, TidyError> {
     let root = workspace.root();
     let machine = machine_paths(root, std::env::var_os("HOME").map(PathBuf::from).as_deref());
     let mut found = licence(root);
+    let mut metrics = Metrics::default();
     let mut texts = 0;
     let mut longest = 0;
     for name in kept(workspace)? {
@@ -59,6 +60,11 @@ pub(crate) fn check(workspace: &Workspace) -> Result<String, TidyError> {
             Err(source) => return Err(TidyError::Read { path, source }),
         };
         let Ok(text) = String::from_utf8(bytes) else { continue };
+        if name == CATALOGUE {
+            metrics.declared = metrics_in(&text);
+        } else if records_metrics(&name) {
+            metrics.code.push_str(&shipped(&text));
+        }
         texts += 1;
         found.extend(in_text(&name, &text, &machine));
         if name.ends_with(".rs") {
@@ -66,6 +72,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<String, TidyError> {
             found.extend(in_rust(&name, &text));
         }
     }
+    found.extend(metrics.unrecorded());
     if !found.is_empty() {
         return Err(TidyError::Untidy(found));
     }
@@ -163,6 +170,51 @@ fn in_rust(name: &str, text: &str) -> Vec<String> {
     found
 }
 
+/// Where every metric is declared.
+const CATALOGUE: &str = "crates/dev-box-observe/src/metrics/catalogue.rs";
+
+/// The metrics there are, and the code that may record them.
+#[derive(Debug, Default)]
+struct Metrics {
+    declared: Vec<String>,
+    code: String,
+}
+
+impl Metrics {
+    fn unrecorded(&self) -> Vec<String> {
+        let words: std::collections::BTreeSet<&str> =
+            self.code.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
+        let silent = self.declared.iter().filter(|name| !words.contains(name.as_str()));
+        silent.map(|name| format!("{CATALOGUE}: nobody records `{name}`")).collect()
+    }
+}
+
+/// The constants of the catalogue: `NAME: Type = "..."`.
+fn metrics_in(text: &str) -> Vec<String> {
+    let constant = |line: &str| {
+        let (name, rest) = line.trim().split_once(": ")?;
+        let declared =
+            ["Counter = \"", "Gauge = \"", "Timing = \""].iter().any(|kind| rest.starts_with(kind));
+        declared.then(|| name.to_owned())
+    };
+    text.lines().filter_map(constant).collect()
+}
+
+/// Sources of the crates outside the metrics themselves.
+fn records_metrics(name: &str) -> bool {
+    let source = name.starts_with("crates/") && name.contains("/src/") && name.ends_with(".rs");
+    let tests = name.ends_with("tests.rs") || name.contains("/tests/");
+    source && !tests && !name.starts_with("crates/dev-box-observe/src/metrics")
+}
+
+/// The code without its comments, literals and test modules.
+fn shipped(text: &str) -> String {
+    let tests = source::test_lines(text);
+    let code = source::code_only(text);
+    let lines = code.lines().enumerate().filter(|(at, _)| !tests.iter().any(|range| range.contains(at)));
+    lines.map(|(_, line)| format!("{line}\n")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,6 +263,22 @@ mod tests {
         assert_eq!(in_rust("a.rs", "fn a() { todo!() }").len(), 1);
         assert_eq!(in_rust("a.rs", "#[allow(dead_code)]\nfn a() {}").len(), 1);
         assert_eq!(in_rust("a.rs", "// todo!() and #[allow(x)]\nlet a = \"unimplemented!\";").len(), 0);
+    }
+
+    #[test]
+    fn a_metric_that_nobody_records_is_found() {
+        let declared = metrics_in(
+            "    VMS: Gauge = \"vms\", Gauge,\n    LOST: Counter = \"lost_total\", Counter,\n    x: u8\n",
+        );
+        assert_eq!(declared, ["VMS", "LOST"]);
+        let code =
+            "fn a() { VMS.set(1.0); } // LOST\n#[cfg(test)]\nmod tests {\n fn b() { LOST.add(1); }\n}\n";
+        let metrics = Metrics { declared, code: shipped(code) };
+        assert_eq!(metrics.unrecorded(), [format!("{CATALOGUE}: nobody records `LOST`")]);
+        assert!(records_metrics("crates/dev-box-exec/src/pool/meter.rs"));
+        for other in [CATALOGUE, "crates/dev-box-exec/src/pool/tests.rs", "xtask/src/tidy.rs"] {
+            assert!(!records_metrics(other), "{other}");
+        }
     }
 
     #[test]

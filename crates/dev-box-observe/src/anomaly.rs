@@ -7,28 +7,39 @@
 //!             Change, Joint
 //! ```
 //!
-//! Nothing here reads a clock or does IO: the caller gives the time of every observation in milliseconds of a
+//! But for the [`Observer`], which is the task around all this, nothing here reads a clock or does IO: the caller gives the time of every observation in milliseconds of a
 //! monotonic clock, so that a test replays hours in microseconds. Time that goes backwards is taken as standing
 //! still. What the guest alone claims is marked so in the finding.
 //!
 //! A score is 0 to 1, and 0.5 is exactly the threshold, for rules and detectors alike.
 
+mod baseline;
 mod change;
 mod joint;
+pub mod nab;
+mod observer;
 mod respond;
 mod robust;
 mod rules;
 mod seasonal;
+mod series;
+mod watch;
 mod window;
+#[cfg(any(test, feature = "testing"))]
+pub mod workload;
 
+pub use baseline::{Baseline, BaselineStore};
 pub use change::Change;
 pub use joint::Joint;
+pub use observer::{Observer, ObserverSettings, VmFinding};
 #[cfg(any(test, feature = "testing"))]
 pub use respond::RecordingResponder;
 pub use respond::{Plan, RespondError, RespondFuture, Responder, respond};
 pub use robust::RobustZ;
 pub use rules::{Observation, RuleConfig, RuleConfigError, VmRules};
 pub use seasonal::Seasonal;
+pub use series::SeriesDetector;
+pub use watch::VmWatch;
 
 use std::fmt;
 
@@ -250,7 +261,7 @@ mod tests {
 
     #[test]
     fn rules_have_their_names_everywhere() {
-        let known = crate::metrics::FINDINGS.0.labels[0].values;
+        let known = crate::metrics::FINDINGS.description.labels[0].values;
         assert_eq!(Rule::ALL.map(Rule::name).as_slice(), known);
         for rule in Rule::ALL {
             assert_eq!(serde_json::to_value(rule).unwrap(), rule.name());

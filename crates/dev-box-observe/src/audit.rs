@@ -23,6 +23,7 @@ mod head;
 mod journal;
 mod keyfile;
 mod log;
+mod ocsf;
 mod options;
 mod query;
 mod record;
@@ -43,6 +44,7 @@ pub use event::{Accel, AuditEvent, ExitStatus, FileTotals, ResetMethod, Response
 pub use head::Head;
 pub use keyfile::{FirstKey, KeyFileError};
 pub use log::{AuditLog, prune};
+pub use ocsf::{OCSF_VERSION, ocsf};
 pub use options::{AuditOptions, OpenError};
 pub use query::{Filter, ReadError, Tail, export, query, tail};
 pub use record::{FORMAT, MAX_LINE, Record};

@@ -4,6 +4,7 @@
 //! caught. Usable alone: it needs no libvirt and no VM.
 //!
 //! - [`anomaly`]: detectors and rules over what the host sees, and the [`Responder`](anomaly::Responder) seam.
+//! - `alert` (feature `webhook`): telling somebody of a finding, signed.
 //! - [`audit`]: the [`AuditSink`] seam every act goes through, its closed set of [`AuditEvent`]s, and the
 //!   hash-chained log behind it.
 //! - [`logging`]: tracing to standard error, for people or as JSON.
@@ -11,6 +12,8 @@
 //!
 //! Times are US Eastern (America/New_York), ISO 8601 with the offset, wherever a person may read them.
 
+#[cfg(feature = "webhook")]
+pub mod alert;
 pub mod anomaly;
 pub mod audit;
 pub mod logging;

@@ -75,6 +75,8 @@ const PACKAGES: &[Package] = &[
     plain("busybox-static", Why::Gate),
     plain("git", Why::Gate),
     plain("python3", Why::Gate),
+    // Its promtool checks metrics, alert rules and configuration; it scrapes a real run in a test.
+    plain("prometheus", Why::Gate),
     // libFuzzer is compiled from source.
     plain("g++", Why::Gate),
     // llvm-cov and llvm-profdata of the LLVM that rustc 1.95 is built with.

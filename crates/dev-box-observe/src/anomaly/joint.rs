@@ -49,9 +49,13 @@ impl<const D: usize> Joint<D> {
         let off: [f64; D] = array::from_fn(|i| at(&taken, i) - at(&self.mean, i));
         let warm = self.seen >= 10 * u32::try_from(D).unwrap_or(u32::MAX);
         let score = if warm { self.score(&off) } else { None };
-        // Odd ones teach little, or the detector would learn the attack.
+        // Odd ones teach little, and as if they were just odd: else the first minutes of an attack would make the rest usual.
         let weight = self.weight.max(1.0 / f64::from(self.seen.saturating_add(1)));
-        let weight = if score.as_ref().is_some_and(Score::is_odd) { weight * 0.1 } else { weight };
+        let odd = score.as_ref().filter(|score| score.is_odd());
+        let weight = if odd.is_some() { weight * 0.1 } else { weight };
+        let scale =
+            odd.map_or(1.0, |score| (self.threshold / score.deviation.max(self.threshold)).clamp(0.0, 1.0));
+        let off = off.map(|off| off * scale);
         self.seen = self.seen.saturating_add(1);
         for (mean, off) in self.mean.iter_mut().zip(off) {
             *mean += weight * off;

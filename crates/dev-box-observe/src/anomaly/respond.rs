@@ -306,6 +306,6 @@ mod tests {
     fn labels_are_those_of_the_metric() {
         use ResponseAction::{Alert, Kill, Log, Pause, Snapshot, Throttle};
         let labels = [Log, Alert, Throttle, Pause, Snapshot, Kill].map(label);
-        assert_eq!(labels.as_slice(), metrics::RESPONSES.0.labels[0].values);
+        assert_eq!(labels.as_slice(), metrics::RESPONSES.description.labels[0].values);
     }
 }

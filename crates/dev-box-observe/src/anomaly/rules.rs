@@ -60,7 +60,7 @@ pub enum Observation {
         /// Bytes over its interface, both ways.
         net_bytes: u64,
     },
-    /// Memory, as the balloon and the host's pressure figures show it.
+    /// Memory (the guest's claim: from outside, memory that caches fill looks like memory that is short).
     Memory {
         /// How long this covers.
         span_ms: u64,
@@ -156,7 +156,7 @@ impl VmRules {
             }
             *last = Some(now);
             let evidence = match hit.rule {
-                Rule::ForkRate | Rule::ClockJump => Evidence::Guest,
+                Rule::ForkRate | Rule::ClockJump | Rule::MemoryPressure => Evidence::Guest,
                 _ => Evidence::Host,
             };
             findings.push(Finding { rule: hit.rule, score: hit.score, why: hit.why, evidence, at_ms: now });

@@ -166,6 +166,13 @@ events! {
         /// What was left: domain, overlay, lease of an address.
         what: Text,
     }
+    /// What a VM is, memory and all, is put into an archive.
+    VmForensics = "vm.forensics" {
+        /// Where.
+        archive: Text,
+        /// Why.
+        reason: Text,
+    }
     /// A VM is made clean for its next lease.
     VmReset = "vm.reset" {
         /// How.

@@ -32,9 +32,17 @@ const RETRY: Duration = Duration::from_secs(1);
 
 type Waiter = oneshot::Sender<Result<Receipt, AuditError>>;
 
+/// An entry on its way to the disk.
+#[derive(Debug)]
+struct Queued {
+    entry: Entry,
+    waiter: Option<Waiter>,
+    since: Instant,
+}
+
 #[derive(Debug, Default)]
 struct Queue {
-    waiting: VecDeque<(Entry, Option<Waiter>)>,
+    waiting: VecDeque<Queued>,
     /// Whether somebody awaits an entry in there.
     urgent: bool,
     dropped: u64,
@@ -67,7 +75,7 @@ impl Shared {
             return Err(AuditError::Closed);
         }
         queue.urgent |= waiter.is_some();
-        queue.waiting.push_back((entry, waiter));
+        queue.waiting.push_back(Queued { entry, waiter, since: Instant::now() });
         self.filled.notify_one();
         Ok(())
     }
@@ -234,10 +242,15 @@ fn write_groups(shared: &Shared, mut journal: Journal) {
         journal.count_lost(dropped, "the queue was full");
         let empty = group.is_empty();
         if !empty {
-            let (entries, waiters): (Vec<_>, Vec<_>) = group.into_iter().unzip();
+            let oldest = group.iter().map(|queued| queued.since).min();
+            let (entries, waiters): (Vec<_>, Vec<_>) =
+                group.into_iter().map(|queued| (queued.entry, queued.waiter)).unzip();
             let start = Instant::now();
             let results = journal.append(entries);
             metrics::AUDIT_GROUP_SECONDS.record(start.elapsed(), &[]);
+            if let Some(oldest) = oldest {
+                metrics::AUDIT_LAG_SECONDS.record(oldest.elapsed(), &[]);
+            }
             count(&results, dropped);
             shared.set_health(journal.health());
             for (waiter, result) in waiters.into_iter().zip(results) {
@@ -288,7 +301,7 @@ fn count(results: &[Result<Receipt, AuditError>], dropped: u64) {
 
 /// Waits for a group: until an awaited entry is there, a note has waited long enough, the queue is full of notes, the
 /// log is closed, or it is `wake`.
-fn next_group(shared: &Shared, window: Duration, wake: Instant) -> (Vec<(Entry, Option<Waiter>)>, u64, bool) {
+fn next_group(shared: &Shared, window: Duration, wake: Instant) -> (Vec<Queued>, u64, bool) {
     let mut queue = shared.queue();
     let mut deadline = None;
     loop {
@@ -306,7 +319,7 @@ fn next_group(shared: &Shared, window: Duration, wake: Instant) -> (Vec<(Entry, 
     }
     let take = queue.waiting.len().min(MAX_GROUP);
     let group: Vec<_> = queue.waiting.drain(..take).collect();
-    queue.urgent = queue.waiting.iter().any(|(_, waiter)| waiter.is_some());
+    queue.urgent = queue.waiting.iter().any(|queued| queued.waiter.is_some());
     let dropped = std::mem::take(&mut queue.dropped);
     let closed = queue.closed;
     drop(queue);

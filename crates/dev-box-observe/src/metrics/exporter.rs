@@ -1,9 +1,34 @@
 //! The recorder behind the metrics, and its text.
 
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use ::metrics::{SetRecorderError, set_global_recorder, with_local_recorder};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
-use super::describe_all;
+use super::{VM_SERIES, describe_all};
+
+/// Whether the process's recorder is one of ours.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    /// Whether this thread records elsewhere for now.
+    static LOCAL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether what this thread records goes to the one recorder that [`Exporter::install`] put in.
+pub(super) fn is_global() -> bool {
+    INSTALLED.load(Ordering::Acquire) && !LOCAL.get()
+}
+
+/// Takes a thread back to where it recorded, also when what it ran panics.
+struct Elsewhere(bool);
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        LOCAL.set(self.0);
+    }
+}
 
 /// Upper bounds of every histogram's buckets, in seconds: three a decade from ten microseconds (a lease from a warm
 /// pool) to five minutes (an agent at work).
@@ -52,6 +77,7 @@ impl Exporter {
         let handle = recorder.handle();
         set_global_recorder(recorder).map_err(|error| MetricsError::AlreadySet(Box::new(error)))?;
         describe_all();
+        INSTALLED.store(true, Ordering::Release);
         Ok(Self { handle, local: None })
     }
 
@@ -67,15 +93,23 @@ impl Exporter {
     /// Runs `act` with this as the recorder of the thread, if it is a local one.
     pub fn with<T>(&self, act: impl FnOnce() -> T) -> T {
         match &self.local {
-            Some(recorder) => with_local_recorder(recorder, act),
+            Some(recorder) => {
+                let _back = Elsewhere(LOCAL.replace(true));
+                with_local_recorder(recorder, act)
+            }
             None => act(),
         }
     }
 
-    /// Everything recorded so far, in Prometheus's text format (version 0.0.4).
+    /// Everything recorded so far, in Prometheus's text format (version 0.0.4); the process's own with the series of its
+    /// single VMs.
     #[must_use]
     pub fn render(&self) -> String {
-        self.handle.render()
+        let mut text = self.handle.render();
+        if self.local.is_none() {
+            VM_SERIES.render_to(&mut text);
+        }
+        text
     }
 
     /// Folds recorded times into their buckets. Call it every few seconds: until then each recorded time takes
@@ -97,8 +131,17 @@ mod tests {
     #[test]
     fn a_process_has_one_recorder() {
         let exporter = Exporter::install().unwrap();
-        exporter.with(|| super::super::EXECS.add(1, &["ok"]));
-        assert!(exporter.render().contains("dev_box_execs_total{outcome=\"ok\"} 1"));
+        for _ in 0..3 {
+            exporter.with(|| super::super::EXECS.add(1, &["ok"]));
+        }
+        assert!(exporter.render().contains("dev_box_execs_total{outcome=\"ok\"} 3"));
+        let local = Exporter::local();
+        local.with(|| super::super::EXECS.add(1, &["ok"]));
+        assert!(local.render().contains("dev_box_execs_total{outcome=\"ok\"} 1"));
+        assert!(exporter.render().contains("dev_box_execs_total{outcome=\"ok\"} 3"));
+        VM_SERIES.set("vm-1", super::super::VmUsage { cpu_seconds: 2.5, ..Default::default() });
+        assert!(exporter.render().contains("dev_box_vm_cpu_seconds_total{vm=\"vm-1\"} 2.5\n"));
+        assert!(!local.render().contains("vm-1"));
         let error = Exporter::install().unwrap_err();
         assert!(error.to_string().contains("already"), "{error}");
         assert!(format!("{exporter:?}").contains("local: false"));

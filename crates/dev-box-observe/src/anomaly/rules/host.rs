@@ -11,7 +11,7 @@ pub(super) struct HostRules {
     usage: Sums<5>,
     /// Time covered, time short of memory.
     memory: Sums<2>,
-    /// Files, files times entropy.
+    /// Files that look encrypted, and those times their entropy.
     files: Sums<2>,
     forks: Sums<1>,
     output: Sums<1>,
@@ -64,9 +64,11 @@ impl HostRules {
             Observation::FilesChanged { count, entropy } => {
                 let count = *count as f64;
                 let entropy = if entropy.is_finite() { entropy.clamp(0.0, 8.0) } else { 0.0 };
+                // A build beside it does not hide it: what looks like text is not in the mean.
+                let count = if entropy >= config.change_entropy { count } else { 0.0 };
                 let [files, weighted] = self.files.add(now, [count, count * entropy]);
                 let entropy = weighted / files.max(1.0);
-                if entropy >= config.change_entropy {
+                if count > 0.0 {
                     hits.over(Rule::MassChange, files, config.change_files as f64, || {
                         format!("{files} files were changed within a minute, to {entropy:.1} bits a byte on average")
                     });

@@ -1,0 +1,307 @@
+//! Telling somebody: a signed POST to a webhook, tried again when it may help, and given up in time.
+//!
+//! The receiver recomputes `HMAC-SHA256(secret, timestamp "." body)`, with the `timestamp` of the header
+//! `dev-box-timestamp` (seconds since 1970, UTC), compares it with `dev-box-signature: sha256=HEX`, and refuses old
+//! timestamps: then nobody else can send alerts, or the same one twice.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dev_box_core::clock::Clock;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use serde::Serialize;
+use sha2::Sha256;
+
+use crate::anomaly::Finding;
+use crate::audit::Evidence;
+
+/// How long one try may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The pauses between tries.
+const PAUSES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(4), Duration::from_secs(16)];
+/// The shortest secret that is taken, in bytes.
+const SECRET_MIN: usize = 16;
+
+/// Why nobody was told.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AlertError {
+    /// The secret's file cannot be read.
+    #[error("cannot read the webhook's secret in {}", path.display())]
+    Secret {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The secret is too short to keep anybody out.
+    #[error("the webhook's secret in {} has {length} bytes: it must have {SECRET_MIN} at least (`openssl rand -hex 32` makes one)", path.display())]
+    ShortSecret {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        length: usize,
+    },
+    /// The alert cannot be put into JSON.
+    #[error("cannot encode the alert")]
+    Encode(#[source] serde_json::Error),
+    /// The receiver does not want it.
+    #[error("the webhook answered {status}: check alert.url and the secret at its end")]
+    Refused {
+        /// Its answer.
+        status: u16,
+    },
+    /// It could not be reached, or was in trouble, each time.
+    #[error("the webhook could not be told in {tries} tries; the last: {last}")]
+    Unreachable {
+        /// How many tries.
+        tries: usize,
+        /// What was wrong with the last.
+        last: String,
+    },
+}
+
+/// What is sent.
+#[derive(Debug, Serialize)]
+struct Alert<'a> {
+    v: u32,
+    /// Eastern, ISO 8601 with the offset.
+    time: String,
+    host: &'a str,
+    vm: &'a str,
+    rule: &'static str,
+    score: f64,
+    why: &'a str,
+    evidence: Evidence,
+}
+
+/// Where alerts go.
+pub struct Webhook {
+    agent: ureq::Agent,
+    url: String,
+    secret: Vec<u8>,
+    host: String,
+    clock: Arc<dyn Clock>,
+}
+
+/// Without the secret.
+impl fmt::Debug for Webhook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Webhook").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+/// What one try came to.
+enum Try {
+    Taken,
+    Refused(u16),
+    Again(String),
+}
+
+impl Webhook {
+    /// Alerts go to `url`, signed with what `secret` contains (its last newline aside), in the name of `host`.
+    ///
+    /// # Errors
+    /// [`AlertError::Secret`], [`AlertError::ShortSecret`].
+    pub fn new(
+        url: impl Into<String>,
+        secret: &Path,
+        host: impl Into<String>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, AlertError> {
+        let path = || secret.to_owned();
+        let mut bytes =
+            std::fs::read(secret).map_err(|source| AlertError::Secret { path: path(), source })?;
+        while bytes.last().is_some_and(u8::is_ascii_whitespace) {
+            bytes.pop();
+        }
+        if bytes.len() < SECRET_MIN {
+            return Err(AlertError::ShortSecret { path: path(), length: bytes.len() });
+        }
+        let config = ureq::Agent::config_builder()
+            .timeout_global(Some(PATIENCE))
+            .http_status_as_error(false)
+            // A signed alert goes where it was sent, and nowhere else.
+            .max_redirects(0)
+            .user_agent(concat!("dev-box/", env!("CARGO_PKG_VERSION")))
+            .build();
+        Ok(Self { agent: config.new_agent(), url: url.into(), secret: bytes, host: host.into(), clock })
+    }
+
+    /// Tells of a finding; tries again, for half a minute at most.
+    ///
+    /// # Errors
+    /// [`AlertError::Refused`], [`AlertError::Unreachable`].
+    pub async fn send(&self, vm: &str, finding: &Finding) -> Result<(), AlertError> {
+        let alert = Alert {
+            v: 1,
+            time: self.clock.now().to_string(),
+            host: &self.host,
+            vm,
+            rule: finding.rule.name(),
+            score: finding.score,
+            why: &finding.why,
+            evidence: finding.evidence,
+        };
+        let body = serde_json::to_string(&alert).map_err(AlertError::Encode)?;
+        let mut pauses = PAUSES.iter();
+        loop {
+            let last = match self.attempt(&body).await {
+                Try::Taken => return Ok(()),
+                Try::Refused(status) => return Err(AlertError::Refused { status }),
+                Try::Again(why) => why,
+            };
+            let Some(pause) = pauses.next() else {
+                return Err(AlertError::Unreachable { tries: PAUSES.len() + 1, last });
+            };
+            tracing::warn!(url = self.url, why = last, "the webhook was not told yet");
+            tokio::time::sleep(*pause).await;
+        }
+    }
+
+    async fn attempt(&self, body: &str) -> Try {
+        // Signed anew each time: a receiver that wants fresh timestamps gets them.
+        let timestamp = (self.clock.now().unix_nanos() / 1_000_000_000).to_string();
+        let request = self
+            .agent
+            .post(&self.url)
+            .header("content-type", "application/json")
+            .header("dev-box-timestamp", &timestamp)
+            .header("dev-box-signature", format!("sha256={}", signature(&self.secret, &timestamp, body)));
+        let body = body.to_owned();
+        let sent = tokio::task::spawn_blocking(move || request.send(body)).await;
+        match sent {
+            Ok(Ok(response)) => match response.status().as_u16() {
+                200..=299 => Try::Taken,
+                // Too many at once, or its own trouble: both pass.
+                status @ (408 | 429 | 500..=599) => Try::Again(format!("it answered {status}")),
+                status => Try::Refused(status),
+            },
+            Ok(Err(error)) => Try::Again(error.to_string()),
+            Err(error) => Try::Again(error.to_string()),
+        }
+    }
+}
+
+/// What the header `dev-box-signature` holds after `sha256=`.
+#[must_use]
+pub fn signature(secret: &[u8], timestamp: &str, body: &str) -> String {
+    // HMAC takes keys of any length.
+    let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(secret) else { return String::new() };
+    mac.update(timestamp.as_bytes());
+    mac.update(b".");
+    mac.update(body.as_bytes());
+    hex::encode(mac.finalize().into_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+    use std::net::TcpListener;
+
+    use dev_box_core::clock::FakeClock;
+
+    use super::*;
+    use crate::anomaly::Rule;
+
+    fn finding() -> Finding {
+        Finding {
+            rule: Rule::PortScan,
+            score: 0.9,
+            why: "30 destinations".into(),
+            evidence: Evidence::Host,
+            at_ms: 1,
+        }
+    }
+
+    /// Answers with these, one a connection; the headers and bodies it got.
+    fn receiver(
+        answers: &'static [&'static str],
+    ) -> (String, std::thread::JoinHandle<Vec<(String, String)>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/hook", listener.local_addr().unwrap());
+        let thread = std::thread::spawn(move || {
+            let answer = |answer: &&str| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                let (mut head, mut line) = (String::new(), String::new());
+                while reader.read_line(&mut line).unwrap() > 2 {
+                    head.push_str(&line.to_lowercase());
+                    line.clear();
+                }
+                let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+                let mut body = vec![0; length.unwrap().trim().parse().unwrap()];
+                reader.read_exact(&mut body).unwrap();
+                write!(stream, "HTTP/1.1 {answer}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+                    .unwrap();
+                (head, String::from_utf8(body).unwrap())
+            };
+            answers.iter().map(answer).collect()
+        });
+        (url, thread)
+    }
+
+    fn webhook(url: &str) -> Webhook {
+        let dir = tempfile::tempdir().unwrap();
+        let secret = dir.path().join("secret");
+        std::fs::write(&secret, "0123456789abcdef\n").unwrap();
+        Webhook::new(url, &secret, "host-1", Arc::new(FakeClock::default())).unwrap()
+    }
+
+    #[tokio::test]
+    async fn it_is_signed_and_tried_again() {
+        let (url, receiver) = receiver(&["503 Service Unavailable", "204 No Content"]);
+        webhook(&url).send("vm-1", &finding()).await.unwrap();
+        let got = receiver.join().unwrap();
+        let (head, body) = &got[1];
+        let field = |name: &str| {
+            let line = head.lines().find_map(|line| line.strip_prefix(&format!("{name}: ")));
+            line.unwrap_or_else(|| panic!("{name} in {head}")).trim().to_owned()
+        };
+        let expected = signature(b"0123456789abcdef", &field("dev-box-timestamp"), body);
+        assert_eq!(field("dev-box-signature"), format!("sha256={expected}"));
+        let sent: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert_eq!(
+            (&sent["rule"], &sent["vm"], &sent["host"]),
+            (&"port_scan".into(), &"vm-1".into(), &"host-1".into())
+        );
+        assert!(sent["time"].as_str().unwrap().contains("-0"), "Eastern, with its offset: {sent}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_not_argued_with() {
+        let (url, receiver) = receiver(&["401 Unauthorized"]);
+        let error = webhook(&url).send("vm-1", &finding()).await.unwrap_err();
+        assert!(matches!(error, AlertError::Refused { status: 401 }), "{error:?}");
+        assert_eq!(receiver.join().unwrap().len(), 1);
+        let (url, receiver) = self::receiver(&["302 Found"]);
+        assert!(matches!(
+            webhook(&url).send("vm-1", &finding()).await,
+            Err(AlertError::Refused { status: 302 })
+        ));
+        receiver.join().unwrap();
+    }
+
+    #[test]
+    fn a_secret_is_a_secret() {
+        let dir = tempfile::tempdir().unwrap();
+        let secret = dir.path().join("secret");
+        let new = || Webhook::new("http://127.0.0.1:9/", &secret, "h", Arc::new(FakeClock::default()));
+        assert!(matches!(new(), Err(AlertError::Secret { .. })));
+        std::fs::write(&secret, "short\n").unwrap();
+        assert!(matches!(new(), Err(AlertError::ShortSecret { length: 5, .. })));
+        std::fs::write(&secret, "long enough for this\n").unwrap();
+        assert!(!format!("{:?}", new().unwrap()).contains("long"));
+    }
+
+    #[test]
+    fn the_signature_is_the_documented_one() {
+        // printf '1700000000.{}' | openssl dgst -sha256 -hmac 0123456789abcdef
+        assert_eq!(signature(b"0123456789abcdef", "1700000000", "{}"), SIGNED);
+    }
+
+    const SIGNED: &str = "e4f8e2ecae2295b2ddb2f0b5584c8275e226c0ebe9b3b819e70156bb67122e3e";
+}

@@ -1,0 +1,304 @@
+//! The observer: one task that owns what is watched of every VM. Observations in; findings, and what is done about them, out.
+//!
+//! ```text
+//!  begin, see, end ──try──> queue ─> the task: VmWatch of each VM ──finding──> respond() on a task of its own
+//!        └ full: counted                                     └──> whoever follows findings
+//! ```
+//! A response may take long (a webhook that hangs, a memory dump): the next observation does not wait for it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::{BaselineStore, Finding, Observation, Plan, Responder, RuleConfig, VmWatch, respond};
+use crate::audit::AuditSink;
+use crate::metrics;
+
+/// Observations that may wait.
+const QUEUE: usize = 4096;
+/// The most VMs watched at a time.
+const MAX_VMS: usize = 1024;
+/// The most responses under way at a time.
+const MAX_RESPONSES: usize = 128;
+/// Findings that a follower may be behind.
+const FOLLOW: usize = 256;
+
+/// How the observer judges and acts.
+#[derive(Debug, Clone, Default)]
+pub struct ObserverSettings {
+    /// Thresholds of the rules.
+    pub rules: RuleConfig,
+    /// What is done about findings.
+    pub plan: Plan,
+    /// Where baselines are kept; nothing is learnt without.
+    pub baselines: Option<BaselineStore>,
+}
+
+/// A finding, and whose.
+#[derive(Debug, Clone)]
+pub struct VmFinding {
+    /// The VM.
+    pub vm: String,
+    /// What was found.
+    pub finding: Finding,
+}
+
+#[derive(Debug)]
+enum Note {
+    Begin { vm: String, profile: String },
+    See { vm: String, at_ms: u64, observation: Observation },
+    End { vm: String },
+    Close(oneshot::Sender<()>),
+}
+
+/// A handle to the observer; a clone is another one to the same. When the last is dropped, what was begun is ended in order.
+#[derive(Debug, Clone)]
+pub struct Observer {
+    notes: mpsc::Sender<Note>,
+    findings: broadcast::Sender<VmFinding>,
+    began: Instant,
+}
+
+impl Observer {
+    /// Starts the task; needs a tokio runtime.
+    #[must_use]
+    pub fn start(
+        settings: ObserverSettings,
+        sink: Arc<dyn AuditSink>,
+        responder: Arc<dyn Responder>,
+    ) -> Self {
+        let (notes, inbox) = mpsc::channel(QUEUE);
+        let (findings, _) = broadcast::channel(FOLLOW);
+        let task = Task {
+            settings: Arc::new(settings),
+            sink,
+            responder,
+            findings: findings.clone(),
+            vms: BTreeMap::new(),
+            responses: JoinSet::new(),
+        };
+        tokio::spawn(task.run(inbox));
+        Self { notes, findings, began: Instant::now() }
+    }
+
+    /// A VM begins; `profile` says of what kind it is: VMs of one profile are compared with each other.
+    pub fn begin(&self, vm: &str, profile: &str) {
+        self.note(Note::Begin { vm: vm.to_owned(), profile: profile.to_owned() });
+    }
+
+    /// Something was seen of a VM, now. Never waits: what the task does not keep up with is lost, and counted.
+    pub fn see(&self, vm: &str, observation: Observation) {
+        let at_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.note(Note::See { vm: vm.to_owned(), at_ms, observation });
+    }
+
+    /// A VM has ended: what it taught is kept.
+    pub fn end(&self, vm: &str) {
+        self.note(Note::End { vm: vm.to_owned() });
+    }
+
+    /// All findings from now on.
+    #[must_use]
+    pub fn findings(&self) -> broadcast::Receiver<VmFinding> {
+        self.findings.subscribe()
+    }
+
+    /// Ends it: waits until all that was seen so far is judged, and all responses are done or have taken `patience`. What is
+    /// seen afterwards is lost.
+    pub async fn close(self, patience: Duration) {
+        let (done, waited) = oneshot::channel();
+        if self.notes.send(Note::Close(done)).await.is_ok() {
+            // A response that takes longer goes on while the process lives.
+            let _ = tokio::time::timeout(patience, waited).await;
+        }
+    }
+
+    fn note(&self, note: Note) {
+        if self.notes.try_send(note).is_err() {
+            metrics::OBSERVATIONS_LOST.add(1, &[]);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Watched {
+    profile: String,
+    watch: VmWatch,
+}
+
+struct Task {
+    settings: Arc<ObserverSettings>,
+    sink: Arc<dyn AuditSink>,
+    responder: Arc<dyn Responder>,
+    findings: broadcast::Sender<VmFinding>,
+    vms: BTreeMap<String, Watched>,
+    responses: JoinSet<()>,
+}
+
+impl Task {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Note>) {
+        while let Some(note) = inbox.recv().await {
+            while self.responses.try_join_next().is_some() {}
+            match note {
+                Note::Begin { vm, profile } => self.begin(vm, profile).await,
+                Note::See { vm, at_ms, observation } => self.see(&vm, at_ms, &observation),
+                Note::End { vm } => self.end(&vm).await,
+                Note::Close(done) => {
+                    self.settle().await;
+                    // The log is let go before whoever closes it is told. Who asked may have gone.
+                    drop(self);
+                    let _ = done.send(());
+                    return;
+                }
+            }
+        }
+        self.settle().await;
+    }
+
+    async fn settle(&mut self) {
+        let vms: Vec<String> = self.vms.keys().cloned().collect();
+        for vm in vms {
+            self.end(&vm).await;
+        }
+        while self.responses.join_next().await.is_some() {}
+    }
+
+    async fn begin(&mut self, vm: String, profile: String) {
+        if self.vms.len() >= MAX_VMS {
+            metrics::OBSERVATIONS_LOST.add(1, &[]);
+            tracing::error!(vm, "too many VMs are watched: this one is not");
+            return;
+        }
+        let usual = match self.settings.baselines.clone() {
+            Some(store) => {
+                let name = profile.clone();
+                tokio::task::spawn_blocking(move || store.load(&name)).await.unwrap_or_default()
+            }
+            None => super::Baseline::default(),
+        };
+        let watch = VmWatch::new(self.settings.rules.clone(), usual);
+        self.vms.insert(vm, Watched { profile, watch });
+    }
+
+    fn see(&mut self, vm: &str, at_ms: u64, observation: &Observation) {
+        let Some(watched) = self.vms.get_mut(vm) else { return };
+        for finding in watched.watch.observe(at_ms, observation) {
+            // Nobody may follow.
+            let _ = self.findings.send(VmFinding { vm: vm.to_owned(), finding: finding.clone() });
+            if self.responses.len() >= MAX_RESPONSES {
+                tracing::error!(vm, rule = %finding.rule, "too many responses are under way: this finding has none");
+                metrics::OBSERVATIONS_LOST.add(1, &[]);
+                continue;
+            }
+            let (sink, responder) = (Arc::clone(&self.sink), Arc::clone(&self.responder));
+            let (settings, vm) = (Arc::clone(&self.settings), vm.to_owned());
+            self.responses.spawn(async move {
+                // What failed is in the log and the audit already.
+                let _ = respond(&sink, &*responder, &settings.plan, &vm, &finding).await;
+            });
+        }
+    }
+
+    async fn end(&mut self, vm: &str) {
+        let Some(Watched { profile, watch }) = self.vms.remove(vm) else { return };
+        let Some(store) = self.settings.baselines.clone() else { return };
+        let learnt = watch.learnt().clone();
+        if learnt == super::Baseline::default() {
+            return;
+        }
+        let kept = tokio::task::spawn_blocking(move || store.add(&profile, &learnt)).await;
+        if let Ok(Err(error)) = kept {
+            tracing::warn!(%error, "what a VM taught of its profile is not kept");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::super::{RecordingResponder, Rule};
+    use super::*;
+    use crate::audit::{RecordingSink, ResponseAction};
+
+    fn dropped(last: u8) -> Observation {
+        Observation::Dropped { address: IpAddr::from([192, 0, 2, last]), port: Some(22) }
+    }
+
+    fn metadata() -> Observation {
+        Observation::Dropped { address: IpAddr::from([169, 254, 169, 254]), port: Some(80) }
+    }
+
+    #[tokio::test]
+    async fn what_is_seen_is_judged_by_vm_and_acted_on() {
+        let (sink, responder) =
+            (Arc::new(RecordingSink::new()), Arc::new(RecordingResponder::of(&["a", "b"])));
+        let observer =
+            Observer::start(ObserverSettings::default(), Arc::clone(&sink) as _, Arc::clone(&responder) as _);
+        let mut findings = observer.findings();
+        observer.begin("a", "default");
+        observer.begin("b", "default");
+        observer.see("b", metadata());
+        observer.see("nobody", metadata());
+        // Half of a scan each: neither is one.
+        for last in 0..15 {
+            observer.see("a", dropped(last));
+            observer.see("b", dropped(last + 100));
+        }
+        observer.close(Duration::from_secs(5)).await;
+        let found = findings.recv().await.unwrap();
+        assert_eq!((found.vm.as_str(), found.finding.rule), ("b", Rule::MetadataContact));
+        assert!(findings.recv().await.is_err(), "nothing else");
+        assert_eq!(responder.done(), [("b".to_owned(), ResponseAction::Alert, Rule::MetadataContact)]);
+        assert_eq!(sink.actions()[0], "anomaly.finding:observed");
+    }
+
+    #[tokio::test]
+    async fn what_vms_teach_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = BaselineStore::new(dir.path());
+        let settings = ObserverSettings { baselines: Some(store.clone()), ..ObserverSettings::default() };
+        let responder = Arc::new(RecordingResponder::of(&[]));
+        let observer = Observer::start(settings, Arc::new(RecordingSink::new()), responder);
+        observer.begin("a", "default-1x256");
+        for _ in 0..3 {
+            observer.see("a", Observation::Usage { span_ms: 60_000, cpu: 0.5, disk_bytes: 1, net_bytes: 1 });
+        }
+        observer.end("a");
+        observer.close(Duration::from_secs(5)).await;
+        assert_ne!(store.load("default-1x256"), super::super::Baseline::default());
+    }
+
+    #[derive(Debug)]
+    struct Hanging;
+
+    impl Responder for Hanging {
+        fn respond<'a>(
+            &'a self,
+            _vm: &'a str,
+            _action: ResponseAction,
+            _finding: &'a Finding,
+        ) -> super::super::RespondFuture<'a> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_response_that_hangs_holds_up_nothing_but_itself() {
+        let observer =
+            Observer::start(ObserverSettings::default(), Arc::new(RecordingSink::new()), Arc::new(Hanging));
+        let mut findings = observer.findings();
+        for vm in ["a", "b"] {
+            observer.begin(vm, "default");
+            observer.see(vm, metadata());
+            assert_eq!(findings.recv().await.unwrap().vm, vm);
+        }
+        let before = Instant::now();
+        observer.close(Duration::from_secs(30)).await;
+        assert_eq!(before.elapsed(), Duration::from_secs(30));
+    }
+}
