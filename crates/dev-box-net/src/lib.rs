@@ -9,6 +9,7 @@
 //! | [`resolver`] | names: a resolver for each VM whose policy has domains |
 //! | [`events`] | what packets did: drops, new destinations, DNS, as a stream and on record |
 //! | [`watch`] | verification while VMs run: pause, restore, resume |
+//! | [`throttle`] | slowing down what a VM sends |
 //! | [`vm_network`] | [`VmNetwork`]: all of that for one VM, in the right order, undone on failure |
 //!
 //! A VM's packets are judged twice: by libvirt's filter at its tap, and by the guard. Both are in place before the
@@ -38,6 +39,7 @@ pub mod network;
 pub mod policy;
 pub mod resolver;
 pub mod subnet;
+pub mod throttle;
 pub mod vm_network;
 pub mod watch;
 pub mod xml;
@@ -47,4 +49,5 @@ pub use guard::{Firewall, FirewallError, NftFirewall, Traffic};
 pub use policy::{EgressPolicy, PolicyDigest, PolicyError};
 pub use resolver::{DnsmasqResolver, Resolver, ResolverError};
 pub use subnet::Subnet;
+pub use throttle::NftThrottle;
 pub use vm_network::{GuardState, NetError, NetLease, NetSettings, Verification, VmNetwork};

@@ -9,6 +9,7 @@
 //! The calls block (libvirt, nft, file locks): from async code, make them where blocking is allowed, such as
 //! `tokio::task::spawn_blocking`.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -366,6 +367,14 @@ impl VmNetwork {
     /// [`NetError::Firewall`].
     pub fn traffic(&self, lease: &NetLease) -> Result<Traffic, NetError> {
         Ok(self.firewall.traffic()?.remove(&lease.address).unwrap_or_default())
+    }
+
+    /// What the packets of every guarded VM of this host did so far, by address.
+    ///
+    /// # Errors
+    /// [`NetError::Firewall`].
+    pub fn traffic_of_all(&self) -> Result<BTreeMap<Ipv4Addr, Traffic>, NetError> {
+        Ok(self.firewall.traffic()?)
     }
 
     /// Takes everything of a VM's network away. To be called when the VM is gone: its filter cannot be removed
