@@ -12,15 +12,19 @@ mod output;
 pub(crate) mod process;
 mod report;
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use dev_box_comm::message::ExecRequest;
 use dev_box_comm::session::Session;
 use dev_box_core::clock::Clock;
-use dev_box_core::id::VmName;
-use dev_box_observe::{Actor, AuditSink};
+use dev_box_core::id::{JobId, VmName};
+use dev_box_observe::audit::Text;
+use dev_box_observe::{Act, Actor, AuditEvent, AuditSink, Entry};
+use tracing::Instrument as _;
 
 use self::audit::Who;
 use self::failure::{Cause, chain};
@@ -31,7 +35,8 @@ use crate::cancel::{Cancel, Urgency};
 use crate::job::Job;
 use crate::outcome::{ExecutionResult, Outcome, Phase};
 use crate::provisioner::{Provisioner, ReadyVm, VmRequest};
-use crate::sink::OutputSink;
+use crate::sink::{BoxFuture, OutputSink, OutputStream};
+use crate::watched::Watcher;
 use crate::workspace::Owner;
 
 /// Runs jobs. Cheap to clone; one serves any number of VMs at a time.
@@ -41,6 +46,7 @@ pub struct AgentExecutor {
     audit: Arc<dyn AuditSink>,
     actor: Actor,
     patience: Patience,
+    watcher: Option<Arc<dyn Watcher>>,
 }
 
 impl AgentExecutor {
@@ -48,13 +54,20 @@ impl AgentExecutor {
     #[must_use]
     pub fn new(clock: Arc<dyn Clock>, audit: Arc<dyn AuditSink>) -> Self {
         let patience = Patience { start: Duration::from_secs(30), kill: Duration::from_secs(5) };
-        Self { clock, audit, actor: Actor::System, patience }
+        Self { clock, audit, actor: Actor::System, patience, watcher: None }
     }
 
     /// Audits what it does as asked for by `actor`.
     #[must_use]
     pub fn on_behalf_of(mut self, actor: Actor) -> Self {
         self.actor = actor;
+        self
+    }
+
+    /// Tells `watcher` of the output of jobs.
+    #[must_use]
+    pub fn watched_by(mut self, watcher: Arc<dyn Watcher>) -> Self {
+        self.watcher = Some(watcher);
         self
     }
 
@@ -123,12 +136,7 @@ impl AgentExecutor {
                 return report.finish(&*self.clock);
             }
         }
-        let provisioned = tokio::select! {
-            biased;
-            () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
-            vm = provisioner.provision(request) => vm.map_err(Cause::Provision),
-        };
-        match provisioned {
+        match self.acquire(provisioner, request, job.id, &cancel).await {
             Ok(vm) => {
                 let mut leased = Leased { provisioner, vm: Some(vm) };
                 if let Some(vm) = &leased.vm {
@@ -136,12 +144,46 @@ impl AgentExecutor {
                 }
                 report.enter(Phase::Reset);
                 if let Some(vm) = leased.vm.take() {
+                    let who = Who { sink: &self.audit, actor: &self.actor, vm: &vm.name, job: report.job() };
+                    self.audit.note(who.entry(Entry::fact(AuditEvent::LeaseRelease {})));
                     retire(provisioner, vm, &cancel, &mut report).await;
                 }
             }
             Err(cause) => report.fail(&cause),
         }
         report.finish(&*self.clock)
+    }
+
+    async fn acquire(
+        &self,
+        provisioner: &Arc<dyn Provisioner>,
+        request: &VmRequest,
+        job: JobId,
+        cancel: &Cancel,
+    ) -> Result<ReadyVm, Cause> {
+        let event = AuditEvent::LeaseAcquire { image: Text::new(&request.image), profile: None };
+        let intent = Entry::intent(event).by(self.actor.clone()).job(job);
+        let mut act = Act::begin(&self.audit, intent).await.map_err(Cause::Audit)?;
+        let acquired = tokio::select! {
+            biased;
+            () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
+            vm = provisioner.provision(request).instrument(span(job)) => vm.map_err(Cause::Provision),
+        };
+        match acquired {
+            Ok(vm) => {
+                act.set_vm(&vm.name);
+                let written = act.finish(dev_box_observe::Outcome::Ok).await;
+                if let Err(error) = written {
+                    drop(Leased { provisioner, vm: Some(vm) });
+                    return Err(Cause::Audit(error));
+                }
+                Ok(vm)
+            }
+            Err(cause) => {
+                audit::failed(Some(act), &cause).await;
+                Err(cause)
+            }
+        }
     }
 
     async fn execute_in(
@@ -153,8 +195,11 @@ impl AgentExecutor {
         report: &mut Report,
     ) {
         let who = Who { sink: &self.audit, actor: &self.actor, vm: vm.name, job: job.id };
-        if let Err(cause) = Box::pin(self.phases(vm, job, sink, cancel, &who, report)).await {
+        let span = span(job.id);
+        if let Err(cause) = Box::pin(self.phases(vm, job, sink, cancel, &who, report)).instrument(span).await
+        {
             tracing::debug!(vm = %vm.name, %cause, "the job failed");
+            measure::failed(&cause);
             measure::violation(&cause, &who);
             report.fail(&cause);
         }
@@ -201,6 +246,8 @@ impl AgentExecutor {
         report: &mut Report,
     ) -> Result<End, Cause> {
         let act = who.begin(&job, job.cwd.as_deref()).await?;
+        let told = self.watcher.as_deref().map(|watcher| Told { sink, watcher, vm: vm.name });
+        let sink = told.as_ref().map_or(sink, |told| told as &dyn OutputSink);
         let request = request(&job);
         let mut plan = Plan {
             request,
@@ -283,6 +330,11 @@ impl<'a> Place<'a> {
     }
 }
 
+/// Everything that is logged of a job carries its number, which the guest is told as well.
+fn span(job: JobId) -> tracing::Span {
+    tracing::info_span!("job", id = %job)
+}
+
 /// What the guest is asked for a job: without its workspace, and without a time limit, which the host keeps.
 #[must_use]
 pub fn request(job: &Job) -> ExecRequest {
@@ -336,6 +388,20 @@ async fn retire(provisioner: &Arc<dyn Provisioner>, vm: ReadyVm, cancel: &Cancel
     };
     if let Err(error) = retired {
         report.warnings.push(format!("{}: {}", Phase::Reset, chain(&error)));
+    }
+}
+
+/// A sink that tells a watcher how much goes through it.
+struct Told<'a> {
+    sink: &'a dyn OutputSink,
+    watcher: &'a dyn Watcher,
+    vm: &'a VmName,
+}
+
+impl OutputSink for Told<'_> {
+    fn write(&self, stream: OutputStream, bytes: Bytes) -> BoxFuture<'_, io::Result<()>> {
+        self.watcher.output(self.vm, bytes.len() as u64);
+        self.sink.write(stream, bytes)
     }
 }
 

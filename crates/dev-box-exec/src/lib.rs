@@ -13,6 +13,7 @@
 //! | [`background`] | jobs that go on without their client: start, attach, list, kill | the VM's session |
 //! | [`transfer`] | files and trees along the channel | the VM's session, files |
 //! | `testing` | doubles: a provisioner without VMs, a guest that follows a script (feature `testing`) | |
+//! | [`watched`] | [`WatchedProvisioner`]: VMs' lives audited, counted, and told to a `Watcher` | the audit |
 //! | [`workspace`] | files into the VM's share and back out of it, hostile as they are | files |
 //!
 //! Nothing here knows libvirt, and nothing here needs it to build or to be tested.
@@ -31,6 +32,7 @@ pub mod terminal;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transfer;
+pub mod watched;
 pub mod workspace;
 
 pub use cancel::{Cancel, CancelSource};
@@ -40,7 +42,9 @@ pub use gateway::Gateway;
 pub use job::{Job, OutputCaps, Stdin, Terminal};
 pub use outcome::{Captured, ExecutionResult, Outcome, Phase, Timings, Usage};
 pub use provisioner::{
-    NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice, VmFacts, VmRequest,
+    NetworkFacts, NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice, VmFacts,
+    VmRequest,
 };
 pub use sink::{BoxFuture, DiscardSink, OutputSink, OutputStream};
+pub use watched::{WatchedProvisioner, Watcher};
 pub use workspace::{CollectTo, Collected, Limits, Owner, WorkspaceIn};

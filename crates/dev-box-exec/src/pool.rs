@@ -12,6 +12,7 @@
 
 mod driver;
 mod machine;
+mod meter;
 mod pooled;
 
 use std::sync::Arc;

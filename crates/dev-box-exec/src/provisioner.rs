@@ -1,6 +1,7 @@
 //! The seam to whatever makes VMs ready. The executor and the pool are its consumers and so own the trait.
 
 use std::fmt::Debug;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -73,8 +74,25 @@ pub struct VmFacts {
     pub transport: TransportChoice,
     /// What the agent calls its version. Guest-claimed.
     pub agent_version: String,
+    /// Its interface; `None` when it is isolated.
+    pub network: Option<NetworkFacts>,
     /// The steps of making it, in order, and what each took.
     pub timings: Vec<(String, Duration)>,
+}
+
+/// A VM's interface, and what holds it in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NetworkFacts {
+    /// The policy's name.
+    pub policy: String,
+    /// The policy's digest (hex).
+    pub policy_digest: String,
+    /// The Ethernet address.
+    pub mac: String,
+    /// The address.
+    pub address: Ipv4Addr,
+    /// The interface's name on the host, by which the rules go.
+    pub tap: String,
 }
 
 /// A VM whose agent has answered and knows who it is.

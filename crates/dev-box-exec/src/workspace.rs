@@ -302,6 +302,9 @@ pub struct Collected {
     pub ignored: u64,
     /// Bytes copied.
     pub bytes: u64,
+    /// One digest over all files that were copied: paths, modes, sizes and contents (of files larger than 16 MiB the size
+    /// only). `None` where none was.
+    pub digest: Option<String>,
 }
 
 fn path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {

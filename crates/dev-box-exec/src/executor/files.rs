@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dev_box_comm::message::{GuestErrorKind, Mount, Request, Unmount};
 use dev_box_comm::session::{CallError, Session};
-use dev_box_observe::audit::FileTotals;
+use dev_box_observe::audit::{FileTotals, Text};
 use dev_box_observe::{Act, AuditEvent, AuditSink, Entry};
 use tokio::time::timeout;
 
@@ -124,7 +124,8 @@ pub(super) async fn inject(
         let files = staged.manifest.files();
         measure::brought_in(files, staged.bytes);
         let totals = FileTotals { files, bytes: staged.bytes, skipped: staged.skipped.len() as u64 };
-        let event = AuditEvent::FilesIn { root, totals, digest: None };
+        let digest = Some(staged.manifest.digest().into());
+        let event = AuditEvent::FilesIn { root, totals, digest };
         act.finish_with(event, dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
     }
     warn_of(warnings, "not copied into the VM", &staged.skipped);
@@ -270,7 +271,8 @@ async fn bring_out(
                 skipped: files.refused.len() as u64,
             };
             measure::brought_out(totals.files, totals.bytes, totals.skipped);
-            let event = AuditEvent::FilesOut { root, totals, digest: None };
+            let digest = files.digest.as_deref().map(Text::new);
+            let event = AuditEvent::FilesOut { root, totals, digest };
             act.finish_with(event, dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
             Ok(files)
         }

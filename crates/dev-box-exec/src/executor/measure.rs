@@ -6,7 +6,7 @@ use dev_box_comm::Relayed;
 use dev_box_comm::message::{ExitStatus, Message};
 use dev_box_comm::session::CloseReason;
 use dev_box_observe::metrics::{
-    EXEC_OUTPUT_BYTES, EXEC_SECONDS, EXECS, GUEST_VIOLATIONS, WORKSPACE_BYTES, WORKSPACE_FILES,
+    ERRORS, EXEC_OUTPUT_BYTES, EXEC_SECONDS, EXECS, GUEST_VIOLATIONS, OTHER, WORKSPACE_BYTES, WORKSPACE_FILES,
 };
 use dev_box_observe::{AuditEvent, AuditSink as _, Entry};
 
@@ -17,6 +17,20 @@ use super::process::{End, Why};
 /// A command that was not started.
 pub(super) fn refused() {
     EXECS.add(1, &["refused"]);
+}
+
+/// A job that failed, by where it did. That a VM could not be had was counted where it was to be made; that the caller
+/// wanted no more is no error.
+pub(super) fn failed(cause: &Cause) {
+    let layer = match cause {
+        Cause::Cancelled | Cause::Provision(_) => return,
+        Cause::Lost(_) => "channel",
+        Cause::Violation(_) | Cause::Guest { .. } | Cause::Silent(_) => "guest",
+        Cause::Stage(_) | Cause::Collect(_) | Cause::NoShare => "workspace",
+        Cause::Audit(_) => "audit",
+        Cause::Request(_) | Cause::Sink { .. } | Cause::Worker(_) => OTHER,
+    };
+    ERRORS.add(1, &[layer]);
 }
 
 /// A command that ended.

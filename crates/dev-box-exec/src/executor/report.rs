@@ -50,6 +50,10 @@ impl Report {
         }
     }
 
+    pub(super) fn job(&self) -> JobId {
+        self.job
+    }
+
     pub(super) fn enter(&mut self, phase: Phase) {
         let now = Instant::now();
         *self.timings.of_mut(self.phase) += now - self.since;

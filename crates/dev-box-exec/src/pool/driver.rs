@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::machine::{Action, Event, Machine, Ticket, VmNumber};
+use super::meter::Meter;
 use super::{Lease, PoolError, PoolSettings, PoolStatus, Returned};
 use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
 
@@ -48,6 +49,7 @@ pub(super) struct Driver {
     /// Ready or about to be retired, with the task that looks after it.
     idle: BTreeMap<VmNumber, (ReadyVm, AbortHandle)>,
     making: BTreeMap<VmNumber, CancellationToken>,
+    meter: Meter,
 }
 
 impl Driver {
@@ -69,6 +71,7 @@ impl Driver {
             replies: BTreeMap::new(),
             idle: BTreeMap::new(),
             making: BTreeMap::new(),
+            meter: Meter::default(),
         }
     }
 
@@ -102,8 +105,10 @@ impl Driver {
                 let ticket = self.next_ticket;
                 self.next_ticket += 1;
                 self.replies.insert(ticket, reply);
+                self.meter.asked(ticket);
                 self.feed(Event::Acquire(ticket, deadline.saturating_duration_since(self.began)));
                 if self.replies.contains_key(&ticket) {
+                    self.meter.waits(ticket);
                     self.tasks.spawn(async move {
                         gone.cancelled().await;
                         Note::Abandoned(ticket)
@@ -132,15 +137,22 @@ impl Driver {
                 Event::Failed(number, error.to_string())
             }
             Note::Returned(number, Some(Returned { vm, used })) => {
+                if used {
+                    self.meter.returned(number);
+                }
                 self.keep(number, vm);
                 if used { Event::Returned(number) } else { Event::Unclaimed(number) }
             }
             // It was leaked: it cannot be taken down, and is not there either.
             Note::Returned(number, None) => Event::Returned(number),
-            Note::Gone(number) => Event::Gone(number),
+            Note::Gone(number) => {
+                self.meter.gone(number);
+                Event::Gone(number)
+            }
             Note::Died(number) => Event::Unhealthy(number),
             Note::Abandoned(ticket) => {
                 self.replies.remove(&ticket);
+                self.meter.abandoned(ticket);
                 Event::Abandon(ticket)
             }
         };
@@ -169,6 +181,7 @@ impl Driver {
         for action in self.machine.on(now, event) {
             self.carry_out(action);
         }
+        self.meter.report(self.machine.status());
     }
 
     fn carry_out(&mut self, action: Action) {
@@ -193,6 +206,7 @@ impl Driver {
             Action::Grant(ticket, number) => self.grant(ticket, number),
             Action::Refuse(ticket, error) => {
                 if let Some(reply) = self.replies.remove(&ticket) {
+                    self.meter.refused(ticket, &error);
                     let _ = reply.send(Err(error));
                 }
             }
@@ -208,6 +222,7 @@ impl Driver {
         let lease = Lease { vm: Some(vm), back: Some(back), claimed: false };
         // Who has gone meanwhile drops the lease unclaimed, here or there, and it comes back.
         if let Some(reply) = self.replies.remove(&ticket) {
+            self.meter.granted(ticket);
             let _ = reply.send(Ok(lease));
         }
     }

@@ -208,6 +208,7 @@ impl FakeProvisioner {
             image_digest: None,
             transport: TransportChoice::Serial,
             agent_version: hello.version,
+            network: None,
             timings: Vec::new(),
         };
         Ok(ReadyVm { name, session, share, share_owner: None, facts })

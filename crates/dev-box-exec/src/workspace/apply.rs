@@ -9,12 +9,12 @@ use rustix::fs::{self, AtFlags, FileType, Gid, Mode, Uid};
 use rustix::io::Errno;
 
 use super::beneath::{self, Bounds};
-use super::copy::{self, Budget, Buffer, CopyError};
+use super::copy::{self, Budget, Buffer, CopyError, Sum};
 use super::limits::{Stop, Tally};
 use super::manifest::Manifest;
 use super::place::{self, DirError, Pending, Placed, Replace};
 use super::scan::{HostileShare, Opened, Scan};
-use super::stage::set_mtime;
+use super::stage::{DIGEST_MAX, set_mtime};
 use super::{
     Action, Change, ChangeKind, CollectTo, Collected, Kind, LimitReached, Limits, Owner, Refusal, Refused,
     WorkspaceIn,
@@ -138,6 +138,7 @@ pub fn apply(
         modes: BTreeMap::new(),
         parent: None,
         refused: scan.refused,
+        sum: Sum::default(),
         stop,
     };
     let mut changes = scan.changes;
@@ -169,9 +170,10 @@ pub fn apply(
         kept.push(change);
     }
     apply.set_directory_modes()?;
-    let Apply { mut refused, budget, .. } = apply;
+    let Apply { mut refused, budget, sum, temporaries, .. } = apply;
     refused.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    Ok(Collected { changes: kept, refused, ignored, bytes: budget.used() })
+    let digest = (temporaries > 0).then(|| sum.finish());
+    Ok(Collected { changes: kept, refused, ignored, bytes: budget.used(), digest })
 }
 
 struct Apply<'a> {
@@ -188,6 +190,7 @@ struct Apply<'a> {
     /// The directory used last.
     parent: Option<(PathBuf, OwnedFd)>,
     refused: Vec<Refused>,
+    sum: Sum,
     stop: &'a Stop,
 }
 
@@ -247,6 +250,7 @@ impl Apply<'_> {
                 Ok(target) => target,
                 Err(why) => return Ok(Err(why)),
             };
+            self.sum.add(&change.path, change.mode, target.len() as u64, Some(&copy::hash_bytes(&target)));
             return match Pending::link(parent, name, &target, self.to.owner) {
                 Ok(pending) => Ok(Ok(pending)),
                 Err(error) => self.classify(&change.path, error),
@@ -264,6 +268,12 @@ impl Apply<'_> {
             Err(CopyError::Stopped) => return Err(CollectError::Stopped),
             Err(CopyError::Read(error)) => return Ok(Err(error.into())),
             Err(CopyError::Write(error)) => return self.classify(&change.path, error),
+        }
+        // Of the copy: the guest may still be writing to its own.
+        let contents = (size <= DIGEST_MAX).then(|| copy::hash(&file, size, &mut self.buffer)).transpose();
+        match contents {
+            Ok(contents) => self.sum.add(&change.path, opened.guest.mode, size, contents.as_ref()),
+            Err(error) => return self.classify(&change.path, error),
         }
         let dressed = set_mtime(&file, opened.host.stamp.mtime_ns)
             .and_then(|()| self.to.owner.map_or(Ok(()), |owner| chown(&file, owner)))

@@ -458,6 +458,7 @@ fn errors_of_a_name_concern_that_name_only() {
         modes: BTreeMap::new(),
         parent: None,
         refused: Vec::new(),
+        sum: Sum::default(),
         stop: &Stop::default(),
     };
     for error in [Errno::INVAL, Errno::NAMETOOLONG, Errno::ILSEQ] {

@@ -1,6 +1,8 @@
 //! Copying a file's contents: holes stay holes, and no more is taken than was allowed.
 
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use rustix::fs::{self, SeekFrom};
 use rustix::io::{self, Errno};
@@ -134,6 +136,30 @@ pub(super) fn hash(file: impl AsFd, size: u64, buffer: &mut Buffer) -> Result<Ha
 /// The digest of something in memory.
 pub(super) fn hash_bytes(bytes: &[u8]) -> Hash {
     Sha256::digest(bytes).into()
+}
+
+/// A digest over files as they are copied: path, mode, size, and contents where those were read for it.
+#[derive(Debug, Default)]
+pub(super) struct Sum(Sha256);
+
+impl Sum {
+    pub(super) fn add(&mut self, path: &Path, mode: u32, size: u64, contents: Option<&Hash>) {
+        let path = path.as_os_str().as_bytes();
+        // Lengths first, so that no two lists of files are the same bytes.
+        self.0.update((path.len() as u64).to_be_bytes());
+        self.0.update(path);
+        self.0.update(mode.to_be_bytes());
+        self.0.update(size.to_be_bytes());
+        match contents {
+            Some(contents) => self.0.update(contents),
+            None => self.0.update([0]),
+        }
+    }
+
+    /// In hex, with the algorithm's name.
+    pub(super) fn finish(self) -> String {
+        format!("sha256:{}", hex::encode(self.0.finalize()))
+    }
 }
 
 /// One buffer for many files.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::Kind;
 use super::beneath::Stamp;
-use super::copy::Hash;
+use super::copy::{Hash, Sum};
 use super::ignored::IgnoreRules;
 
 /// How long the kernel's clock for file times may stand still (1/HZ at its worst, with room).
@@ -53,6 +53,18 @@ impl Manifest {
     #[must_use]
     pub fn files(&self) -> u64 {
         self.entries.values().filter(|entry| entry.kind == Kind::File).count() as u64
+    }
+
+    /// One digest over all that was staged: paths, modes, sizes and contents (of files larger than 16 MiB the size only).
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let mut sum = Sum::default();
+        for (path, entry) in &self.entries {
+            // A directory's size is its file system's affair.
+            let size = if entry.kind == Kind::Directory { 0 } else { entry.staged.size };
+            sum.add(path, entry.mode, size, entry.digest.as_ref());
+        }
+        sum.finish()
     }
 
     pub(super) fn insert(&mut self, path: PathBuf, mut entry: Entry) {

@@ -53,7 +53,7 @@ impl Drop for Pending<'_> {
 impl<'a> Pending<'a> {
     /// An empty file of mode 0600 in `dir`.
     pub(super) fn file(dir: &'a OwnedFd, name: OsString) -> Result<(Self, OwnedFd), Errno> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = fs::openat(dir, &name, flags, Mode::RUSR | Mode::WUSR)?;
         Ok((Self { dir, name, placed: false }, file))
     }

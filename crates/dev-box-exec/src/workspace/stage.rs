@@ -19,7 +19,7 @@ use super::{Kind, LimitReached, Owner, Refusal, Refused, WorkspaceIn};
 
 /// Files up to this size are digested while they are staged, so that one that was touched, or written with the same
 /// contents, does not come back as changed.
-const DIGEST_MAX: u64 = 16 << 20;
+pub(super) const DIGEST_MAX: u64 = 16 << 20;
 
 /// Why a workspace could not be staged.
 #[derive(Debug, thiserror::Error)]
