@@ -9,21 +9,27 @@
 //! | [`vm_dir`] | a VM's directory on the host, and who owns it |
 //! | [`blocking`] | calls that block, where they do no harm |
 //! | [`sweep`] | what owners that died have left |
+//! | [`respond`] | what is done to a VM about a finding |
+//! | [`forensics`] | a VM's memory, disk and traces in one archive |
+//! | [`watch`] | what VMs do: counters, drops, files, claims, to the observer and the metrics |
 //! | [`doctor`] | what this host offers, and what really guards a running VM |
 
 pub mod blocking;
 mod console;
 pub mod doctor;
+pub mod forensics;
 mod identity;
 mod machine;
 mod network_watch;
 pub mod provisioner;
 pub mod reach;
+pub mod respond;
 mod stopwatch;
 pub mod sweep;
 pub mod template;
 pub mod user_vm;
 pub mod vm_dir;
+pub mod watch;
 
 pub use machine::TearDownError;
 pub use provisioner::{LibvirtProvisioner, Settings};

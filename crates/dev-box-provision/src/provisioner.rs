@@ -35,7 +35,9 @@ use dev_box_core::template::VmTemplate;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_exec::sink::BoxFuture;
 use dev_box_exec::workspace::Owner;
-use dev_box_exec::{ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
+use dev_box_exec::{
+    NetworkFacts, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest,
+};
 use dev_box_image::template::{HostFacts, Shape, Template, TemplateError, TemplateStore};
 use dev_box_image::{Digest, Image, ImageName, ImageStore, Overlay, OverlayError, SpaceLimits};
 use dev_box_net::watch::WatchHandle;
@@ -45,6 +47,7 @@ use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
 use crate::blocking::{self, BlockingError};
 use crate::console;
@@ -237,14 +240,17 @@ impl LibvirtProvisioner {
         inner.watching.call_once(|| {
             tokio::spawn(network_watch::watch_over(Arc::downgrade(&inner), inner.watch.clone()));
         });
-        self.0.work.spawn(async move {
+        // What is logged of it belongs to whoever asked.
+        let span = tracing::Span::current();
+        let task = async move {
             let made = inner.make(&request, wanted, &gone).await;
             if let Err(Ok(unwanted)) = reply.send(made)
                 && let Err(error) = inner.take_down(&unwanted.name).await
             {
                 tracing::warn!(vm = %unwanted.name, %error, "a VM nobody waited for was not removed");
             }
-        });
+        };
+        self.0.work.spawn(task.instrument(span));
         Box::pin(async move {
             let _waiting = waiting;
             answer.await.unwrap_or(Err(ProvisionError::ShuttingDown))
@@ -522,6 +528,7 @@ impl Inner {
                     TransportKind::Serial => TransportChoice::Serial,
                 },
                 agent_version: agent,
+                network: machine.lease.as_ref().map(|lease| network_facts(lease, request.network.as_str())),
                 timings: watch.steps(),
             },
         })
@@ -607,6 +614,16 @@ fn word(transport: TransportKind) -> &'static str {
     match transport {
         TransportKind::Serial => "serial",
         TransportKind::Vsock => "vsock",
+    }
+}
+
+fn network_facts(lease: &NetLease, policy: &str) -> NetworkFacts {
+    NetworkFacts {
+        policy: policy.to_owned(),
+        policy_digest: lease.policy_digest().to_string(),
+        mac: lease.mac.to_string(),
+        address: lease.address,
+        tap: lease.tap.clone(),
     }
 }
 

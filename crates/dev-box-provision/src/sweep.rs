@@ -9,6 +9,7 @@ use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_image::TemplateStore;
 use dev_box_net::VmNetwork;
+use dev_box_observe::metrics::VM_SWEPT;
 use serde::Serialize;
 
 use crate::blocking;
@@ -61,6 +62,9 @@ pub async fn sweep(
         };
         let error =
             Machine::abandoned(dir).tear_down(connection, network).await.err().map(|error| told(&error));
+        if error.is_none() {
+            VM_SWEPT.add(1, &[]);
+        }
         swept.push(Leftover { name, error });
     }
     vm_dir::remove_unfinished(&root);

@@ -9,7 +9,7 @@
 //! `<qemu:commandline>` and its monitor passthrough.
 
 mod create;
-mod monitor;
+pub(crate) mod monitor;
 
 use std::path::Path;
 

@@ -77,6 +77,13 @@ pub(super) async fn load(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
     done(vm, "load").await
 }
 
+/// Writes the guest's memory to a file, compressed, in the format of the kernel's own crash dumps. The VM stands still
+/// meanwhile.
+pub(crate) async fn dump_memory(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
+    let arguments = json!({ "paging": false, "protocol": uri(file), "format": "kdump-zlib" });
+    ask(vm, "dump-guest-memory", arguments).await.map(drop)
+}
+
 fn uri(file: &Path) -> String {
     format!("file:{}", file.display())
 }

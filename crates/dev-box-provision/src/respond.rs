@@ -1,0 +1,123 @@
+//! [`VmResponder`]: what is done about a finding, on the host, to VMs of any process here.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use dev_box_core::clock::Clock;
+use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::state::VmState;
+use dev_box_core::vm::{Vm, VmError};
+use dev_box_net::{NftThrottle, VmNetwork};
+use dev_box_observe::alert::Webhook;
+use dev_box_observe::anomaly::{Finding, RespondError, RespondFuture, Responder};
+use dev_box_observe::audit::ResponseAction;
+
+use crate::blocking;
+use crate::forensics::{self, ForensicsRequest};
+
+/// What responses are made with.
+#[derive(Debug, Clone)]
+pub struct VmResponder {
+    /// Where the domains are.
+    pub connection: LibvirtConnection,
+    /// Whose counters go into a bundle.
+    pub network: VmNetwork,
+    /// What slows VMs down.
+    pub throttle: Arc<NftThrottle>,
+    /// Who is told; the log only, where there is none.
+    pub webhook: Option<Arc<Webhook>>,
+    /// Where bundles go.
+    pub forensics_dir: PathBuf,
+    /// The audit log, for bundles.
+    pub audit_dir: PathBuf,
+    /// For the names and dates of bundles.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl VmResponder {
+    async fn act(&self, vm: &str, action: ResponseAction, finding: &Finding) -> Result<(), RespondError> {
+        match action {
+            ResponseAction::Log => Ok(()),
+            ResponseAction::Alert => self.alert(vm, finding).await,
+            ResponseAction::Throttle => self.throttle(vm).await,
+            ResponseAction::Pause => self.pause(vm).await,
+            ResponseAction::Snapshot => self.snapshot(vm, finding).await,
+            // Its owner finds the channel closed, and removes the rest.
+            ResponseAction::Kill => {
+                idempotent(self.find(vm).await?.destroy().await).map_err(|error| named(vm, error))
+            }
+        }
+    }
+
+    async fn find(&self, vm: &str) -> Result<Vm, RespondError> {
+        Vm::find(&self.connection, vm).await.map_err(|error| named(vm, error))
+    }
+
+    async fn alert(&self, vm: &str, finding: &Finding) -> Result<(), RespondError> {
+        let Some(webhook) = &self.webhook else {
+            tracing::error!(vm, rule = %finding.rule, why = finding.why, "ALERT (there is no observe.webhook_url)");
+            return Ok(());
+        };
+        webhook.send(vm, finding).await.map_err(failed)
+    }
+
+    async fn throttle(&self, vm: &str) -> Result<(), RespondError> {
+        let template = self.find(vm).await?.template().await.map_err(|error| named(vm, error))?;
+        let tap = template.spec().interface.as_ref().and_then(|interface| interface.target_dev.clone());
+        // What has no network is slow enough.
+        let Some(tap) = tap else { return Ok(()) };
+        let throttle = Arc::clone(&self.throttle);
+        blocking::run(move || throttle.slow(&tap)).await.map_err(failed)
+    }
+
+    async fn pause(&self, vm: &str) -> Result<(), RespondError> {
+        let domain = self.find(vm).await?;
+        let state = domain.state().await.map_err(|error| named(vm, error))?.state;
+        if state == VmState::Paused {
+            return Ok(());
+        }
+        domain.pause().await.map_err(|error| named(vm, error))
+    }
+
+    async fn snapshot(&self, vm: &str, finding: &Finding) -> Result<(), RespondError> {
+        let dir = self.forensics_dir.clone();
+        blocking::run(move || std::fs::create_dir_all(dir)).await.map_err(failed)?;
+        let stamp = self.clock.now().to_string().replace(':', "");
+        let request = ForensicsRequest {
+            vm: vm.to_owned(),
+            archive: self.forensics_dir.join(format!("{vm}-{}-{stamp}.tar", finding.rule)),
+            audit_dir: self.audit_dir.clone(),
+            reason: format!("{}: {}", finding.rule, finding.why),
+            leave_paused: false,
+        };
+        let bundle = forensics::collect(&self.connection, &self.network, &*self.clock, &request);
+        let manifest = bundle.await.map_err(failed)?;
+        tracing::warn!(vm, archive = %request.archive.display(), files = manifest.files.len(), "a forensic bundle was made");
+        Ok(())
+    }
+}
+
+impl Responder for VmResponder {
+    fn respond<'a>(&'a self, vm: &'a str, action: ResponseAction, finding: &'a Finding) -> RespondFuture<'a> {
+        Box::pin(self.act(vm, action, finding))
+    }
+}
+
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> RespondError {
+    RespondError::Failed(Box::new(error))
+}
+
+fn named(vm: &str, error: VmError) -> RespondError {
+    match error {
+        VmError::NotFound { .. } => RespondError::Gone { vm: vm.to_owned() },
+        error => failed(error),
+    }
+}
+
+/// One that does not run any more is as dead as it is to be.
+fn idempotent(result: Result<(), VmError>) -> Result<(), VmError> {
+    match result {
+        Err(VmError::Illegal(_)) => Ok(()),
+        other => other,
+    }
+}

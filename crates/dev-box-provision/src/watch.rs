@@ -1,0 +1,317 @@
+//! [`HostWatch`]: looks at every VM of this process every few seconds, as a [`Watcher`] learns of them, and tells the
+//! observer and the metrics what it saw.
+//!
+//! | from | host-observed? | becomes |
+//! |---|---|---|
+//! | libvirt's counters | yes | use of CPU, disk, network; each VM's series |
+//! | the guard's counters | yes | drops by reason |
+//! | `/proc/PID/smaps_rollup` | yes | what a VM's memory costs, shared pages divided |
+//! | the workspace share | yes | files rewritten, and how random their new contents are |
+//! | the jobs' output | yes | output flood |
+//! | the agent | no | free memory, processes, forks, the guest's clock |
+
+mod rates;
+mod share;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use dev_box_comm::message::{GuestInfo, Message, Request};
+use dev_box_comm::session::Session;
+use dev_box_core::clock::Clock;
+use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::id::VmName;
+use dev_box_core::vm::Vm;
+use dev_box_exec::{ReadyVm, VmRequest, Watcher};
+use dev_box_net::{NftThrottle, Traffic, VmNetwork};
+use dev_box_observe::anomaly::{Observation, Observer};
+use dev_box_observe::audit::Text;
+use dev_box_observe::metrics::{NET_DROPPED_PACKETS, VM_SERIES};
+use dev_box_observe::{AuditEvent, AuditSink, Entry};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+
+use self::rates::Look;
+use self::share::ShareWatch;
+use crate::blocking;
+
+/// How long a guest may take to say how it does.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Walking a process's pages is what costs most: every so many looks.
+const MEMORY_EVERY: u64 = 5;
+
+/// What it looks with.
+#[derive(Debug, Clone)]
+pub struct WatchParts {
+    /// Counters of domains.
+    pub connection: LibvirtConnection,
+    /// Counters of the guard.
+    pub network: VmNetwork,
+    /// Whoever is slowed down while they live.
+    pub throttle: Arc<NftThrottle>,
+    /// Where drops are audited.
+    pub audit: Arc<dyn AuditSink>,
+    /// The host's time, beside which the guest's is held.
+    pub clock: Arc<dyn Clock>,
+    /// Who judges.
+    pub observer: Observer,
+}
+
+/// Looks at VMs. A clone is another handle to the same one; [`stop`](Self::stop) ends it.
+#[derive(Debug, Clone)]
+pub struct HostWatch(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    parts: WatchParts,
+    vms: Mutex<HashMap<VmName, Watched>>,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What does not change of a VM.
+#[derive(Debug, Clone)]
+struct Watched {
+    session: Session,
+    share: PathBuf,
+    vcpus: u32,
+    address: Option<Ipv4Addr>,
+    tap: Option<String>,
+}
+
+/// What is remembered of a VM from look to look.
+#[derive(Debug, Default)]
+struct Memory {
+    look: Option<Look>,
+    forks: Option<u64>,
+    dropped: Traffic,
+    proportional_bytes: u64,
+    share: ShareWatch,
+}
+
+fn whole<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Owned values only: whole whatever panicked beside them.
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl HostWatch {
+    /// Looks every `every`; needs a tokio runtime.
+    #[must_use]
+    pub fn start(parts: WatchParts, every: Duration) -> Self {
+        let shared = Arc::new(Shared { parts, vms: Mutex::default(), task: Mutex::default() });
+        let task = tokio::spawn(run(Arc::clone(&shared), every));
+        *whole(&shared.task) = Some(task);
+        Self(shared)
+    }
+
+    /// Looks no more, and has let go of all it looked with when this returns.
+    pub async fn stop(&self) {
+        let task = whole(&self.0.task).take();
+        if let Some(task) = task {
+            task.abort();
+            // It was aborted: that is no news.
+            let _ = task.await;
+        }
+    }
+}
+
+impl Watcher for HostWatch {
+    fn ready(&self, vm: &ReadyVm, request: &VmRequest) {
+        let size = &request.resources;
+        let profile = format!("{}-{}x{}", request.image, size.cpus, size.memory.as_bytes() >> 20);
+        self.0.parts.observer.begin(vm.name.as_str(), &profile);
+        let watched = Watched {
+            session: vm.session.clone(),
+            share: vm.share.clone(),
+            vcpus: size.cpus,
+            address: vm.facts.network.as_ref().map(|network| network.address),
+            tap: vm.facts.network.as_ref().map(|network| network.tap.clone()),
+        };
+        whole(&self.0.vms).insert(vm.name.clone(), watched);
+    }
+
+    fn gone(&self, vm: &VmName) {
+        let known = whole(&self.0.vms).remove(vm);
+        if let Some(tap) = known.and_then(|known| known.tap) {
+            let throttle = Arc::clone(&self.0.parts.throttle);
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = throttle.release(&tap) {
+                    tracing::warn!(
+                        tap,
+                        error = &error as &dyn std::error::Error,
+                        "the next VM of this address is slowed down for an hour"
+                    );
+                }
+            });
+        }
+        VM_SERIES.remove(vm.as_str());
+        self.0.parts.observer.end(vm.as_str());
+    }
+
+    fn output(&self, vm: &VmName, bytes: u64) {
+        self.0.parts.observer.see(vm.as_str(), Observation::Output { bytes });
+    }
+}
+
+async fn run(shared: Arc<Shared>, every: Duration) {
+    let began = Instant::now();
+    let mut ticks = interval(every);
+    // On a host that is behind, the next look says more than two at once.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut memories: HashMap<VmName, Memory> = HashMap::new();
+    let mut looks = 0_u64;
+    loop {
+        ticks.tick().await;
+        let vms = whole(&shared.vms).clone();
+        memories.retain(|name, _| vms.contains_key(name));
+        if vms.is_empty() {
+            continue;
+        }
+        looks += 1;
+        let traffic =
+            if vms.values().any(|vm| vm.address.is_some()) { drops(&shared).await } else { BTreeMap::new() };
+        let claims = ask(&vms).await;
+        for (name, vm) in &vms {
+            let memory = memories.entry(name.clone()).or_default();
+            look(&shared, name, vm, memory, began, looks).await;
+            if let Some(traffic) = vm.address.and_then(|address| traffic.get(&address)) {
+                report_drops(&shared, name, memory, traffic);
+            }
+            if let Some(info) = claims.get(name) {
+                report_claims(&shared, name, memory, info, looks, every);
+            }
+            if !whole(&shared.vms).contains_key(name) {
+                // It went while it was looked at: its series go after it.
+                VM_SERIES.remove(name.as_str());
+            }
+        }
+    }
+}
+
+async fn drops(shared: &Shared) -> BTreeMap<Ipv4Addr, Traffic> {
+    let network = shared.parts.network.clone();
+    blocking::run(move || network.traffic_of_all()).await.unwrap_or_else(|error| {
+        tracing::warn!(error = &error as &dyn std::error::Error, "the guard's counters cannot be read");
+        BTreeMap::new()
+    })
+}
+
+/// How the guests say they do; those that do not answer say nothing.
+async fn ask(vms: &HashMap<VmName, Watched>) -> HashMap<VmName, GuestInfo> {
+    let mut asked = tokio::task::JoinSet::new();
+    for (name, vm) in vms {
+        let (name, session) = (name.clone(), vm.session.clone());
+        asked.spawn(async move {
+            let answers = timeout(PATIENCE, session.call(Request::Info)).await.ok()?.ok()?;
+            let info = answers.into_iter().find_map(|answer| match answer {
+                Message::Info(info) => Some(info),
+                _ => None,
+            });
+            info.map(|info| (name, info))
+        });
+    }
+    asked.join_all().await.into_iter().flatten().collect()
+}
+
+async fn look(shared: &Shared, name: &VmName, vm: &Watched, memory: &mut Memory, began: Instant, looks: u64) {
+    let parts = &shared.parts;
+    let info = match Vm::find(&parts.connection, name.as_str()).await {
+        Ok(domain) => domain.info().await,
+        Err(error) => Err(error),
+    };
+    // One that is just ending is not there; `gone` follows.
+    let Ok(info) = info else { return };
+    let now = Look::of(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX), &info.stats);
+    if let Some(before) = memory.look.replace(now) {
+        for observation in now.since(&before, vm.vcpus) {
+            parts.observer.see(name.as_str(), observation);
+        }
+    }
+    let (root, pid, mut share) = (vm.share.clone(), qemu_pid(name), std::mem::take(&mut memory.share));
+    let weigh = looks % MEMORY_EVERY == 1;
+    let looked = tokio::task::spawn_blocking(move || {
+        let changed = share.look(&root);
+        let weight = weigh.then(|| pid.and_then(proportional_bytes)).flatten();
+        (share, changed, weight)
+    });
+    if let Ok((share, changed, weight)) = looked.await {
+        memory.share = share;
+        memory.proportional_bytes = weight.unwrap_or(memory.proportional_bytes);
+        if let Some(changed) = changed {
+            parts.observer.see(name.as_str(), changed);
+        }
+    }
+    VM_SERIES.set(name.as_str(), now.usage(&info.stats, memory.proportional_bytes));
+}
+
+fn report_drops(shared: &Shared, name: &VmName, memory: &mut Memory, now: &Traffic) {
+    for (reason, count) in &now.dropped {
+        let before = memory.dropped.dropped.get(reason).map_or(0, |before| before.packets);
+        let packets = count.packets.saturating_sub(before);
+        if packets == 0 {
+            continue;
+        }
+        NET_DROPPED_PACKETS.add(packets, &[reason.as_str()]);
+        let event =
+            AuditEvent::NetDrop { reason: Text::new(reason.as_str()), address: None, port: None, packets };
+        shared.parts.audit.note(Entry::fact(event).vm(name));
+    }
+    memory.dropped.clone_from(now);
+}
+
+fn report_claims(
+    shared: &Shared,
+    name: &VmName,
+    memory: &mut Memory,
+    info: &GuestInfo,
+    looks: u64,
+    every: Duration,
+) {
+    let see = |observation| shared.parts.observer.see(name.as_str(), observation);
+    if info.memory_bytes > 0 {
+        let available = info.memory_available_bytes as f64 / info.memory_bytes as f64;
+        let span_ms = if looks > 1 { u64::try_from(every.as_millis()).unwrap_or(u64::MAX) } else { 0 };
+        see(Observation::Memory { span_ms, available });
+    }
+    if let (Some(forks), Some(running)) = (info.forks, info.processes) {
+        let started = memory.forks.replace(forks).map_or(0, |before| forks.saturating_sub(before));
+        see(Observation::Processes { started, running });
+    }
+    if let Some(theirs) = info.unix_time_ns {
+        let offset = i128::from(theirs) - i128::from(shared.parts.clock.now().unix_nanos());
+        let offset_ms = i64::try_from(offset / 1_000_000).unwrap_or(i64::MAX);
+        see(Observation::ClockOffset { offset_ms });
+    }
+}
+
+/// By libvirt's own pid file; a [`VmName`] is a plain file name.
+fn qemu_pid(name: &VmName) -> Option<u32> {
+    std::fs::read_to_string(format!("/run/libvirt/qemu/{name}.pid")).ok()?.trim().parse().ok()
+}
+
+/// The `Pss:` of a process, by smaps_rollup (proc_pid_smaps(5)).
+fn proportional_bytes(pid: u32) -> Option<u64> {
+    pss(&std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?)
+}
+
+fn pss(rollup: &str) -> Option<u64> {
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proportional_memory_is_read() {
+        let rollup =
+            "00400000-7fff ---p 00000000 00:00 0  [rollup]\nRss:  9 kB\nPss:     812 kB\nPss_Dirty: 3 kB\n";
+        assert_eq!(pss(rollup), Some(812 << 10));
+        assert_eq!(pss("Pss: x kB\n"), None);
+        assert!(proportional_bytes(std::process::id()).is_some_and(|bytes| bytes > 1 << 16));
+        assert_eq!(proportional_bytes(u32::MAX), None);
+    }
+}
