@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
-use dev_box::core::clock::EasternTime;
 
 use crate::commands;
 
@@ -81,9 +80,18 @@ pub(crate) enum Command {
     /// The network of the VMs: who may reach what, and what was reached.
     #[command(subcommand)]
     Net(commands::net::NetCommand),
+    /// Follow what the daemon does and finds.
+    Events(commands::events::EventsArgs),
+    /// A live view of the daemon's VMs.
+    Top(commands::top::TopArgs),
     /// The audit log: who did what, and whether somebody changed the record of it.
     #[command(subcommand)]
-    Audit(AuditCommand),
+    Audit(commands::audit::AuditCommand),
+    /// Scores: how odd a series of numbers is, and how good the detector is.
+    #[command(subcommand)]
+    Anomaly(commands::anomaly::AnomalyCommand),
+    /// Keep what a running VM is for a closer look: memory, disk, console, traffic and audit in one archive.
+    Forensics(commands::forensics::ForensicsArgs),
     /// Check this host, one line a check, with a fix for what is wrong.
     Doctor(DoctorArgs),
     /// Remove what runs that were killed have left behind.
@@ -212,39 +220,6 @@ pub(crate) struct ImageBuildArgs {
     /// As JSON.
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum AuditCommand {
-    /// Check the whole log against its first key; exit code 1 names the first record that is wrong.
-    #[command(after_help = "Example:\n  dev-box audit verify --key /media/stick/audit-first.key")]
-    Verify {
-        /// The first key [default: where the configuration puts it].
-        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-        key: Option<PathBuf>,
-    },
-    /// Print records, one JSON object a line.
-    #[command(after_help = "\
-Examples:
-  dev-box audit query --vm dev-box-0b852928
-  dev-box audit query --action exec --since 2026-11-23T09:00:00-05:00 | jq .")]
-    Query {
-        /// Only of this VM.
-        #[arg(long, value_name = "NAME")]
-        vm: Option<String>,
-        /// Only of this job.
-        #[arg(long, value_name = "ID")]
-        job: Option<String>,
-        /// Only this action, such as `exec.run`, or what is before its dot.
-        #[arg(long)]
-        action: Option<String>,
-        /// Not before this time (ISO 8601 with offset).
-        #[arg(long, value_name = "TIME")]
-        since: Option<EasternTime>,
-        /// Before this time (ISO 8601 with offset).
-        #[arg(long, value_name = "TIME")]
-        until: Option<EasternTime>,
-    },
 }
 
 #[derive(Debug, Args)]

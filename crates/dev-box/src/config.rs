@@ -8,11 +8,13 @@
 //!
 //! An unknown key is an error that names the key and the file it stands in.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dev_box_core::accel::AcceleratorPolicy;
 use dev_box_core::size::ByteSize;
+use dev_box_observe::anomaly::{Plan, RuleConfig};
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
@@ -37,6 +39,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Limits of what a job may send back.
     pub limits: Limits,
+    /// What is watched, and what is done about it.
+    pub observe: ObserveConfig,
     /// The daemon, `dev-box serve`.
     pub daemon: DaemonConfig,
 }
@@ -158,6 +162,41 @@ impl Default for Limits {
     }
 }
 
+/// Section `[observe]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ObserveConfig {
+    /// Whether VMs are watched. What is done with them is audited in any case.
+    pub enabled: bool,
+    /// Between two looks at a VM, in ms.
+    pub sample_ms: u64,
+    /// Where the daemon serves `/metrics` for Prometheus, such as `127.0.0.1:9440`; nowhere where this is not set. Whoever
+    /// reaches it reads them.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Where alerts are posted.
+    pub webhook_url: Option<String>,
+    /// The file with the secret by which they are signed.
+    pub webhook_secret: Option<PathBuf>,
+    /// Thresholds of the rules.
+    pub rules: RuleConfig,
+    /// What is done about which finding.
+    pub plan: Plan,
+}
+
+impl Default for ObserveConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            sample_ms: 2000,
+            metrics_listen: None,
+            webhook_url: None,
+            webhook_secret: None,
+            rules: RuleConfig::default(),
+            plan: Plan::default(),
+        }
+    }
+}
+
 /// A setting that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -245,6 +284,17 @@ mod tests {
     fn the_usual_files_need_not_be_there() {
         // The machine that runs this has either none or valid ones.
         Config::load(None).unwrap();
+    }
+
+    #[test]
+    fn one_rule_is_set_and_the_others_stay() {
+        let text = "[observe.rules]\nforks = 100\n[observe.plan.actions]\nfork_rate = [\"log\", \"kill\"]\n";
+        let config = load(text).unwrap();
+        assert_eq!(config.observe.rules, RuleConfig { forks: 100, ..RuleConfig::default() });
+        let actions = &config.observe.plan.actions;
+        assert_eq!(actions.len(), Plan::default().actions.len());
+        assert_eq!(actions[&dev_box_observe::anomaly::Rule::ForkRate].len(), 2);
+        assert!(load("[observe.plan.actions]\nfork_rat = [\"log\"]\n").is_err());
     }
 
     #[test]

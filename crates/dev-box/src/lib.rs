@@ -19,12 +19,13 @@
 
 mod check;
 mod config;
+mod observing;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use check::{CheckError, check_host, check_vm};
-pub use config::{Config, ConfigError, DaemonConfig, HostConfig, Limits, Timeouts, VmConfig};
+pub use config::{Config, ConfigError, DaemonConfig, HostConfig, Limits, ObserveConfig, Timeouts, VmConfig};
 pub use dev_box_comm as comm;
 pub use dev_box_core as core;
 pub use dev_box_exec as exec;
@@ -32,6 +33,8 @@ pub use dev_box_image as image;
 pub use dev_box_net as net;
 pub use dev_box_observe as observe;
 pub use dev_box_provision as provision;
+pub use observing::ObserveError;
+use observing::Observing;
 
 use dev_box_core::clock::{Clock, SystemClock};
 use dev_box_core::connection::LibvirtConnection;
@@ -39,15 +42,17 @@ use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{Libvirt, LibvirtError};
 use dev_box_exec::{
     AgentExecutor, Cancel, ExecutionResult, Job, NetworkMode, OutputSink, Provisioner, Resources,
-    TransportChoice, VmRequest,
+    TransportChoice, VmRequest, WatchedProvisioner,
 };
 use dev_box_image::{ImageStore, SpaceLimits, StoreError, Template};
 use dev_box_net::network::NetworkShape;
 use dev_box_net::policy::PolicyStore;
 use dev_box_net::{EgressPolicy, NetError, NetSettings, NftFirewall, VmNetwork};
+use dev_box_observe::anomaly::Observer;
 use dev_box_observe::audit::{Actor, AuditLog, AuditOptions, Text};
-use dev_box_observe::{AuditError, AuditEvent, AuditSink, Entry};
+use dev_box_observe::{Act, AuditError, AuditEvent, AuditSink, Entry, Outcome};
 use dev_box_provision::blocking::{self, BlockingError};
+use dev_box_provision::forensics::{self, ForensicsError, ForensicsRequest};
 use dev_box_provision::sweep::{self, Leftover};
 use dev_box_provision::vm_dir::{QemuUser, VmDirError};
 use dev_box_provision::{
@@ -76,6 +81,9 @@ pub enum OpenError {
     /// The audit log cannot be written: nothing may be done that it would not show.
     #[error("cannot open the audit log")]
     Audit(#[from] BlockingError<dev_box_observe::audit::OpenError>),
+    /// Nothing can be watched as configured.
+    #[error("cannot watch VMs as configured")]
+    Observe(#[from] ObserveError),
     /// Leftovers could not be looked for.
     #[error("cannot look for what earlier runs left")]
     Sweep(#[from] VmDirError),
@@ -100,9 +108,12 @@ pub struct DevBox {
     images: ImageStore,
     network: VmNetwork,
     provisioner: LibvirtProvisioner,
+    /// Lives as long as this does, and knows which VMs live.
+    watched: WatchedProvisioner,
     executor: AgentExecutor,
     user_vms: UserVms,
     audit: Arc<AuditLog>,
+    observing: Option<Observing>,
 }
 
 impl DevBox {
@@ -143,8 +154,16 @@ impl DevBox {
             Arc::clone(&clock),
         );
         provisioner.audit_network_to(Arc::clone(&audit) as _);
-        let executor = executor(clock, &audit);
-        Ok(Self { config, connection, images, network, provisioner, executor, user_vms, audit })
+        let sink: Arc<dyn AuditSink> = Arc::clone(&audit) as _;
+        let observing = Observing::start(&config, &connection, &network, &sink, &clock)?;
+        let mut executor = AgentExecutor::new(clock, sink).on_behalf_of(actor());
+        if let Some(observing) = &observing {
+            executor = executor.watched_by(observing.watcher());
+        }
+        let watcher = observing.as_ref().map(Observing::watcher);
+        let behind = Arc::new(provisioner.clone());
+        let watched = WatchedProvisioner::new(behind, Arc::clone(&audit) as _, actor(), watcher);
+        Ok(Self { config, connection, images, network, provisioner, watched, executor, user_vms, audit, observing })
     }
 
     /// The configuration it was opened with.
@@ -233,7 +252,7 @@ impl DevBox {
         sink: Arc<dyn OutputSink>,
         cancel: Cancel,
     ) -> ExecutionResult {
-        let provisioner: Arc<dyn Provisioner> = Arc::new(self.provisioner.clone());
+        let provisioner: Arc<dyn Provisioner> = Arc::new(self.watched_provisioner());
         self.executor.execute_once(&provisioner, request, job, sink, cancel).await
     }
 
@@ -257,7 +276,34 @@ impl DevBox {
         self.provisioner.create_template(new, &self.executor, sink, cancel).await
     }
 
-    /// What makes VMs ready, for those who hold them longer than a job.
+    /// What makes VMs ready, every act audited, counted and watched.
+    #[must_use]
+    pub fn watched_provisioner(&self) -> WatchedProvisioner {
+        self.watched.over(Arc::new(self.provisioner.clone()))
+    }
+
+    /// Who judges what VMs do, where they are watched: its findings can be followed.
+    #[must_use]
+    pub fn observer(&self) -> Option<&Observer> {
+        self.observing.as_ref().map(|observing| &observing.observer)
+    }
+
+    /// Puts what a running VM is, held still, into an archive. See [`forensics::collect`].
+    ///
+    /// # Errors
+    /// [`ForensicsError`].
+    pub async fn forensics(&self, request: &ForensicsRequest) -> Result<forensics::Manifest, ForensicsError> {
+        let archive = request.archive.to_string_lossy();
+        let event =
+            AuditEvent::VmForensics { archive: Text::new(&archive), reason: Text::new(&request.reason) };
+        let act = Act::begin(&self.audit(), Entry::intent(event).by(actor()).vm(&request.vm)).await?;
+        let made = forensics::collect(&self.connection, &self.network, &SystemClock, request).await;
+        let outcome = made.as_ref().map_or_else(|error| Outcome::failed(error), |_| Outcome::Ok);
+        act.finish(outcome).await?;
+        made
+    }
+
+    /// What makes VMs ready, unwatched, for those who hold them longer than a job.
     #[must_use]
     pub fn provisioner(&self) -> &LibvirtProvisioner {
         &self.provisioner
@@ -286,9 +332,11 @@ impl DevBox {
     /// Waits until every VM given up is gone and every audit record is on disk. Call it before the process ends.
     pub async fn close(self) {
         self.provisioner.drain().await;
+        if let Some(observing) = self.observing {
+            observing.close().await;
+        }
         self.connection.close().await;
-        drop(self.executor);
-        drop(self.user_vms);
+        drop((self.executor, self.watched, self.user_vms));
         // Its writer ends when the last handle goes: a thread that may block waits for that.
         let _ = blocking::run(move || {
             drop(self.audit);
@@ -301,11 +349,6 @@ impl DevBox {
 /// The user that started this process.
 fn actor() -> Actor {
     Actor::User { uid: rustix::process::getuid().as_raw(), name: Some(owner().into()) }
-}
-
-fn executor(clock: Arc<dyn Clock>, audit: &Arc<AuditLog>) -> AgentExecutor {
-    let sink: Arc<dyn AuditSink> = Arc::clone(audit) as _;
-    AgentExecutor::new(clock, sink).on_behalf_of(actor())
 }
 
 async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditLog, OpenError> {

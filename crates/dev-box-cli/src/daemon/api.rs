@@ -4,6 +4,7 @@ use std::fmt;
 
 use dev_box::core::clock::EasternTime;
 use dev_box::core::id::VmName;
+use dev_box::observe::metrics::VmUsage;
 use serde::{Deserialize, Serialize};
 
 use crate::args::VmOptions;
@@ -80,8 +81,32 @@ impl fmt::Display for VmState {
     }
 }
 
+/// `GET /v1/usage`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Usage {
+    /// When, US Eastern.
+    pub(crate) at: EasternTime,
+    /// Each VM, by name.
+    pub(crate) vms: Vec<VmUse>,
+    /// Findings since the daemon began.
+    pub(crate) findings: u64,
+}
+
+/// What a VM has used since its start, as the host sees it; zeros until it was looked at.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct VmUse {
+    /// Its name.
+    pub(crate) name: String,
+    /// How it is.
+    pub(crate) state: String,
+    /// Who had it made.
+    pub(crate) owner: String,
+    /// Counters and sizes.
+    pub(crate) usage: VmUsage,
+}
+
 /// One line of `GET /v1/events`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Event {
     /// When, US Eastern.
     pub(crate) at: EasternTime,
@@ -91,7 +116,7 @@ pub(crate) struct Event {
 }
 
 /// What happens.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event")]
 pub(crate) enum Happening {
     /// A VM is being made.
@@ -129,6 +154,18 @@ pub(crate) enum Happening {
     VmRemoved {
         /// Which.
         vm: VmName,
+    },
+    /// A VM did something odd.
+    #[serde(rename = "anomaly.finding")]
+    Finding {
+        /// Its domain.
+        vm: String,
+        /// The rule or detector.
+        rule: String,
+        /// How odd, 0 to 1.
+        score: f64,
+        /// Why, for a person.
+        why: String,
     },
     /// Whoever reads this read too slowly.
     #[serde(rename = "missed")]

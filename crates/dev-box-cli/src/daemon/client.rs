@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::api::{CHANNEL_PROTOCOL, Event, NewVm, Problem, VmInfo};
+use super::api::{CHANNEL_PROTOCOL, Event, NewVm, Problem, Usage, VmInfo};
 
 /// Longest answer that is taken, in bytes.
 const ANSWER: usize = 16 << 20;
@@ -88,10 +88,14 @@ impl Client {
     }
 
     /// What happens from now on.
-    #[expect(dead_code, reason = "for the command that shows events")]
     pub(crate) async fn events(&self) -> Result<EventLines, ClientError> {
         let response = checked(self.send(Method::GET, "/v1/events", None::<&()>).await?).await?;
         Ok(EventLines { body: response.into_body(), rest: Vec::new() })
+    }
+
+    /// What the VMs use.
+    pub(crate) async fn usage(&self) -> Result<Usage, ClientError> {
+        self.get("/v1/usage").await
     }
 
     /// For subjects of other files.
@@ -173,7 +177,6 @@ pub(crate) struct EventLines {
     rest: Vec<u8>,
 }
 
-#[expect(dead_code, reason = "for the command that shows events")]
 impl EventLines {
     /// The next; `None` when the daemon ends.
     pub(crate) async fn next(&mut self) -> Result<Option<Event>, ClientError> {

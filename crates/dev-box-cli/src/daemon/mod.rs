@@ -10,6 +10,7 @@
 //! | [`api`] | what goes over the socket, for both sides |
 //! | [`state`] | everything the daemon holds, and what it does with it |
 //! | [`vms`] | the VMs it owns: who is there, in which state |
+//! | [`metrics`] | `/metrics`, for Prometheus |
 //! | [`events`] | what happens, to whoever listens |
 //! | [`socket`] | the socket: one daemon, one group, a bounded number of peers |
 //! | [`routes`] | one file a subject |
@@ -19,6 +20,7 @@
 pub(crate) mod api;
 pub(crate) mod client;
 pub(crate) mod events;
+mod metrics;
 mod routes;
 pub(crate) mod server;
 mod socket;

@@ -4,13 +4,14 @@ use std::future::IntoFuture;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_box::observe::metrics::Exporter;
 use dev_box::{Config, DevBox};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-use super::routes;
 use super::socket::{DaemonSocket, Peer};
 use super::state::Daemon;
+use super::{metrics, routes};
 use crate::exit::Failure;
 use crate::output;
 
@@ -24,6 +25,8 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
     // Before anything else: of two daemons one does nothing at all.
     let path = config.socket();
     let socket = DaemonSocket::bind(&path, config.daemon.group.as_deref()).map_err(Failure::new)?;
+    let exporter = Exporter::install().map_err(Failure::new)?;
+    let metrics_listen = config.observe.metrics_listen;
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
     for leftover in dev_box.sweep().await.map_err(Failure::new)? {
         match leftover.error {
@@ -35,6 +38,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
     }
     let daemon = Arc::new(Daemon::new(dev_box));
     let stopping = daemon.stopping.clone();
+    metrics::start(exporter, metrics_listen, stopping.clone()).await?;
     let service = routes::all(Arc::clone(&daemon)).into_make_service_with_connect_info::<Peer>();
     let stop = stopping.clone();
     let server = axum::serve(socket, service).with_graceful_shutdown(async move { stop.cancelled().await });

@@ -1,6 +1,7 @@
 //! Everything the daemon holds, and what it does with it. Routes only translate.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use dev_box::DevBox;
@@ -9,10 +10,13 @@ use dev_box::core::clock::{Clock, EasternTime, SystemClock};
 use dev_box::core::id::{IdError, VmName};
 use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm};
 use dev_box::net::policy::PolicyStoreError;
+use dev_box::observe::anomaly::VmFinding;
+use dev_box::observe::metrics::VM_SERIES;
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::api::{Happening, NewVm, VmInfo, VmState};
+use super::api::{Happening, NewVm, Usage, VmInfo, VmState, VmUse};
 use super::events::Events;
 use super::socket::Peer;
 use super::vms::{Vms, VmsError};
@@ -29,6 +33,7 @@ pub(crate) struct Daemon {
     pub(crate) stopping: CancellationToken,
     /// Work that outlives the request it began with; waited for at the end.
     pub(crate) tasks: TaskTracker,
+    findings: Arc<AtomicU64>,
     clock: Arc<dyn Clock>,
 }
 
@@ -47,13 +52,36 @@ pub(crate) enum CreateError {
     Stopping,
 }
 
+/// Says what is found, until nothing more can be.
+async fn tell(mut found: broadcast::Receiver<VmFinding>, events: Events, count: Arc<AtomicU64>) {
+    loop {
+        match found.recv().await {
+            Ok(VmFinding { vm, finding }) => {
+                count.fetch_add(1, Ordering::Relaxed);
+                let rule = finding.rule.name().to_owned();
+                events.say(Happening::Finding { vm, rule, score: finding.score, why: finding.why });
+            }
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                count.fetch_add(missed, Ordering::Relaxed);
+                events.say(Happening::Missed { events: missed });
+            }
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
+
 impl Daemon {
     pub(crate) fn new(dev_box: DevBox) -> Self {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let (events, findings) = (Events::new(Arc::clone(&clock)), Arc::<AtomicU64>::default());
+        if let Some(observer) = dev_box.observer() {
+            tokio::spawn(tell(observer.findings(), events.clone(), Arc::clone(&findings)));
+        }
         Self {
             dev_box,
             vms: Vms::default(),
-            events: Events::new(Arc::clone(&clock)),
+            events,
+            findings,
             started_at: clock.now(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -82,7 +110,8 @@ impl Daemon {
         })?;
         self.events.say(Happening::VmStarting { vm: name.clone() });
         let began = Instant::now();
-        let provisioner = self.dev_box.provisioner().using(reservation.options().templates());
+        let behind = self.dev_box.provisioner().using(reservation.options().templates());
+        let provisioner = self.dev_box.watched_provisioner().over(Arc::new(behind)).by(peer.actor());
         let machine = match provisioner.provision(&request).await {
             Ok(machine) => machine,
             Err(error) => {
@@ -127,9 +156,22 @@ impl Daemon {
         Ok(())
     }
 
+    /// What the VMs use.
+    pub(crate) fn usage(&self) -> Usage {
+        let series = VM_SERIES.snapshot();
+        let of = |info: VmInfo| VmUse {
+            name: info.name.to_string(),
+            state: info.state.to_string(),
+            owner: info.owner,
+            usage: info.domain.and_then(|domain| series.get(domain.as_str()).copied()).unwrap_or_default(),
+        };
+        let vms = self.vms.list().into_iter().map(of).collect();
+        Usage { at: self.clock.now(), vms, findings: self.findings.load(Ordering::Relaxed) }
+    }
+
     async fn retire(&self, machine: ReadyVm) {
         let name = machine.name.clone();
-        if let Err(error) = self.dev_box.provisioner().retire(machine).await {
+        if let Err(error) = self.dev_box.watched_provisioner().retire(machine).await {
             tracing::error!(vm = %name, error = %Failure::new(error), "not all of it could be removed; `dev-box gc` tries again");
         }
     }

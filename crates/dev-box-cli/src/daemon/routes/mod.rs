@@ -3,6 +3,7 @@
 mod channel;
 mod events;
 mod problem;
+mod usage;
 mod version;
 mod vms;
 
@@ -18,6 +19,7 @@ pub(super) fn all(daemon: Arc<Daemon>) -> Router {
         .merge(version::routes())
         .merge(vms::routes())
         .merge(channel::routes())
-        .merge(events::routes());
+        .merge(events::routes())
+        .merge(usage::routes());
     Router::new().nest("/v1", v1).fallback(problem::no_such_path).with_state(daemon)
 }

@@ -1,0 +1,147 @@
+//! What `dev-box top` shows. Pure: a view in, a frame out.
+
+use std::collections::VecDeque;
+
+use dev_box::exec::terminal;
+use ratatui::Frame;
+use ratatui::layout::{Constraint, Layout};
+use ratatui::style::{Color, Modifier, Style};
+use ratatui::text::Line;
+use ratatui::widgets::{Block, Cell, List, Paragraph, Row as TableRow, Table};
+
+use crate::daemon::api::{Event, Usage};
+
+/// A VM's line.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Row {
+    pub(super) name: String,
+    pub(super) state: String,
+    pub(super) owner: String,
+    /// CPUs used; `None` at the first look.
+    pub(super) cpu: Option<f64>,
+    pub(super) memory: u64,
+    /// Bytes a second.
+    pub(super) disk: Option<f64>,
+    pub(super) sent: Option<f64>,
+    pub(super) received: Option<f64>,
+}
+
+/// All that is shown.
+#[derive(Debug)]
+pub(super) struct View {
+    pub(super) usage: Usage,
+    pub(super) rows: Vec<Row>,
+    /// Newest first.
+    pub(super) events: VecDeque<Event>,
+}
+
+pub(super) fn draw(frame: &mut Frame<'_>, view: &View) {
+    let [head, vms, events] =
+        Layout::vertical([Constraint::Length(1), Constraint::Min(5), Constraint::Percentage(40)])
+            .areas(frame.area());
+    frame.render_widget(Paragraph::new(summary(view)), head);
+    frame.render_widget(table(view), vms);
+    let lines = view.events.iter().map(|event| line(event));
+    frame.render_widget(List::new(lines).block(Block::bordered().title(" what happens ")), events);
+}
+
+fn summary(view: &View) -> Line<'static> {
+    let Usage { at, vms, findings, .. } = &view.usage;
+    Line::styled(
+        format!("{at}  {} VMs, {findings} findings  (q ends)", vms.len()),
+        Style::default().add_modifier(Modifier::BOLD),
+    )
+}
+
+fn table(view: &View) -> Table<'static> {
+    let head = TableRow::new(["VM", "STATE", "CPU", "MEMORY", "DISK/s", "SENT/s", "RECEIVED/s", "OWNER"])
+        .style(Style::default().add_modifier(Modifier::BOLD));
+    let rows = view.rows.iter().map(|row| {
+        let rate = |rate: Option<f64>| rate.map_or_else(|| "-".to_owned(), size);
+        let cpu = row.cpu.map_or_else(|| "-".to_owned(), |cpu| format!("{:.0} %", cpu * 100.0));
+        let cells = [
+            row.name.clone(),
+            row.state.clone(),
+            cpu,
+            size(row.memory as f64),
+            rate(row.disk),
+            rate(row.sent),
+            rate(row.received),
+            terminal::one_line(row.owner.as_bytes()),
+        ];
+        let style = if row.state == "ready" { Style::default() } else { Style::default().fg(Color::Yellow) };
+        TableRow::new(cells.map(Cell::from)).style(style)
+    });
+    let widths = [
+        Constraint::Min(18),
+        Constraint::Length(9),
+        Constraint::Length(7),
+        Constraint::Length(10),
+        Constraint::Length(10),
+        Constraint::Length(10),
+        Constraint::Length(10),
+        Constraint::Min(8),
+    ];
+    Table::new(rows, widths).header(head).block(Block::bordered().title(" VMs "))
+}
+
+/// An event as a line; what came from a guest cannot program the terminal.
+fn line(event: &Event) -> Line<'static> {
+    let text = crate::commands::events::sentence(event);
+    let odd = text.contains(" anomaly ") || text.contains(" vm.lost ");
+    Line::styled(text, if odd { Style::default().fg(Color::Red) } else { Style::default() })
+}
+
+fn size(bytes: f64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let (mut bytes, mut unit) = (bytes, 0);
+    while bytes >= 1024.0 && unit + 1 < units.len() {
+        bytes /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(unit > 0 && bytes < 100.0);
+    format!("{bytes:.digits$} {}", units.get(unit).copied().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use dev_box::core::clock::{Clock as _, SystemClock};
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        assert_eq!(size(0.0), "0 B");
+        assert_eq!(size(1536.0), "1.5 KiB");
+        assert_eq!(size(300.0 * 1024.0 * 1024.0), "300 MiB");
+    }
+
+    #[test]
+    fn vms_and_events_are_on_the_screen_and_small_ones_do_no_harm() {
+        let row = Row {
+            name: "vm-1".into(),
+            state: "ready".into(),
+            owner: "alice".into(),
+            cpu: Some(0.5),
+            memory: 80 << 20,
+            disk: None,
+            sent: Some(2048.0),
+            received: Some(0.0),
+        };
+        let usage = Usage { at: SystemClock.now(), vms: Vec::new(), findings: 2 };
+        let view = View { usage, rows: vec![row], events: VecDeque::new() };
+        for (width, height) in [(100, 20), (20, 5), (1, 1)] {
+            let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+            terminal.draw(|frame| draw(frame, &view)).unwrap();
+            let text: String =
+                terminal.backend().buffer().content().iter().map(|cell| cell.symbol()).collect();
+            if width == 100 {
+                for shown in ["vm-1", "50 %", "80.0 MiB", "2.0 KiB", "2 findings", "alice"] {
+                    assert!(text.contains(shown), "{shown} in {text}");
+                }
+            }
+        }
+    }
+}
