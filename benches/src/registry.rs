@@ -25,6 +25,17 @@ const ALL: &[Benchmark] = &[
     },
     Benchmark { name: "xml.build", about: "a VM's specification to libvirt's XML", run: micro::xml::run },
     Benchmark {
+        name: "metrics",
+        about: "a counter and a time recorded; everything rendered, with a hundred VMs",
+        run: micro::observe::metrics,
+    },
+    Benchmark {
+        name: "audit",
+        about: "entries appended to the audit log in groups, at a thousand a second",
+        run: micro::observe::audit,
+    },
+    Benchmark { name: "anomaly", about: "one sample through each detector", run: micro::observe::anomaly },
+    Benchmark {
         name: "boot.cold",
         about: "a VM from nothing to an agent that knows who it is, and each step of it",
         run: end_to_end::boot_cold,

@@ -19,7 +19,12 @@ pub struct Daemon {
 impl Daemon {
     /// Starts it, and waits until it answers.
     pub fn start(host: &Host) -> Self {
-        let running = host.start(["serve"]);
+        Self::start_with(host, &[])
+    }
+
+    /// The same, with settings: variables of its environment.
+    pub fn start_with(host: &Host, settings: &[(&str, &str)]) -> Self {
+        let running = host.spawn(host.command().arg("serve").envs(settings.iter().copied()));
         wait_until("the daemon answers", START, || {
             UnixStream::connect(host.socket()).is_ok() && host.dev_box(["ps"]).status.success()
         });

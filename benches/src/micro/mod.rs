@@ -1,4 +1,5 @@
 //! What needs no VM.
 
 pub(crate) mod codec;
+pub(crate) mod observe;
 pub(crate) mod xml;

@@ -1,0 +1,288 @@
+//! What a VM does is on record, odd behaviour in a real guest is found and acted on, and honest work is not.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read as _;
+use std::path::Path;
+use std::time::Duration;
+
+use dev_box_tests::{Host, Running, wait_until};
+use serde_json::Value;
+
+/// How long a finding may take on a machine that does other things as well; alone it is a few seconds.
+const SOON: Duration = Duration::from_secs(30);
+
+/// Thresholds that a small guest under emulation can reach, and no patience.
+const CONFIG: &str = r#"
+[observe]
+sample_ms = 500
+[observe.rules]
+quiet_ms = 600000
+forks = 150
+output_bytes = 4194304
+change_files = 30
+memory_ms = 1500
+memory_available = 0.35
+[observe.plan.actions]
+mass_change = ["log", "pause"]
+clock_jump = ["log", "kill"]
+"#;
+
+/// What the audit log has of an action.
+fn records(host: &Host, action: &str) -> Vec<Value> {
+    query(host, &["--action", action])
+}
+
+fn query(host: &Host, filter: &[&str]) -> Vec<Value> {
+    let found = host.dev_box([&["audit", "query"], filter].concat()).expect_code(0);
+    found.text().lines().map(|line| serde_json::from_str(line).expect("a record")).collect()
+}
+
+fn rules(host: &Host) -> Vec<String> {
+    let rule = |record: &Value| record["details"]["rule"].as_str().unwrap_or_default().to_owned();
+    records(host, "anomaly.finding").iter().map(rule).collect()
+}
+
+#[track_caller]
+fn wait_for_rule(host: &Host, rule: &str) {
+    wait_until(rule, SOON, || rules(host).iter().any(|found| found == rule));
+}
+
+#[test]
+fn a_run_is_on_record_from_the_lease_to_the_end() {
+    let Some(host) = Host::new("a_run_is_on_record_from_the_lease_to_the_end") else { return };
+    let workspace = host.root().join("work");
+    fs::create_dir(&workspace).unwrap();
+    fs::write(workspace.join("in.txt"), "in").unwrap();
+    let (work, out) = (workspace.to_string_lossy(), host.root().join("out").to_string_lossy().into_owned());
+    let script = "cat in.txt > out.txt; exit 3";
+    let args = ["--net", "isolated", "--workspace", &work, "--output", &out, "--env", "TOKEN=hunter2"];
+    host.run(&[&args[..], &["--", "sh", "-c", script]].concat()).expect_code(3);
+
+    let all = query(&host, &[]);
+    let seen: Vec<String> = all
+        .iter()
+        .map(|one| {
+            format!("{} {}", one["action"].as_str().unwrap(), one["outcome"]["status"].as_str().unwrap())
+        })
+        .filter(|one| !one.starts_with("audit."))
+        .collect();
+    let expected = [
+        "lease.acquire intent",
+        "vm.create intent",
+        "vm.create ok",
+        "vm.ready observed",
+        "lease.acquire ok",
+        "files.in intent",
+        "files.in ok",
+        "exec.run intent",
+        "exec.end ok",
+        "files.out intent",
+        "files.out ok",
+        "lease.release observed",
+        "vm.destroy intent",
+        "vm.destroy ok",
+    ];
+    assert_eq!(seen, expected);
+    let of = |action: &str, status: &str| {
+        let found = all.iter().find(|one| one["action"] == action && one["outcome"]["status"] == status);
+        found.unwrap_or_else(|| panic!("{action} {status}"))
+    };
+    let made = of("vm.create", "ok");
+    assert!(made["details"]["digest"].is_string() && made["details"]["accelerator"].is_string(), "{made}");
+    assert!(made["vm"].is_string() && made["actor"]["kind"] == "user", "{made}");
+    assert!(
+        made["time"].as_str().unwrap().ends_with("-05:00")
+            || made["time"].as_str().unwrap().ends_with("-04:00")
+    );
+    for action in ["files.in", "files.out"] {
+        let digest = of(action, "ok")["details"]["digest"].as_str().unwrap_or_default().to_owned();
+        assert!(digest.starts_with("sha256:"), "{action}: {digest}");
+    }
+    let run = of("exec.run", "intent");
+    assert_eq!(run["details"]["env"], serde_json::json!(["TOKEN"]));
+    assert!(!all.iter().any(|one| one.to_string().contains("hunter2")), "no value of a variable is kept");
+
+    let ocsf =
+        host.dev_box(["audit", "export", "--format", "ocsf", "--action", "exec"]).expect_code(0).text();
+    let classes: Vec<u64> = ocsf
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["class_uid"].as_u64().unwrap())
+        .collect();
+    assert_eq!(classes, [1007, 1007]);
+    let tail = host.dev_box(["audit", "tail", "-n", "1"]).expect_code(0).text();
+    assert!(tail.contains("vm.destroy") && tail.contains(" ok "), "{tail}");
+
+    assert!(host.dev_box(["audit", "verify"]).expect_code(0).text().starts_with("whole"));
+    let segment = fs::read_dir(host.root().join("audit")).unwrap().flatten().map(|entry| entry.path());
+    let segment = segment
+        .filter(|path| path.extension().is_some_and(|ext| ext == "jsonl"))
+        .find(|path| fs::read_to_string(path).is_ok_and(|text| text.contains("exec.run")));
+    let segment = segment.expect("the log's segment");
+    let text = fs::read_to_string(&segment).unwrap();
+    fs::write(&segment, text.replacen("cat in.txt", "cat no.txt", 1)).unwrap();
+    let verified = host.dev_box(["audit", "verify", "--json"]).expect_code(1);
+    assert!(serde_json::from_str::<Value>(&verified.text()).unwrap()["problem"].is_string());
+}
+
+/// A guest that works honestly, then not, a step for each line on its standard input.
+const GUEST: &str = r#"
+step() { read -r _; echo "step $1"; }
+step honest
+i=0; while [ $i -lt 20 ]; do head -c 3000 /dev/urandom > "new$i.bin"; i=$((i+1)); done
+for f in text*; do sed -i s/a/b/ "$f"; done
+yes 0123456789 | head -c 1000000
+sleep 2
+step forks
+t=$(($(date +%s)+9)); while [ "$(date +%s)" -lt $t ]; do /bin/true; /bin/true; /bin/true; done
+step flood
+head -c 12000000 /dev/zero >&2
+step memory
+python3 -c 'import time; held = bytearray(120 << 20); time.sleep(8)'
+step encrypt
+for f in text*; do head -c 3000 /dev/urandom > "$f.locked"; rm "$f"; done
+step paused
+step clock
+date -s '2031-01-01' > /dev/null
+sleep 60
+"#;
+
+/// Gives the guest its next line, and waits until it has begun with it.
+fn next(running: &mut Running, stdin: &mut std::process::ChildStdin, step: &str) {
+    use std::io::Write as _;
+    stdin.write_all(b"\n").expect("the guest reads");
+    running.wait_for_output(&format!("step {step}"));
+}
+
+#[test]
+fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
+    let Some(host) = Host::new("odd_behaviour_in_a_guest_is_found_and_honest_work_is_not") else { return };
+    let config = host.root().join("config.toml");
+    fs::write(&config, CONFIG).unwrap();
+    let workspace = host.root().join("work");
+    fs::create_dir(&workspace).unwrap();
+    for number in 0..60 {
+        fs::write(workspace.join(format!("text{number}")), "a quiet line of text\n".repeat(150)).unwrap();
+    }
+    fs::write(workspace.join("guest.sh"), GUEST).unwrap();
+    let (config, work) = (config.to_string_lossy(), workspace.to_string_lossy());
+    let mut command = host.command();
+    command.args([
+        "--config",
+        &config,
+        "run",
+        "--net",
+        "isolated",
+        "--workspace",
+        &work,
+        "-i",
+        "--timeout",
+        "100s",
+    ]);
+    // The flood goes there, and nobody reads it.
+    command.args(["--", "sh", "guest.sh"]).stderr(std::process::Stdio::null());
+    let mut running = host.spawn(&mut command);
+    let mut stdin = running.stdin();
+
+    next(&mut running, &mut stdin, "honest");
+    next(&mut running, &mut stdin, "forks");
+    assert_eq!(rules(&host), Vec::<String>::new(), "honest work raises nothing");
+    wait_for_rule(&host, "fork_rate");
+    next(&mut running, &mut stdin, "flood");
+    wait_for_rule(&host, "output_flood");
+    next(&mut running, &mut stdin, "memory");
+    wait_for_rule(&host, "memory_pressure");
+    next(&mut running, &mut stdin, "encrypt");
+    wait_for_rule(&host, "mass_change");
+    let vm = host.vms().remove(0);
+    let state = || {
+        let shown =
+            std::process::Command::new("virsh").args(["-c", "qemu:///system", "domstate", &vm]).output();
+        String::from_utf8_lossy(&shown.expect("virsh").stdout).trim().to_owned()
+    };
+    wait_until("the VM is paused", SOON, || state() == "paused");
+    std::process::Command::new("virsh")
+        .args(["-c", "qemu:///system", "resume", &vm])
+        .output()
+        .expect("virsh");
+    next(&mut running, &mut stdin, "paused");
+    next(&mut running, &mut stdin, "clock");
+    wait_for_rule(&host, "clock_jump");
+    drop(stdin);
+    // Killed: its owner says so, and removes the rest.
+    let ended = running.finish().expect_code(125);
+    assert!(ended.elapsed < Duration::from_secs(90), "{ended:?}");
+
+    let mut done: BTreeMap<String, String> = BTreeMap::new();
+    for record in records(&host, "anomaly.response") {
+        if record["outcome"]["status"] == "ok" {
+            let text = |field: &str| record["details"][field].as_str().unwrap_or_default().to_owned();
+            done.insert(text("rule"), text("response"));
+        }
+    }
+    assert_eq!((done["mass_change"].as_str(), done["clock_jump"].as_str()), ("pause", "kill"));
+    let claims = records(&host, "anomaly.finding");
+    let evidence = |rule: &str| {
+        let found = claims.iter().find(|record| record["details"]["rule"] == rule).expect(rule);
+        found["evidence"].as_str().unwrap_or_default().to_owned()
+    };
+    assert_eq!((evidence("mass_change").as_str(), evidence("fork_rate").as_str()), ("host", "guest"));
+}
+
+#[test]
+fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
+    let name = "a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on";
+    let Some(host) = Host::new(name) else { return };
+    let mut running = host.start([
+        "run",
+        "--net",
+        "isolated",
+        "-i",
+        "--",
+        "sh",
+        "-c",
+        "echo up; read -r _; echo still here",
+    ]);
+    running.wait_for_output("up");
+    let vm = host.vms().remove(0);
+    let archive = host.root().join("case.tar");
+    let made =
+        host.dev_box(["forensics", &vm, "--output", &archive.to_string_lossy(), "--json"]).expect_code(0);
+    let manifest: Value = serde_json::from_str(&made.text()).unwrap();
+    let parts = manifest["files"].as_array().unwrap();
+    let names: Vec<&str> = parts.iter().filter_map(|part| part["name"].as_str()).collect();
+    assert_eq!(
+        names,
+        ["domain.xml", "memory.kdump", "disk.qcow2", "console.log", "audit.jsonl"],
+        "{manifest}"
+    );
+    assert_eq!(manifest["state"], "running");
+    let memory = parts.iter().find(|part| part["name"] == "memory.kdump").unwrap();
+    assert!(memory["bytes"].as_u64().unwrap() > 1 << 20, "{memory}");
+    check_digests(&archive, parts);
+    let again = host.dev_box(["forensics", &vm, "--output", &archive.to_string_lossy()]);
+    assert_eq!(again.code(), 1, "nothing is overwritten");
+    drop(running.stdin());
+    assert!(running.finish().expect_code(0).text().contains("still here"));
+    assert!(records(&host, "vm.forensics").iter().any(|record| record["outcome"]["status"] == "ok"));
+}
+
+/// By the tools that somebody else would use.
+fn check_digests(archive: &Path, parts: &[Value]) {
+    for part in parts {
+        let name = part["name"].as_str().expect("a name");
+        let mut tar = std::process::Command::new("tar")
+            .args(["-xOf", &archive.to_string_lossy(), name])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("tar");
+        let sum = std::process::Command::new("sha256sum")
+            .stdin(tar.stdout.take().expect("piped"))
+            .output()
+            .expect("sha256sum");
+        tar.wait().expect("tar");
+        let mut digest = String::new();
+        sum.stdout.as_slice().take(64).read_to_string(&mut digest).expect("hex");
+        assert_eq!(digest, part["sha256"].as_str().expect("a digest"), "{name}");
+    }
+}
