@@ -121,9 +121,15 @@ pub(crate) fn anomaly() -> Result<Vec<Figure>, NotRun> {
             second += 300;
             series.update(second, Some(number()));
         }),
-        nanoseconds("anomaly.update.robust", || drop(robust.update(Some(number())))),
-        nanoseconds("anomaly.update.seasonal", || drop(seasonal.update(3, Some(number())))),
-        nanoseconds("anomaly.update.change", || drop(change.update(Some(number())))),
+        nanoseconds("anomaly.update.robust", || {
+            std::hint::black_box(robust.update(Some(number())));
+        }),
+        nanoseconds("anomaly.update.seasonal", || {
+            std::hint::black_box(seasonal.update(3, Some(number())));
+        }),
+        nanoseconds("anomaly.update.change", || {
+            std::hint::black_box(change.update(Some(number())));
+        }),
         nanoseconds("anomaly.update.vm", || {
             at += 2_000;
             let usage =

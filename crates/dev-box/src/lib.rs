@@ -163,7 +163,18 @@ impl DevBox {
         let watcher = observing.as_ref().map(Observing::watcher);
         let behind = Arc::new(provisioner.clone());
         let watched = WatchedProvisioner::new(behind, Arc::clone(&audit) as _, actor(), watcher);
-        Ok(Self { config, connection, images, network, provisioner, watched, executor, user_vms, audit, observing })
+        Ok(Self {
+            config,
+            connection,
+            images,
+            network,
+            provisioner,
+            watched,
+            executor,
+            user_vms,
+            audit,
+            observing,
+        })
     }
 
     /// The configuration it was opened with.
