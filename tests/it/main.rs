@@ -5,8 +5,8 @@
 mod daemon;
 mod doctor;
 mod libvirtd;
-mod nested;
 mod monitoring;
+mod nested;
 mod net;
 mod observe;
 mod run;

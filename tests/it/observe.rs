@@ -18,7 +18,7 @@ const CONFIG: &str = r#"
 sample_ms = 500
 [observe.rules]
 quiet_ms = 600000
-forks = 150
+forks = 80
 output_bytes = 4194304
 change_files = 30
 memory_ms = 1500
@@ -130,8 +130,8 @@ const GUEST: &str = r#"
 step() { read -r _; echo "step $1"; }
 step honest
 i=0; while [ $i -lt 20 ]; do head -c 3000 /dev/urandom > "new$i.bin"; i=$((i+1)); done
-for f in text*; do sed -i s/a/b/ "$f"; done
-yes 0123456789 | head -c 1000000
+sed -i s/a/b/ text*
+yes 0123456789 | head -c 1000000 >&2
 sleep 2
 step forks
 t=$(($(date +%s)+9)); while [ "$(date +%s)" -lt $t ]; do /bin/true; /bin/true; /bin/true; done
@@ -285,4 +285,122 @@ fn check_digests(archive: &Path, parts: &[Value]) {
         sum.stdout.as_slice().take(64).read_to_string(&mut digest).expect("hex");
         assert_eq!(digest, part["sha256"].as_str().expect("a digest"), "{name}");
     }
+}
+
+/// What a guest does on its network, a step for each line on its standard input.
+const NETWORK_GUEST: &str = r#"
+import os, random, socket, sys, time
+random.seed(7)
+GATEWAY = [line.split()[1] for line in open('/etc/resolv.conf') if line.startswith('nameserver')][0]
+
+def step(name):
+    sys.stdin.readline()
+    print('step', name, flush=True)
+
+def knock(address, port):
+    s = socket.socket(); s.setblocking(False)
+    try: s.connect((address, port))
+    except OSError: pass
+    return s
+
+def ask(name):
+    labels = b''.join(bytes([len(part)]) + part.encode() for part in name.split('.'))
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.sendto(os.urandom(2) + b'\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00' + labels + b'\x00\x00\x10\x00\x01', (GATEWAY, 53))
+
+step('honest')
+kept = []
+for host in range(8):
+    kept.append(knock('203.0.113.%d' % host, 443)); ask('mirror%d.example.net' % host); time.sleep(0.1)
+for port in range(8): kept.append(knock('198.51.100.1', 9000 + port)); time.sleep(0.3)
+time.sleep(2)
+step('metadata')
+kept.append(knock('169.254.169.254', 80))
+step('scan')
+for port in range(40): kept.append(knock('198.51.100.7', 1000 + port)); time.sleep(0.25)
+step('tunnel')
+for _ in range(60):
+    ask(''.join(random.choice('abcdefghijklmnopqrstuvwxyz234567') for _ in range(50)) + '.t.example.org'); time.sleep(0.1)
+step('fan-out')
+for host in range(60): kept.append(knock('203.0.%d.9' % host, 443)); time.sleep(0.05)
+step('volume')
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(4000): s.sendto(b'x' * 1400, ('198.51.100.9', 5000))
+step('beacon')
+for _ in range(16): kept.append(knock('198.51.100.20', 8443)); time.sleep(0.7)
+step('mine')
+end, beat = time.time() + 25, 0
+while time.time() < end:
+    for _ in range(20000): beat += 1
+    s.sendto(b'x', ('198.51.100.21', 3333))
+step('end')
+"#;
+
+const NETWORK_CONFIG: &str = r#"
+[observe]
+sample_ms = 500
+[observe.rules]
+quiet_ms = 600000
+fan_out_destinations = 40
+egress_bytes = 4194304
+beacon_min_ms = 400
+beacon_jitter = 0.4
+mining_ms = 4000
+mining_cpu = 0.25
+mining_net_rate = 1000000
+mining_disk_rate = 10000000
+[observe.plan.actions]
+port_scan = ["log", "throttle"]
+"#;
+
+#[test]
+fn odd_traffic_of_a_guest_is_found_and_honest_traffic_is_not() {
+    let Some(host) = Host::new("odd_traffic_of_a_guest_is_found_and_honest_traffic_is_not") else { return };
+    let config = host.root().join("config.toml");
+    fs::write(&config, NETWORK_CONFIG).unwrap();
+    let workspace = host.root().join("work");
+    fs::create_dir(&workspace).unwrap();
+    fs::write(workspace.join("guest.py"), NETWORK_GUEST).unwrap();
+    let (config, work) = (config.to_string_lossy(), workspace.to_string_lossy());
+    let args = [
+        "--config",
+        &config,
+        "run",
+        "--workspace",
+        &work,
+        "-i",
+        "--timeout",
+        "105s",
+        "--",
+        "python3",
+        "guest.py",
+    ];
+    let mut running = host.start(args);
+    let mut stdin = running.stdin();
+    next(&mut running, &mut stdin, "honest");
+    next(&mut running, &mut stdin, "metadata");
+    assert_eq!(rules(&host), Vec::<String>::new(), "honest traffic raises nothing");
+    for (step, rule) in [
+        ("scan", "metadata_contact"),
+        ("tunnel", "port_scan"),
+        ("fan-out", "dns_tunnel"),
+        ("volume", "fan_out"),
+        ("beacon", "egress_volume"),
+        ("mine", "beaconing"),
+        ("end", "mining"),
+    ] {
+        wait_for_rule(&host, rule);
+        next(&mut running, &mut stdin, step);
+    }
+    drop(stdin);
+    running.finish().expect_code(0);
+    let slowed =
+        records(&host, "anomaly.response").into_iter().find(|record| record["outcome"]["status"] == "ok");
+    assert_eq!(slowed.expect("an answer")["details"]["response"], "throttle");
+    let dropped = records(&host, "net.drop");
+    assert!(dropped.iter().any(|record| record["details"]["address"] == "169.254.169.254"), "{dropped:?}");
+    let names = records(&host, "net.dns");
+    assert!(names.iter().any(|record| record["details"]["name"] == "mirror1.example.net"), "{names:?}");
+    let attached = records(&host, "net.attach");
+    assert!(attached[0]["details"]["digest"].as_str().unwrap().starts_with("sha256:"), "{attached:?}");
 }

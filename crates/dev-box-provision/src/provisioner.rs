@@ -35,9 +35,7 @@ use dev_box_core::template::VmTemplate;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_exec::sink::BoxFuture;
 use dev_box_exec::workspace::Owner;
-use dev_box_exec::{
-    NetworkFacts, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest,
-};
+use dev_box_exec::{NetworkFacts, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
 use dev_box_image::template::{HostFacts, Shape, Template, TemplateError, TemplateStore};
 use dev_box_image::{Digest, Image, ImageName, ImageStore, Overlay, OverlayError, SpaceLimits};
 use dev_box_net::watch::WatchHandle;

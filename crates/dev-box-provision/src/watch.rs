@@ -5,11 +5,13 @@
 //! |---|---|---|
 //! | libvirt's counters | yes | use of CPU, disk, network; each VM's series |
 //! | the guard's counters | yes | drops by reason |
+//! | the guard's reports | yes, but for what is in the packets | destinations, dropped packets, names looked up |
 //! | `/proc/PID/smaps_rollup` | yes | what a VM's memory costs, shared pages divided |
 //! | the workspace share | yes | files rewritten, and how random their new contents are |
 //! | the jobs' output | yes | output flood |
 //! | the agent | no | free memory, processes, forks, the guest's clock |
 
+mod network;
 mod rates;
 mod share;
 
@@ -26,11 +28,13 @@ use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_core::vm::Vm;
 use dev_box_exec::{ReadyVm, VmRequest, Watcher};
+use dev_box_net::events::NetEvent;
 use dev_box_net::{NftThrottle, Traffic, VmNetwork};
 use dev_box_observe::anomaly::{Observation, Observer};
 use dev_box_observe::audit::Text;
 use dev_box_observe::metrics::{NET_DROPPED_PACKETS, VM_SERIES};
 use dev_box_observe::{AuditEvent, AuditSink, Entry};
+use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
@@ -68,7 +72,7 @@ pub struct HostWatch(Arc<Shared>);
 struct Shared {
     parts: WatchParts,
     vms: Mutex<HashMap<VmName, Watched>>,
-    task: Mutex<Option<JoinHandle<()>>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// What does not change of a VM.
@@ -97,19 +101,20 @@ fn whole<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl HostWatch {
-    /// Looks every `every`; needs a tokio runtime.
+    /// Looks every `every`, and listens to what the VMs' networks report; needs a tokio runtime.
     #[must_use]
-    pub fn start(parts: WatchParts, every: Duration) -> Self {
-        let shared = Arc::new(Shared { parts, vms: Mutex::default(), task: Mutex::default() });
-        let task = tokio::spawn(run(Arc::clone(&shared), every));
-        *whole(&shared.task) = Some(task);
+    pub fn start(parts: WatchParts, events: broadcast::Receiver<NetEvent>, every: Duration) -> Self {
+        let shared = Arc::new(Shared { parts, vms: Mutex::default(), tasks: Mutex::default() });
+        let looking = tokio::spawn(run(Arc::clone(&shared), every));
+        let listening = tokio::spawn(network::listen(Arc::clone(&shared), events));
+        whole(&shared.tasks).extend([looking, listening]);
         Self(shared)
     }
 
     /// Looks no more, and has let go of all it looked with when this returns.
     pub async fn stop(&self) {
-        let task = whole(&self.0.task).take();
-        if let Some(task) = task {
+        let tasks = std::mem::take(&mut *whole(&self.0.tasks));
+        for task in tasks {
             task.abort();
             // It was aborted: that is no news.
             let _ = task.await;

@@ -155,7 +155,8 @@ impl DevBox {
         );
         provisioner.audit_network_to(Arc::clone(&audit) as _);
         let sink: Arc<dyn AuditSink> = Arc::clone(&audit) as _;
-        let observing = Observing::start(&config, &connection, &network, &sink, &clock)?;
+        let observing =
+            Observing::start(&config, &connection, &network, &sink, &clock, provisioner.network_events())?;
         let mut executor = AgentExecutor::new(clock, sink).on_behalf_of(actor());
         if let Some(observing) = &observing {
             executor = executor.watched_by(observing.watcher());
@@ -347,7 +348,7 @@ impl DevBox {
             observing.close().await;
         }
         self.connection.close().await;
-        drop((self.executor, self.watched, self.user_vms));
+        drop((self.executor, self.watched, self.user_vms, self.provisioner));
         // Its writer ends when the last handle goes: a thread that may block waits for that.
         let _ = blocking::run(move || {
             drop(self.audit);
