@@ -133,7 +133,7 @@ pub(crate) fn anomaly() -> Result<Vec<Figure>, NotRun> {
         nanoseconds("anomaly.update.vm", || {
             at += 2_000;
             let usage =
-                Observation::Usage { span_ms: 2_000, cpu: 0.5, disk_bytes: at % 7 << 20, net_bytes: 4_000 };
+                Observation::Usage { span_ms: 2_000, cpu: 0.5, disk_bytes: (at % 7) << 20, net_bytes: 4_000 };
             drop(watch.observe(at, &usage));
         }),
     ])
