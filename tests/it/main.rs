@@ -4,6 +4,7 @@
 
 mod daemon;
 mod doctor;
+mod hostile;
 mod libvirtd;
 mod monitoring;
 mod nested;

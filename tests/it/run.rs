@@ -411,3 +411,42 @@ fn a_full_disk_is_said_before_anything_is_made() {
     assert!(done.expect_code(125).stderr.contains("not enough room"));
     assert_eq!(left.unwrap_or(0), 0);
 }
+
+/// A stand-in for an agent: edits a file, runs the tests, commits, and has what its profile says.
+const AGENT: &str = "set -e; test ${#AGENT_KEY} = 19; test \"$MODE\" = quiet; test \"$(ulimit -n)\" -gt 0; \
+    sed -i 's/1 + 1 == 3/1 + 1 == 2/' test_sums.py; python3 test_sums.py; git init -q .; git add test_sums.py; \
+    git -c user.name=a -c user.email=a@b commit -qm fixed; git log --format=%s; ls /sys/class/net";
+
+#[test]
+fn a_profile_gives_an_agent_what_it_needs() {
+    let Some(host) = Host::new("a_profile_gives_an_agent_what_it_needs") else { return };
+    let (workspace, profile) = (host.root().join("work"), host.root().join("agent.toml"));
+    fs::create_dir(&workspace).unwrap();
+    fs::write(workspace.join("test_sums.py"), "assert 1 + 1 == 3\nprint('tests passed')\n").unwrap();
+    let text = "credentials = ['AGENT_KEY']\nmemory = '320MiB'\nlimit-pids = 100\ntimeout = '90s'\n\
+                [env]\nMODE = 'quiet'\n[network]\nmode = 'isolated'\n";
+    fs::write(&profile, text).unwrap();
+    let agent = |key: bool| {
+        let mut command = host.command();
+        if key {
+            command.env("AGENT_KEY", "secret-of-the-agent");
+        }
+        command.args([
+            "run",
+            "--profile",
+            profile.to_str().unwrap(),
+            "--workspace",
+            workspace.to_str().unwrap(),
+        ]);
+        host.spawn(command.args(["--write-back", "--", "sh", "-c", AGENT])).finish()
+    };
+    let done = agent(true).expect_code(0);
+    assert_eq!(done.text(), "tests passed\nfixed\nlo\n");
+    assert!(fs::read_to_string(workspace.join("test_sums.py")).unwrap().contains("1 + 1 == 2"));
+    let audit = host.dev_box(["audit", "query"]).text();
+    assert!(audit.contains("AGENT_KEY") && !audit.contains("secret-of"), "names, and no values");
+    let refused = agent(false).expect_code(125);
+    assert!(refused.stderr.contains("AGENT_KEY"), "{}", refused.stderr);
+    let unknown = host.run(&["--profile", "cluade", "--", "true"]).expect_code(125);
+    assert!(unknown.stderr.contains("claude, codex and copilot"), "{}", unknown.stderr);
+}

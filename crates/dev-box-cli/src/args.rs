@@ -113,11 +113,16 @@ Examples:
   dev-box run --workspace . --write-back -- cargo fmt
   dev-box run --workspace . --output /tmp/out --timeout 10m -- sh ./job.sh
   dev-box run --policy only-github.toml --workspace . -- git fetch
+  dev-box run --profile claude --workspace . --write-back -- claude -p 'fix the tests'
   dev-box run --net isolated --memory 512MiB --cpus 1 -- python3 untrusted.py";
 
 #[derive(Debug, Args)]
 #[command(after_help = RUN_EXAMPLES)]
 pub(crate) struct RunArgs {
+    /// Fill in what a known agent needs: claude, codex, copilot, or a file (see docs/profiles.md); options given here win.
+    #[arg(short, long, value_name = "NAME|FILE")]
+    pub(crate) profile: Option<String>,
+
     /// Copy this directory into the VM, where it is the working directory.
     #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) workspace: Option<PathBuf>,

@@ -8,6 +8,7 @@ mod exit;
 mod interrupt;
 mod live;
 mod output;
+mod profile;
 mod progress;
 mod stdin;
 mod tty;

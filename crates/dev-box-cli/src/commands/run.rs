@@ -11,9 +11,15 @@ use dev_box::{Config, DevBox};
 use crate::args::RunArgs;
 use crate::commands::exec::Console;
 use crate::exit::Failure;
+use crate::profile::Profile;
 use crate::{interrupt, output};
 
-pub(crate) async fn run(config: Config, args: RunArgs) -> Result<ExitCode, Failure> {
+pub(crate) async fn run(config: Config, mut args: RunArgs) -> Result<ExitCode, Failure> {
+    if let Some(name) = args.profile.take() {
+        let profile = Profile::find(&name).map_err(Failure::new)?;
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        profile.apply(&name, &mut args, is_set).map_err(Failure::new)?;
+    }
     let cancel = interrupt::listen().map_err(Failure::new)?;
     let mut job = job(&config, &args)?;
     if !args.quiet {
