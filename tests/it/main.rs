@@ -7,7 +7,6 @@ mod doctor;
 mod hostile;
 mod libvirtd;
 mod monitoring;
-mod nested;
 mod net;
 mod observe;
 mod run;

@@ -16,19 +16,11 @@ const LINK_LIBVIRT: &[&str] = &["dev-box", "dev-box-cli", "dev-box-benches"];
 /// A test that cannot run here appends a line `SKIPPED: name: reason` to the file that this variable names.
 const SKIP_LOG: &str = "DEV_BOX_SKIP_LOG";
 
-/// The programs that try vsock inside a guest: where there is a loopback for it, and to a guest within.
-const VSOCK_PROBES: [&str; 2] = ["vsock_loopback", "vsock_run"];
-/// Which variable tells the tests where what is, beneath [`STATIC`].
-const IN_GUESTS: [(&str, &str); 3] = [
-    ("DEV_BOX_VSOCK_PROBE", "examples/vsock_loopback"),
-    ("DEV_BOX_VSOCK_RUN", "examples/vsock_run"),
-    ("DEV_BOX_TEST_AGENT", "dev-box-guest"),
-];
-/// Where programs that run in guests are built.
-const STATIC: &str = "target/x86_64-unknown-linux-gnu/agent";
+/// The program that tries vsock inside a guest, where there is a loopback for it.
+const VSOCK_PROBE: &str = "target/x86_64-unknown-linux-gnu/agent/examples/vsock_loopback";
 
 /// Static, as the agent is: it runs in a guest.
-fn build_vsock_probes(workspace: &Workspace) -> Command {
+fn build_vsock_probe(workspace: &Workspace) -> Command {
     let mut command = workspace.cargo();
     command.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
         "build",
@@ -41,8 +33,9 @@ fn build_vsock_probes(workspace: &Workspace) -> Command {
         "dev-box-comm",
         "--features",
         "vsock,testing",
+        "--example",
+        "vsock_loopback",
     ]);
-    command.args(VSOCK_PROBES.into_iter().flat_map(|name| ["--example", name]));
     command
 }
 
@@ -50,10 +43,10 @@ fn build_vsock_probes(workspace: &Workspace) -> Command {
 pub(super) fn all(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
     let skipped = scope.workspace.reports().join("skipped.txt");
     std::fs::write(&skipped, "").map_err(|source| StepError::File { path: skipped.clone(), source })?;
-    let built = scope.workspace.root().join(STATIC);
-    scope.attempt(&mut build_vsock_probes(scope.workspace));
+    let probe = scope.workspace.root().join(VSOCK_PROBE);
+    scope.attempt(&mut build_vsock_probe(scope.workspace));
     let mut command = coverage::nextest(scope.workspace);
-    command.env(SKIP_LOG, &skipped).envs(IN_GUESTS.map(|(variable, name)| (variable, built.join(name))));
+    command.env(SKIP_LOG, &skipped).env("DEV_BOX_VSOCK_PROBE", probe);
     if scope.options.full {
         command.args(["--run-ignored", "all"]).env("PROPTEST_CASES", "4096");
     }
