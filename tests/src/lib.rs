@@ -110,6 +110,28 @@ impl Running {
         self.started.elapsed()
     }
 
+    /// The rest of the line that its standard output is in.
+    pub fn line(&mut self) -> String {
+        let stdout = self.child.stdout.as_mut().expect("piped");
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while matches!(stdout.read(&mut byte), Ok(1)) && byte != *b"\n" {
+            line.push(byte[0]);
+        }
+        String::from_utf8_lossy(&line).into_owned()
+    }
+
+    /// Has it end, one way or the other, whatever the test's state.
+    pub fn end(mut self) {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+        let start = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < Duration::from_secs(30) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Closes our end of its standard output.
     pub fn close_output(&mut self) {
         drop(self.child.stdout.take());

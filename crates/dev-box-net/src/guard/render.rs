@@ -241,9 +241,10 @@ fn elements(script: &mut Script<'_>, address: Ipv4Addr, maps: &[(&str, &str, &st
 fn bridge_base(script: &mut Script<'_>) {
     script.table();
     maps(script, &BRIDGE_MAPS);
-    // Before br_netfilter (0) and ebtables' filter (-200).
+    // Before br_netfilter (0), and before libvirt's filter (ebtables' nat, -300 and 300), so that what both would drop is
+    // counted and reported here.
     for (chain, hook, priority, direction, map) in [
-        ("prerouting", "prerouting", -290, "iifname", "from-guest"),
+        ("from-taps", "prerouting", -310, "iifname", "from-guest"),
         ("postrouting", "postrouting", 290, "oifname", "to-guest"),
     ] {
         script.base(chain, hook, priority);
