@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::thread;
 
-use super::render::{FAMILIES, TABLE};
+use super::render::{FAMILIES, TABLE, render_entries};
 use super::{
     Fingerprint, Firewall, FirewallError, Traffic, VmGuard, listing, render_apply, render_clear,
     render_remove,
@@ -75,6 +75,21 @@ impl NftFirewall {
         self.run(what, &["-f", "-"], script).map(drop)
     }
 
+    /// As [`Self::change`], for a VM whose entries in the maps may lead somewhere else by somebody's doing: nft adds no entry
+    /// beside another one, so these go first. In between the VM has no entry, and its packets are dropped.
+    fn change_of(&self, address: Ipv4Addr, what: &str, script: &str) -> Result<(), FirewallError> {
+        match self.change(what, script) {
+            Err(FirewallError::Refused { message, .. }) if message.contains("File exists") => {
+                for entry in render_entries(address) {
+                    // Most are not there.
+                    let _ = self.change("to remove an entry", &entry);
+                }
+                self.change(what, script)
+            }
+            done => done,
+        }
+    }
+
     /// All tables; an absent one is an empty listing. (One run for all of them lists nothing in nft 1.0.6.)
     fn tables(&self) -> Result<listing::Tables, FirewallError> {
         let texts: Vec<Result<String, FirewallError>> = thread::scope(|scope| {
@@ -99,15 +114,15 @@ impl NftFirewall {
 
 impl Firewall for NftFirewall {
     fn apply(&self, guard: &VmGuard) -> Result<Fingerprint, FirewallError> {
-        self.change(&format!("the rules of {}", guard.tap()), &render_apply(guard))?;
         let address = guard.address();
+        self.change_of(address, &format!("the rules of {}", guard.tap()), &render_apply(guard))?;
         self.inspect(&[address])?
             .remove(&address)
             .ok_or_else(|| FirewallError::Listing(format!("the rules of {} are not in it", guard.tap())))
     }
 
     fn remove(&self, address: Ipv4Addr) -> Result<(), FirewallError> {
-        self.change(&format!("to remove the rules of {address}"), &render_remove(address))
+        self.change_of(address, &format!("to remove the rules of {address}"), &render_remove(address))
     }
 
     fn list(&self) -> Result<Vec<Ipv4Addr>, FirewallError> {

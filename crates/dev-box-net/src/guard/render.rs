@@ -164,6 +164,17 @@ pub fn render_remove(address: Ipv4Addr) -> String {
     text
 }
 
+/// For each map the transaction that removes an address's entry, which fails where there is none.
+pub(super) fn render_entries(address: Ipv4Addr) -> Vec<String> {
+    let of = |family: &'static str, maps: &[(&str, &str, &str)]| {
+        let entry = |(map, key, _): &(&str, &str, &str)| {
+            format!("delete element {family} {TABLE} {map} {{ {} }}\n", element_key(key, address))
+        };
+        maps.iter().map(entry).collect::<Vec<_>>()
+    };
+    [of("bridge", &BRIDGE_MAPS), of("inet", &INET_MAPS)].concat()
+}
+
 /// One transaction that removes both tables.
 pub fn render_clear() -> String {
     FAMILIES.map(|family| format!("add table {family} {TABLE}\ndelete table {family} {TABLE}\n")).concat()

@@ -275,6 +275,24 @@ fn a_changed_policy_cuts_established_connections() {
 }
 
 #[test]
+fn rules_are_put_back_although_somebody_leads_packets_past_them() {
+    let Some(lab) = Lab::new() else { return };
+    lab.guard(&EgressPolicy::NatFiltered);
+    let sound = lab.firewall.inspect(&[VM_A]).unwrap();
+    let around = format!(
+        "delete element inet dev_box from-guest {{ {VM_A} }}; add element inet dev_box from-guest {{ {VM_A} : accept }}"
+    );
+    let nft = ["netns", "exec", &lab.name(Place::Host), "nft", &around];
+    assert!(Command::new("ip").args(nft).status().unwrap().success());
+    assert_ne!(lab.firewall.inspect(&[VM_A]).unwrap(), sound);
+    lab.guard(&EgressPolicy::NatFiltered);
+    assert_eq!(lab.firewall.inspect(&[VM_A]).unwrap(), sound);
+    assert!(Command::new("ip").args(nft).status().unwrap().success());
+    lab.firewall.remove(VM_A).unwrap();
+    assert!(!lab.firewall.list().unwrap().contains(&VM_A));
+}
+
+#[test]
 fn a_custom_policy_is_what_it_says() {
     both_ways(|lab, _| {
         let (private, other) = (SPECIAL[1], SPECIAL[2]);
