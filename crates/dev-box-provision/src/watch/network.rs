@@ -42,6 +42,8 @@ fn observed(what: &NetEventKind, own: Option<IpAddr>) -> Option<Observation> {
             let address = packet.destination.filter(|destination| Some(*destination) != own)?;
             Some(Observation::Dropped { address, port: packet.destination_port })
         }
+        // The gateway's resolver: the one private address that the guard lets a VM reach.
+        NetEventKind::NewDestination { packet } if packet.destination_port == Some(53) => None,
         NetEventKind::NewDestination { packet } => {
             Some(Observation::Connected { address: packet.destination?, port: packet.destination_port })
         }
@@ -80,6 +82,13 @@ mod tests {
         let expected = Observation::Dropped { address: IpAddr::from([169, 254, 169, 254]), port: Some(80) };
         assert_eq!(observed(&metadata, own), Some(expected));
         assert_eq!(observed(&to([10, 0, 0, 2]), own), None);
+    }
+
+    #[test]
+    fn asking_the_resolver_is_no_private_contact() {
+        let reached = |port| NetEventKind::NewDestination { packet: packet([10, 213, 0, 1], port) };
+        assert_eq!(observed(&reached(53), None), None);
+        assert!(observed(&reached(443), None).is_some());
     }
 
     #[test]
