@@ -19,6 +19,7 @@ use dev_box_observe::metrics::{self, Held};
 use dev_box_observe::{Act, Actor, AuditEvent, AuditSink, Entry, Outcome};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
 
 use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
 use crate::sink::BoxFuture;
@@ -51,6 +52,8 @@ struct Shared {
     audit: Arc<dyn AuditSink>,
     watcher: Option<Arc<dyn Watcher>>,
     live: Mutex<HashMap<VmName, Live>>,
+    /// VMs being taken down, whoever still waits for that.
+    ending: TaskTracker,
 }
 
 /// A VM that is ready and not retired.
@@ -99,7 +102,8 @@ impl WatchedProvisioner {
         actor: Actor,
         watcher: Option<Arc<dyn Watcher>>,
     ) -> Self {
-        Self { shared: Arc::new(Shared { audit, watcher, live: Mutex::default() }), behind, actor }
+        let shared = Shared { audit, watcher, live: Mutex::default(), ending: TaskTracker::new() };
+        Self { shared: Arc::new(shared), behind, actor }
     }
 
     /// The same, over another provisioner.
@@ -112,6 +116,13 @@ impl WatchedProvisioner {
     #[must_use]
     pub fn by(&self, actor: Actor) -> Self {
         Self { actor, ..self.clone() }
+    }
+
+    /// Waits until every VM that was given back is gone and its end on record. The provisioner behind has to be there until
+    /// then: drain that one afterwards.
+    pub async fn drain(&self) {
+        self.shared.ending.close();
+        self.shared.ending.wait().await;
     }
 
     fn entry(&self, entry: Entry, vm: &VmName) -> Entry {
@@ -248,7 +259,7 @@ impl Provisioner for WatchedProvisioner {
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
         let this = self.clone();
         // On a task: what was begun goes on when this future is dropped.
-        let task = tokio::spawn(async move { this.take_down(vm).await });
+        let task = self.shared.ending.spawn(async move { this.take_down(vm).await });
         Box::pin(async move {
             task.await.unwrap_or_else(|error| {
                 Err(ProvisionError::Step { step: "retire".to_owned(), source: error.into() })

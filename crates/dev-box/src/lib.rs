@@ -343,6 +343,7 @@ impl DevBox {
 
     /// Waits until every VM given up is gone and every audit record is on disk. Call it before the process ends.
     pub async fn close(self) {
+        self.watched.drain().await;
         self.provisioner.drain().await;
         if let Some(observing) = self.observing {
             observing.close().await;

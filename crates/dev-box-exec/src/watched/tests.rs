@@ -96,6 +96,18 @@ fn a_life_is_on_record_from_its_intent_to_its_end() {
 }
 
 #[test]
+fn a_vm_that_nobody_waits_for_is_gone_when_all_is_drained() {
+    let bench = Bench::new();
+    bench.fake.next(Script::new());
+    bench.run(async {
+        let vm = bench.watched.provision(&request()).await.unwrap();
+        drop(bench.watched.retire(vm));
+        bench.watched.drain().await;
+    });
+    assert_eq!(bench.sink.actions().last().map(String::as_str), Some("vm.destroy:ok"));
+}
+
+#[test]
 fn nothing_is_made_that_cannot_be_audited() {
     let bench = Bench::new();
     bench.sink.refuse("the disk is full");
