@@ -27,12 +27,19 @@ const SLOTS: usize = 168;
 /// ```
 /// use dev_box_observe::anomaly::SeriesDetector;
 /// let mut detector = SeriesDetector::new();
-/// let mut score = 0.0;
-/// for minute in 0..2000_i64 {
-///     let usual = 50.0 + (minute % 10) as f64;
-///     score = detector.update(minute * 300, Some(if minute == 1999 { 500.0 } else { usual }));
+/// let (mut usual, mut odd) = (0.0_f64, 0.0_f64);
+/// // Three weeks, a number every five minutes; the last hour is odd.
+/// for row in 0..6048_i64 {
+///     let quiet = 50.0 + (row % 3) as f64;
+///     let last_hour = row >= 6048 - 12;
+///     let score = detector.update(row * 300, Some(if last_hour { 500.0 } else { quiet }));
+///     if last_hour {
+///         odd = odd.max(score);
+///     } else if row > 4000 {
+///         usual = usual.max(score);
+///     }
 /// }
-/// assert!(score > 0.9, "{score}");
+/// assert!(odd > 0.4 && odd > 5.0 * usual, "{odd} against {usual}");
 /// ```
 #[derive(Debug, Clone)]
 pub struct SeriesDetector {
