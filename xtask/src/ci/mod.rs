@@ -75,10 +75,10 @@ pub(crate) const STEPS: &[Step] = &[
     Step {
         name: "consumer",
         about: "each library crate as a stranger would use it",
-        budget: minutes(5),
+        budget: minutes(8),
         run: outside::consumer,
     },
-    Step { name: "fuzz", about: "every fuzz target", budget: minutes(10), run: outside::fuzz },
+    Step { name: "fuzz", about: "every fuzz target", budget: minutes(15), run: outside::fuzz },
     Step {
         name: "demo",
         about: "a real job in a real VM, and its report",
