@@ -9,6 +9,7 @@ mod libvirtd;
 mod monitoring;
 mod net;
 mod observe;
+mod probes;
 mod run;
 mod sessions;
 mod soak;

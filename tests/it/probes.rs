@@ -1,0 +1,114 @@
+//! The network policy on real guests: one that tries everything, all the time, and observers where its packets would
+//! arrive. Each forbidden probe has its control: with both layers off, it arrives.
+//!
+//! ```text
+//!   VM A (tries)  --tap-- bridge --host--veth-- "world": a namespace with public, private and metadata addresses
+//!   VM B (neighbour) --tap--+       \-- the host's own services
+//! ```
+
+mod guest;
+mod layers;
+mod observers;
+mod stage;
+
+use std::time::Duration;
+
+use dev_box_tests::{Host, skip, wait_until};
+use guest::ALLOWED;
+use layers::{BridgeNetfilter, Layer};
+use stage::Stage;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn what_a_guest_tries_arrives_only_where_its_policy_says() {
+    const NAME: &str = "what_a_guest_tries_arrives_only_where_its_policy_says";
+    let Some(host) = Host::new(NAME) else { return };
+    let stage = match Stage::set(&host) {
+        Ok(stage) => stage,
+        Err(why) => return skip(NAME, &why),
+    };
+    stage.wait_for_guests(&host);
+    let forbidden = stage.forbidden();
+
+    // As every VM starts: what is allowed arrives, nothing else, and what was dropped was counted and told.
+    stage.all_arrive(&ALLOWED, "with both layers");
+    stage.none_arrive(&forbidden, "with both layers");
+    stage.all_arrive(&["from-isolation"], "from a VM with a network");
+    let dropped = stage.dropped(&host);
+    for reason in ["spoofed", "protocol", "gateway", "host", "neighbour", "special", "port", "unsolicited"] {
+        assert!(dropped.contains(&format!("\"{reason}\"")), "nothing was dropped as {reason}: {dropped}");
+    }
+    wait_until("each dropped packet is told", LIMIT, || {
+        let told = stage.told(&host);
+        let missing: Vec<String> =
+            stage.to_be_told().into_iter().filter(|told_of| !told.contains(told_of)).collect();
+        missing.is_empty()
+    });
+    let flows = host.dev_box(["net", "flows", stage.vm(), "--json"]).expect_code(0).text();
+    assert!(flows.contains("\"dropped\"") && flows.contains("\"new-destination\""), "{flows}");
+    let questions = host.dev_box(["net", "dns", stage.vm()]).expect_code(0).text();
+    assert!(questions.contains("asked  named.example.com A"), "{questions}");
+
+    // Names: only the listed one's address.
+    let policy = host.root().join("names.toml");
+    std::fs::write(&policy, "mode = 'custom'\nports = ['tcp/443']\ndomains = ['named.example.com']\n")
+        .unwrap();
+    let policy = policy.to_string_lossy().into_owned();
+    stage.apply(&host, &["--policy", &policy]);
+    stage.all_arrive(&["named"], "under a policy with its name");
+    stage.forget();
+    stage.all_arrive(&["named"], "under a policy with its name");
+    stage.none_arrive(
+        &["tcp-443", "tcp-80", "tcp-22", "tcp-9418", "other-name"],
+        "under a policy with one name",
+    );
+    stage.none_arrive(&forbidden, "under a policy with one name");
+    stage.apply(&host, &["--net", "nat-filtered"]);
+
+    // Somebody empties a chain: noticed, put back, on record.
+    stage.all_arrive(&ALLOWED, "before the rules are tampered with");
+    stage.tamper();
+    wait_until("the guard is whole again", LIMIT, || host.dev_box(["net", "verify", stage.vm()]).code() == 0);
+    wait_until("it is audited", LIMIT, || {
+        !host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text().is_empty()
+    });
+    stage.forget();
+    stage.all_arrive(&ALLOWED, "after the rules are back");
+
+    // The controls. The owners stand still, so that they do not put things back.
+    stage.owners_stop();
+    for layer in [Layer::Guard, Layer::Filter] {
+        stage.set_layer(layer, false);
+    }
+    stage.all_arrive(&ALLOWED, "with both layers off");
+    {
+        // Where bridged packets pass iptables, the guard's tables have no place to let one VM's IPv6 through.
+        let _sysctl = BridgeNetfilter::set(false);
+        stage.forget();
+        stage.all_arrive(&forbidden, "with both layers off, so that its absence proves nothing");
+    }
+
+    // The guard alone holds everything, whether or not bridged packets pass iptables.
+    stage.set_layer(Layer::Guard, true);
+    for bridged in [false, true] {
+        let _sysctl = BridgeNetfilter::set(bridged);
+        let when = format!("with the guard alone and bridge-nf-call-iptables at {}", u8::from(bridged));
+        stage.forget();
+        stage.all_arrive(&ALLOWED, &when);
+        stage.none_arrive(&forbidden, &when);
+    }
+
+    // Libvirt's filter alone holds identity, special ranges, ports and neighbours.
+    stage.set_layer(Layer::Filter, true);
+    stage.set_layer(Layer::Guard, false);
+    {
+        let _sysctl = BridgeNetfilter::set(true);
+        stage.forget();
+        stage.all_arrive(&ALLOWED, "with the filter alone");
+        stage.none_arrive(&guest::STATIC, "with the filter alone");
+    }
+    stage.set_layer(Layer::Guard, true);
+    stage.owners_go_on();
+    stage.strike();
+}

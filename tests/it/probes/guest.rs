@@ -1,0 +1,152 @@
+//! What the guests do.
+
+/// What the world's name server says of both names.
+pub(super) const NAMED: &str = "45.33.40.2";
+pub(super) const OTHER: &str = "45.33.40.3";
+/// Where a TCP probe goes, and its name.
+pub(super) const PLACES: [(&str, u16, &str); 15] = [
+    ("45.33.40.1", 22, "tcp-22"),
+    ("45.33.40.1", 80, "tcp-80"),
+    ("45.33.40.1", 443, "tcp-443"),
+    ("45.33.40.1", 9418, "tcp-9418"),
+    ("45.33.40.1", 25, "tcp-25"),
+    ("45.33.40.1", 8080, "tcp-8080"),
+    (NAMED, 443, "named"),
+    (OTHER, 443, "other-name"),
+    ("45.33.40.4", 443, "from-isolation"),
+    ("169.254.169.254", 80, "metadata"),
+    ("10.66.0.1", 443, "private-10"),
+    ("172.16.5.5", 443, "private-172"),
+    ("192.168.77.1", 443, "private-192"),
+    ("100.64.0.1", 443, "shared"),
+    ("198.18.0.1", 443, "benchmark"),
+];
+
+/// Arrives under the default policy.
+pub(super) const ALLOWED: [&str; 4] = ["tcp-22", "tcp-80", "tcp-443", "tcp-9418"];
+
+/// What libvirt's filter holds by itself: no probe to the host's own addresses and ports is among it.
+pub(super) const STATIC: [&str; 17] = [
+    "metadata",
+    "private-10",
+    "private-172",
+    "private-192",
+    "shared",
+    "benchmark",
+    "tcp-25",
+    "tcp-8080",
+    "dns-elsewhere",
+    "spoof-mac",
+    "spoof-ip",
+    "spoof-arp",
+    "neighbour-direct",
+    "neighbour-routed",
+    "ipv6",
+    "rogue-dhcp",
+    "gateway-udp",
+];
+
+/// The host's own, which only the guard holds.
+pub(super) const HOST: [&str; 4] = ["gateway-9418", "host-9418", "host-22", "inbound"];
+
+/// Tries each probe again and again. Arguments: the neighbour's address. A probe is known by its name in the payload
+/// (`probe:NAME;`), or, as a SYN carries none, by where it goes.
+pub(super) const TRY: &str = r#"
+import socket, struct, subprocess, sys, threading, time
+b = sys.argv[1]
+route = subprocess.run(["ip", "-4", "route", "show", "default"], capture_output=True, text=True).stdout.split()
+gw, dev = route[2], route[4]
+me = subprocess.run(["ip", "-4", "-o", "addr", "show", dev], capture_output=True, text=True).stdout.split()[3].split("/")[0]
+mac = lambda a: bytes([2, 0xdb]) + socket.inet_aton(a)
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)); raw.bind((dev, 0))
+
+def checksum(data):
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total > 0xffff: total = (total & 0xffff) + (total >> 16)
+    return ~total & 0xffff
+
+count = 0
+def packet(name, src, dst, proto, sport, dport):
+    payload = f"probe:{name};".encode()
+    s, d = socket.inet_aton(src), socket.inet_aton(dst)
+    if proto == 17:
+        body = struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload
+    else:
+        global count
+        count += 1
+        head = lambda c: struct.pack("!HHIIBBHHH", 20000 + count % 20000, dport, 7, 0, 0x50, 2, 1024, c, 0)
+        body = head(checksum(s + d + struct.pack("!BBH", 0, 6, 20 + len(payload)) + head(0) + payload)) + payload
+    ip = lambda c: struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, 64, proto, c) + s + d
+    return ip(checksum(ip(0))) + body
+
+frame = lambda to, frm, kind, body: raw.send(to + frm + struct.pack("!H", kind) + body)
+def arp(name, sender_ip, target):
+    body = struct.pack("!HHBBH", 1, 0x800, 6, 4, 2) + mac(me) + socket.inet_aton(sender_ip) + bytes(6) + socket.inet_aton(target)
+    frame(b"\xff" * 6, mac(me), 0x806, body + f"probe:{name};".encode())
+
+public = "45.33.40.1"
+def frames():
+    other = bytes([2, 0xdb, 9, 9, 9, 9])
+    stranger = ".".join(me.split(".")[:3] + ["77"])
+    frame(mac(gw), other, 0x800, packet("spoof-mac", me, public, 6, 0, 443))
+    frame(mac(gw), mac(me), 0x800, packet("spoof-ip", stranger, public, 6, 0, 443))
+    arp("spoof-arp", gw, b)
+    frame(mac(b), mac(me), 0x800, packet("neighbour-direct", me, b, 6, 0, 443))
+    frame(mac(gw), mac(me), 0x800, packet("neighbour-routed", me, b, 6, 0, 443))
+    frame(mac(b), mac(me), 0x86dd, bytes([0x60, 0, 0, 0, 0, 11, 59, 64]) + bytes(32) + b"probe:ipv6;")
+    frame(b"\xff" * 6, mac(me), 0x800, packet("rogue-dhcp", me, "255.255.255.255", 17, 67, 68))
+
+def connect(address, port):
+    try: socket.create_connection((address, port), 1.5).close()
+    except OSError: pass
+
+def datagram(name, address, port):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try: s.sendto(f"probe:{name};".encode(), (address, port))
+    except OSError: pass
+    s.close()
+
+def named(name):
+    try: connect(socket.gethostbyname(name), 443)
+    except OSError: pass
+
+def again(what, *arguments):
+    def loop():
+        while True:
+            what(*arguments)
+            time.sleep(0.5)
+    threading.Thread(target=loop, daemon=True).start()
+
+server = socket.create_server(("0.0.0.0", 8080))
+again(frames)
+for address, ports in [(public, [22, 80, 443, 9418, 25, 8080]), (gw, [9418]), ("45.33.32.1", [9418, 22]),
+        ("169.254.169.254", [80]), ("10.66.0.1", [443]), ("172.16.5.5", [443]), ("192.168.77.1", [443]),
+        ("100.64.0.1", [443]), ("198.18.0.1", [443]), ("45.33.40.4", [443])]:
+    for port in ports: again(connect, address, port)
+again(datagram, "dns-elsewhere", public, 53)
+again(datagram, "gateway-udp", gw, 4444)
+for name in ["named.example.com", "other.example.org"]: again(named, name)
+print("trying as", me, flush=True)
+time.sleep(600)
+"#;
+
+/// The neighbour: says its address, and stays.
+pub(super) const STAY: &str = r#"
+import subprocess, time
+dev = subprocess.run(["ip", "-4", "route", "show", "default"], capture_output=True, text=True).stdout.split()[4]
+print("here as", subprocess.run(["ip", "-4", "-o", "addr", "show", dev], capture_output=True, text=True).stdout.split()[3].split("/")[0], flush=True)
+time.sleep(600)
+"#;
+
+/// One without a network: tries to get out all the same.
+pub(super) const CUT_OFF: &str = r#"
+import os, socket
+out = 0
+for address in ["45.33.40.4", "45.33.32.1", "169.254.169.254", "10.66.0.1"]:
+    try: socket.create_connection((address, 443), 2).close(); out += 1
+    except OSError: pass
+    try: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"probe:from-isolation;", (address, 53)); out += 1
+    except OSError: pass
+print(f"interfaces {sorted(os.listdir('/sys/class/net'))}, got out {out} times")
+"#;

@@ -1,0 +1,121 @@
+//! The switches of what enforces a policy: the guard, libvirt's filter, and whether bridged packets pass iptables.
+
+use std::io::Write as _;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// A layer of the policy's enforcement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layer {
+    Guard,
+    Filter,
+}
+
+/// `net.bridge.bridge-nf-call-*` of the host, as a test has it for some seconds; dropped, it is as before.
+#[derive(Debug)]
+pub(super) struct BridgeNetfilter(Vec<(PathBuf, String)>);
+
+impl BridgeNetfilter {
+    pub(super) fn set(on: bool) -> Self {
+        let knobs = ["iptables", "ip6tables", "arptables"].map(|knob| {
+            let path = PathBuf::from(format!("/proc/sys/net/bridge/bridge-nf-call-{knob}"));
+            let before = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, if on { "1" } else { "0" }).unwrap();
+            (path, before)
+        });
+        Self(knobs.into())
+    }
+}
+
+impl Drop for BridgeNetfilter {
+    fn drop(&mut self) {
+        for (path, before) in &self.0 {
+            let _ = std::fs::write(path, before);
+        }
+    }
+}
+
+/// Runs a command to its end.
+pub(super) fn run(command: &str) -> Result<(), String> {
+    let mut words = command.split_whitespace();
+    let program = words.next().unwrap_or_default();
+    let output = Command::new(program).args(words).output().map_err(|error| format!("{program}: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("{command}: {}", String::from_utf8_lossy(&output.stderr).trim()))
+}
+
+/// Has nft take a script as one transaction.
+pub(super) fn nft(script: &str) -> Result<(), String> {
+    let child = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = child.map_err(|error| error.to_string())?;
+    child.stdin.take().unwrap().write_all(script.as_bytes()).map_err(|error| error.to_string())?;
+    let output = child.wait_with_output().map_err(|error| error.to_string())?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!("{script}: {}", String::from_utf8_lossy(&output.stderr))),
+    }
+}
+
+/// The maps by which the guard finds a VM's chains: off, they accept whatever it is.
+pub(super) fn set_guard(tap: &str, address: Ipv4Addr, on: bool) -> Result<(), String> {
+    let by_tap =
+        [("bridge", "from-guest", "out"), ("bridge", "to-guest", "in"), ("inet", "direct-by", "direct")];
+    let by_address = [
+        ("prerouting-by", "pre"),
+        ("input-by", "input"),
+        ("output-by", "output"),
+        ("from-guest", "out"),
+        ("to-guest", "in"),
+    ];
+    let mut script = String::new();
+    let mut element = |family: &str, map: &str, key: &str, chain: &str| {
+        let verdict = if on { format!("jump {tap}.{chain}") } else { "accept".to_owned() };
+        script += &format!("delete element {family} dev_box {map} {{ {key} }}\n");
+        script += &format!("add element {family} dev_box {map} {{ {key} : {verdict} }}\n");
+    };
+    for (family, map, chain) in by_tap {
+        element(family, map, &format!("\"{tap}\""), chain);
+    }
+    for (map, chain) in by_address {
+        element("inet", map, &address.to_string(), chain);
+    }
+    // What comes in a stranger's name has no entry of its own.
+    let [a, b, c, _] = address.octets();
+    for map in ["prerouting-by", "from-guest"] {
+        script += &format!("add element inet dev_box {map} {{ {a}.{b}.{c}.77 : accept }}\n");
+        if on {
+            script += &format!("delete element inet dev_box {map} {{ {a}.{b}.{c}.77 }}\n");
+        }
+    }
+    nft(&script)
+}
+
+pub(super) fn set_filter(vm: &str, on: bool) {
+    let output = Command::new("virsh").args(["-c", "qemu:///system", "dumpxml", vm]).output().unwrap();
+    let xml = String::from_utf8(output.stdout).unwrap();
+    let start = xml.find("<interface ").unwrap();
+    let end = start + xml[start..].find("</interface>").unwrap() + "</interface>".len();
+    let mut interface = xml[start..end].to_owned();
+    let file = std::env::temp_dir().join(format!("dev-box-it-filter-{vm}.xml"));
+    if on {
+        interface = std::fs::read_to_string(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+    } else {
+        std::fs::write(&file, &interface).unwrap();
+        let from = interface.find("<filterref").unwrap();
+        let rest = &interface[from..];
+        let to = match rest.find("</filterref>") {
+            Some(to) => to + "</filterref>".len(),
+            None => rest.find("/>").unwrap() + 2,
+        };
+        interface.replace_range(from..from + to, "");
+    }
+    let update = std::env::temp_dir().join(format!("dev-box-it-interface-{vm}.xml"));
+    std::fs::write(&update, interface).unwrap();
+    let updated = run(&format!("virsh -c qemu:///system update-device {} {}", vm, update.display()));
+    let _ = std::fs::remove_file(&update);
+    updated.unwrap();
+}

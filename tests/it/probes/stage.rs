@@ -1,0 +1,347 @@
+//! The world that guests try to reach, the guests, and what became of their tries.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use dev_box_tests::{Host, Running, wait_until};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::Signal;
+
+use super::guest::{CUT_OFF, HOST, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
+use super::layers::{Layer, nft, run, set_filter, set_guard};
+use super::observers::{Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket};
+
+/// The host's end of the wire to the world, and the world's.
+const WAN: &str = "45.33.32.1";
+const WORLD: &str = "45.33.32.2";
+/// A packet is on its way for less than this.
+const SETTLE: Duration = Duration::from_millis(1500);
+/// Each probe is sent every half second or two.
+const ROUND: Duration = Duration::from_secs(4);
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A guest that runs.
+struct Guest {
+    owner: Option<Running>,
+    name: String,
+    address: Ipv4Addr,
+}
+
+impl Guest {
+    fn tap(&self) -> String {
+        format!("dbt{:08x}", u32::from(self.address))
+    }
+}
+
+/// All of it. Dropped, it goes.
+pub(super) struct Stage {
+    namespace: String,
+    wire: String,
+    seen: Seen,
+    over: Arc<AtomicBool>,
+    guests: Vec<Guest>,
+    name_server: u32,
+}
+
+/// `dev-box`, asking the world's name server.
+fn command(host: &Host) -> Command {
+    let mut command = host.command();
+    command.env("DEV_BOX_HOST__RESOLV_CONF", host.root().join("resolv.conf"));
+    command
+}
+
+impl Stage {
+    /// Puts the world up and starts the guests; the reason where that cannot be.
+    pub(super) fn set(host: &Host) -> Result<Self, String> {
+        for program in ["ip", "nft", "bridge", "dnsmasq", "virsh"] {
+            Command::new(program).arg("--version").output().map_err(|_| format!("needs {program}"))?;
+        }
+        let number = std::process::id();
+        let mut stage = Self {
+            namespace: format!("dbworld{number}"),
+            wire: format!("dbw{number}"),
+            seen: Seen::default(),
+            over: Arc::default(),
+            guests: Vec::new(),
+            name_server: 0,
+        };
+        stage.wire()?;
+        stage.serve_names(host)?;
+        let (namespace, seen) = (stage.namespace.clone(), Arc::clone(&stage.seen));
+        let sniffer = thread::spawn(move || {
+            setns(File::open(format!("/run/netns/{namespace}")).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
+            packet_socket("eth0")
+        });
+        let sniffer = sniffer.join().map_err(|_| "the world cannot be listened to".to_owned())?;
+        observe(sniffer, Arc::clone(&stage.over), move |frame| at_world(&seen, frame));
+        stage.listen()?;
+        let resolv_conf = host.root().join("resolv.conf");
+        std::fs::write(&resolv_conf, format!("nameserver {WORLD}\n")).map_err(|error| error.to_string())?;
+        stage.without_network(host);
+        for (script, word) in [(STAY, "here as "), (TRY, "trying as ")] {
+            stage.start(host, script, word);
+        }
+        Ok(stage)
+    }
+
+    fn wire(&self) -> Result<(), String> {
+        let Self { namespace: ns, wire, .. } = self;
+        run(&format!("ip netns add {ns}"))?;
+        run(&format!("ip link add {wire} type veth peer name eth0 netns {ns}"))?;
+        run(&format!("ip address add {WAN}/24 dev {wire}"))?;
+        run(&format!("ip link set {wire} up"))?;
+        run(&format!("ip -n {ns} address add {WORLD}/24 dev eth0"))?;
+        for device in ["eth0", "lo"] {
+            run(&format!("ip -n {ns} link set {device} up"))?;
+        }
+        run(&format!("ip -n {ns} route add default via {WAN}"))?;
+        let places: BTreeSet<&str> = PLACES.iter().map(|(address, ..)| *address).collect();
+        for address in places {
+            run(&format!("ip -n {ns} address add {address}/32 dev lo"))?;
+            run(&format!("ip route add {address}/32 via {WORLD} dev {wire}"))?;
+        }
+        Ok(())
+    }
+
+    /// A name server in the world; its process id is remembered, to end it.
+    fn serve_names(&mut self, host: &Host) -> Result<(), String> {
+        let pid_file = host.root().join("names.pid");
+        run(&format!(
+            "ip netns exec {} dnsmasq --conf-file=/dev/null --listen-address={WORLD} --bind-interfaces --no-resolv \
+             --no-hosts --address=/named.example.com/{NAMED} --address=/other.example.org/{OTHER} --pid-file={}",
+            self.namespace,
+            pid_file.display()
+        ))?;
+        let pid = std::fs::read_to_string(pid_file).map_err(|error| error.to_string())?;
+        self.name_server = pid.trim().parse().map_err(|_| "no process id".to_owned())?;
+        Ok(())
+    }
+
+    /// The host's own services.
+    fn listen(&self) -> Result<(), String> {
+        let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        for (port, here) in [(9418, "gateway-9418"), (22, "host-22")] {
+            let listener = TcpListener::bind(any(port)).map_err(|error| format!("port {port}: {error}"))?;
+            let seen = Arc::clone(&self.seen);
+            thread::spawn(move || {
+                for client in listener.incoming().flatten() {
+                    let local = client.local_addr().map(|local| local.ip().to_string()).unwrap_or_default();
+                    let name = if local == WAN && port == 9418 { "host-9418" } else { here };
+                    seen.lock().unwrap().insert(name.to_owned());
+                }
+            });
+        }
+        let socket = UdpSocket::bind(any(4444)).map_err(|error| format!("port 4444: {error}"))?;
+        let seen = Arc::clone(&self.seen);
+        thread::spawn(move || {
+            let mut buffer = [0; 2048];
+            while let Ok(length) = socket.recv(&mut buffer) {
+                note(&seen, &buffer[..length]);
+            }
+        });
+        Ok(())
+    }
+
+    /// One without a network, before anybody else tries: what it wants to reach is what the others do reach later.
+    fn without_network(&self, host: &Host) {
+        let done = host.run(&["--net", "isolated", "--", "python3", "-c", CUT_OFF]).expect_code(0);
+        assert_eq!(done.text(), "interfaces ['lo'], got out 0 times\n");
+        thread::sleep(SETTLE);
+        let seen = self.seen.lock().unwrap();
+        assert!(seen.is_empty(), "{seen:?} arrived from a VM without a network");
+    }
+
+    fn start(&mut self, host: &Host, script: &str, word: &str) {
+        let mut command = command(host);
+        command.args(["run", "--quiet", "--", "python3", "-c", script]);
+        if let Some(neighbour) = self.guests.first() {
+            command.arg(neighbour.address.to_string());
+        }
+        let before = host.vms();
+        let mut owner = host.spawn(&mut command);
+        owner.wait_for_output(word);
+        let address = owner.line().parse().expect("the guest's address");
+        let name = host.vms().into_iter().find(|name| !before.contains(name)).expect("the VM's directory");
+        let guest = Guest { owner: Some(owner), name, address };
+        let (seen, neighbour) = (Arc::clone(&self.seen), self.guests.is_empty());
+        let at_tap = move |frame: &[u8]| match neighbour {
+            true => at_neighbour(&seen, frame, address),
+            false => at_guest(&seen, frame, address),
+        };
+        observe(packet_socket(&guest.tap()), Arc::clone(&self.over), at_tap);
+        self.guests.push(guest);
+    }
+
+    pub(super) fn wait_for_guests(&self, host: &Host) {
+        let verified = || host.dev_box(["net", "verify", self.vm()]).code() == 0;
+        wait_until("the guests' networks stand", LIMIT, verified);
+        let (address, over) = (self.guests[1].address, Arc::clone(&self.over));
+        // Unasked, from the host: seen at the guest's tap.
+        thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let _ = TcpStream::connect_timeout(&(address, 8080).into(), Duration::from_millis(500));
+                thread::sleep(Duration::from_millis(300));
+            }
+        });
+    }
+
+    /// The name of the VM that tries.
+    pub(super) fn vm(&self) -> &str {
+        &self.guests[1].name
+    }
+
+    /// Every probe that no policy here lets through.
+    pub(super) fn forbidden(&self) -> Vec<&'static str> {
+        STATIC.into_iter().chain(HOST).collect()
+    }
+
+    pub(super) fn forget(&self) {
+        thread::sleep(SETTLE);
+        self.seen.lock().unwrap().clear();
+    }
+
+    #[track_caller]
+    pub(super) fn all_arrive(&self, names: &[&str], when: &str) {
+        let start = Instant::now();
+        loop {
+            let missing: Vec<&str> = {
+                let seen = self.seen.lock().unwrap();
+                names.iter().copied().filter(|name| !seen.contains(*name)).collect()
+            };
+            if missing.is_empty() {
+                return;
+            }
+            assert!(start.elapsed() < LIMIT, "{missing:?} did not arrive {when}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// For as long as each of them is tried at least once.
+    #[track_caller]
+    pub(super) fn none_arrive(&self, names: &[&str], when: &str) {
+        thread::sleep(ROUND);
+        let seen = self.seen.lock().unwrap();
+        let arrived: Vec<&&str> = names.iter().filter(|name| seen.contains(**name)).collect();
+        assert!(arrived.is_empty(), "{arrived:?} arrived {when}");
+    }
+
+    /// Gives the VM that tries another policy.
+    pub(super) fn apply(&self, host: &Host, policy: &[&str]) {
+        host.spawn(command(host).args(["net", "apply", self.vm()]).args(policy)).finish().expect_code(0);
+    }
+
+    /// The dropped packets that were told so far, as `reason destination port`.
+    pub(super) fn told(&self, host: &Host) -> BTreeSet<String> {
+        let flows = host.dev_box(["net", "flows", self.vm(), "--json"]).expect_code(0).text();
+        let told = |line: &str| {
+            let event: serde_json::Value = serde_json::from_str(line).ok()?;
+            let (packet, reason) = (&event["packet"], event["reason"].as_str()?);
+            let destination = packet["destination"].as_str().or(packet["protocol"].as_str())?;
+            Some(format!("{reason} {destination} {}", packet["destination_port"].as_u64().unwrap_or(0)))
+        };
+        flows.lines().filter_map(told).collect()
+    }
+
+    /// What is told of each forbidden probe, as [`Self::told`] has it.
+    pub(super) fn to_be_told(&self) -> Vec<String> {
+        let (neighbour, me) = (self.guests[0].address, self.guests[1].address);
+        let [a, b, c, _] = me.octets();
+        let gateway = Ipv4Addr::new(a, b, c, 1);
+        let mut all: Vec<String> = [
+            "port 45.33.40.1 25",
+            "port 45.33.40.1 8080",
+            "port 45.33.40.1 53",
+            "host 45.33.32.1 9418",
+            "host 45.33.32.1 22",
+            "spoofed 45.33.40.1 443",
+            "neighbour 255.255.255.255 68",
+            "special 169.254.169.254 80",
+        ]
+        .map(str::to_owned)
+        .into();
+        for address in ["10.66.0.1", "172.16.5.5", "192.168.77.1", "100.64.0.1", "198.18.0.1"] {
+            all.push(format!("special {address} 443"));
+        }
+        all.push(format!("gateway {gateway} 9418"));
+        all.push(format!("gateway {gateway} 4444"));
+        all.push(format!("neighbour {neighbour} 443"));
+        all.push(format!("unsolicited {me} 8080"));
+        all
+    }
+
+    pub(super) fn dropped(&self, host: &Host) -> String {
+        host.dev_box(["net", "show", self.vm(), "--json"]).expect_code(0).text()
+    }
+
+    /// What an administrator's mistake does.
+    pub(super) fn tamper(&self) {
+        nft(&format!("flush chain bridge dev_box {}.out\n", self.guests[1].tap())).unwrap();
+    }
+
+    pub(super) fn owners_stop(&self) {
+        self.owners(Signal::SIGSTOP);
+    }
+
+    pub(super) fn owners_go_on(&self) {
+        self.owners(Signal::SIGCONT);
+    }
+
+    fn owners(&self, signal: Signal) {
+        for guest in &self.guests {
+            guest.owner.as_ref().expect("it runs").signal(signal);
+        }
+    }
+
+    /// Switches a layer for both guests; what is no layer of ours, the bridge's own isolation, goes with the filter.
+    pub(super) fn set_layer(&self, layer: Layer, on: bool) {
+        for guest in &self.guests {
+            match layer {
+                Layer::Guard => set_guard(&guest.tap(), guest.address, on).unwrap(),
+                Layer::Filter => {
+                    let isolated = if on { "on" } else { "off" };
+                    run(&format!("bridge link set dev {} isolated {isolated}", guest.tap())).unwrap();
+                    set_filter(&guest.name, on);
+                }
+            }
+        }
+    }
+
+    /// Ends the guests as a user would.
+    pub(super) fn strike(mut self) {
+        for guest in &mut self.guests {
+            let owner = guest.owner.take().expect("it runs");
+            owner.signal(Signal::SIGTERM);
+            owner.finish();
+        }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        for guest in &mut self.guests {
+            if guest.owner.is_some() {
+                // A failed test must not leave a way past the guard: the address will be another VM's.
+                // No entry is left either where its rules are gone already.
+                let _ = set_guard(&guest.tap(), guest.address, true);
+            }
+            if let Some(owner) = guest.owner.take() {
+                owner.signal(Signal::SIGCONT);
+                owner.end();
+            }
+        }
+        if self.name_server != 0 {
+            let pid = nix::unistd::Pid::from_raw(self.name_server.cast_signed());
+            let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
+        }
+        // The routes go with the wire.
+        let _ = run(&format!("ip link del {}", self.wire));
+        let _ = run(&format!("ip netns del {}", self.namespace));
+    }
+}
