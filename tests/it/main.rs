@@ -4,6 +4,7 @@
 
 mod daemon;
 mod doctor;
+mod firewall;
 mod hostile;
 mod libvirtd;
 mod monitoring;

@@ -1,10 +1,10 @@
 //! What a guest's packets reach, seen from both ends.
 
-use std::io::Read;
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::{Read, Write as _};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
-use dev_box_tests::Host;
+use dev_box_tests::{Daemon, Host};
 
 /// Asks the resolver for its version (CHAOS TXT `version.bind`), which it answers by itself: no name server of the
 /// internet needs to be in reach.
@@ -75,6 +75,75 @@ fn an_isolated_guest_has_no_interface() {
     let Some(host) = Host::new("an_isolated_guest_has_no_interface") else { return };
     let done = host.run(&["--net", "isolated", "--", "ls", "/sys/class/net"]).expect_code(0);
     assert_eq!(done.text(), "lo\n");
+}
+
+/// Sends back what it gets, at port 3000 of its own loopback.
+const ECHO: &str = r#"
+import socket, threading
+server = socket.create_server(("127.0.0.1", 3000))
+print("listening", flush=True)
+def echo(client):
+    while data := client.recv(65536): client.sendall(data)
+    client.close()
+while True: threading.Thread(target=echo, args=(server.accept()[0],), daemon=True).start()
+"#;
+
+#[test]
+fn a_server_of_an_isolated_guest_is_reached_by_its_forwarded_port() {
+    let Some(host) = Host::new("a_server_of_an_isolated_guest_is_reached_by_its_forwarded_port") else {
+        return;
+    };
+    let daemon = Daemon::start(&host);
+    host.dev_box(["start", "--name", "work", "--net", "isolated"]).expect_code(0);
+    let mut server = host.start(["exec", "work", "--", "python3", "-c", ECHO]);
+    server.wait_for_output("listening");
+    let mut forward = host.start(["port-forward", "work", "0:3000", "0:3001"]);
+    forward.wait_for_output("127.0.0.1:");
+    let port_in = |line: &str| line.split(' ').next().unwrap().parse::<u16>().unwrap();
+    let port = port_in(&forward.line());
+    forward.wait_for_output("127.0.0.1:");
+    let nobody = port_in(&forward.line());
+
+    // Several at once, each with its own bytes.
+    std::thread::scope(|scope| {
+        for seed in 0..3_u8 {
+            scope.spawn(move || {
+                let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+                let sent: Vec<u8> = (0..1_000_000_u32).map(|i| i.to_le_bytes()[0] ^ seed).collect();
+                let (mut reading, mut writing) = (stream.try_clone().unwrap(), stream);
+                let bytes = sent.clone();
+                let writer = std::thread::spawn(move || {
+                    writing.write_all(&bytes).unwrap();
+                    writing.shutdown(Shutdown::Write).unwrap();
+                });
+                let mut received = Vec::new();
+                reading.read_to_end(&mut received).unwrap();
+                writer.join().unwrap();
+                assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+            });
+        }
+    });
+    // Where nobody listens in the guest, the connection ends; the others' go on.
+    let mut refused = TcpStream::connect((Ipv4Addr::LOCALHOST, nobody)).unwrap();
+    refused.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    assert!(!matches!(refused.read(&mut [0]), Ok(1..)));
+    // Bound to loopback: another address of this host has nobody at that port.
+    assert!(
+        TcpStream::connect_timeout(&(Ipv4Addr::new(127, 0, 0, 2), port).into(), Duration::from_secs(5))
+            .is_err()
+    );
+
+    forward.signal(nix::sys::signal::Signal::SIGINT);
+    forward.finish().expect_code(0);
+    assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err());
+
+    let mut forward = host.start(["port-forward", "work", "0:3000"]);
+    forward.wait_for_output("127.0.0.1:");
+    host.dev_box(["rm", "work"]).expect_code(0);
+    forward.finish().expect_code(1);
+    server.finish();
+    daemon.stop().expect_code(0);
 }
 
 #[test]

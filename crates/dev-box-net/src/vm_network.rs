@@ -136,6 +136,8 @@ pub struct Verification {
     pub network_active: bool,
     /// Whether libvirt still has the VM's filter.
     pub filter_defined: bool,
+    /// Whether the filter's rules are in force at the VM's tap; `None` while it has none.
+    pub filter_in_force: Option<bool>,
     /// Whether the names of the policy are served; `None` when it has none.
     pub names_served: Option<bool>,
     /// Whether the host forwards IPv4: without, nothing gets out.
@@ -151,6 +153,7 @@ impl Verification {
         self.guard == GuardState::Intact
             && self.network_active
             && self.filter_defined
+            && self.filter_in_force != Some(false)
             && self.names_served != Some(false)
             && self.forwarding
     }

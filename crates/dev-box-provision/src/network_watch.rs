@@ -8,13 +8,13 @@ use dev_box_core::id::VmName;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_net::events::{EventSource, RecordFile};
 use dev_box_net::watch::{self, BoxFuture, Custody, Finding};
-use dev_box_net::{NetEvent, NetEventKind, NetLease, VmNetwork};
+use dev_box_net::{NetError, NetEvent, NetEventKind, NetLease, VmNetwork};
 use dev_box_observe::audit::Text;
 use dev_box_observe::{AuditEvent, AuditSink, Entry};
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 
-use crate::blocking;
+use crate::blocking::{self, BlockingError};
 use crate::provisioner::Inner;
 
 /// Events that a subscriber may be behind before it loses the oldest.
@@ -142,6 +142,35 @@ pub(crate) async fn watch_over(inner: Weak<Inner>, handle: watch::WatchHandle) {
             () = inner.closing.cancelled() => return,
         }
     }
+}
+
+impl Inner {
+    /// Whether every layer of a VM's network stood at most [`watch::FRESH`] ago, as it must when the VM is handed out. Looks
+    /// where nobody looked so recently.
+    pub(crate) async fn verified(&self, vm: &VmName) -> Result<(), Unverified> {
+        if self.watch.is_fresh(vm) {
+            return Ok(());
+        }
+        let (network, name) = (self.network.clone(), vm.clone());
+        let found =
+            blocking::with_libvirt(&self.connection, move |libvirt| network.verify_by_name(libvirt, &name));
+        match found.await?.map(|found| found.finding()) {
+            Some(None) => Ok(()),
+            Some(Some(finding)) => Err(Unverified::Unsound(finding)),
+            None => Err(Unverified::NoLease),
+        }
+    }
+}
+
+/// A VM's network is not known to be as it should be, so that nobody gets the VM.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unverified {
+    #[error("not every layer is in place: {0}")]
+    Unsound(String),
+    #[error("its lease is gone")]
+    NoLease,
+    #[error(transparent)]
+    Unknown(#[from] BlockingError<NetError>),
 }
 
 impl Custody for Inner {

@@ -119,7 +119,7 @@ pub(crate) struct Inner {
     images: ImageStore,
     pub(crate) network: VmNetwork,
     pub(crate) news: NetworkNews,
-    watch: WatchHandle,
+    pub(crate) watch: WatchHandle,
     watching: Once,
     reach: Arc<dyn Reach>,
     clock: Arc<dyn Clock>,
@@ -507,7 +507,15 @@ impl Inner {
         let network = machine.lease.as_ref().map(network_config);
         let identity = identity::identity(&plan.name, id, &*self.clock, network)
             .map_err(step("configuring the guest"))?;
-        session.call(Request::Configure(identity)).await.map_err(step("configuring the guest"))?;
+        let configured =
+            async { session.call(Request::Configure(identity)).await.map_err(step("configuring the guest")) };
+        let verified = async {
+            match &machine.lease {
+                Some(lease) => self.verified(&lease.vm).await.map_err(step("verifying the VM's network")),
+                None => Ok(()),
+            }
+        };
+        tokio::try_join!(configured, verified)?;
         watch.step("configure");
 
         let QemuUser { uid, gid } = self.settings.qemu;

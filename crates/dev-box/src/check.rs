@@ -83,12 +83,16 @@ async fn verify(config: &Config, connection: &LibvirtConnection, vm: VmName) -> 
         Err(error) => Err(error.to_string()),
         Ok(None) => Err("it has an interface, and no address was leased to it".to_owned()),
         Ok(Some(found)) if found.is_sound() => {
-            Ok("guard intact, nwfilter defined, network active".to_owned())
+            Ok("guard intact, nwfilter in force, network active".to_owned())
         }
         Ok(Some(found)) => Err(format!(
             "guard {:?}, nwfilter {}, network {}, forwarding {}",
             found.guard,
-            if found.filter_defined { "defined" } else { "missing" },
+            match (found.filter_defined, found.filter_in_force) {
+                (false, _) => "missing",
+                (true, Some(false)) => "not in force",
+                (true, _) => "defined",
+            },
             if found.network_active { "active" } else { "down" },
             if found.forwarding { "on" } else { "off" },
         )),

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 
-use super::{Fingerprint, Firewall, FirewallError, Traffic, VmGuard, render_apply};
+use super::{FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, render_apply};
 
 /// A call of the seam.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub enum Call {
     Apply,
     /// [`Firewall::remove`]
     Remove,
-    /// [`Firewall::list`], [`Firewall::inspect`] and [`Firewall::traffic`]
+    /// [`Firewall::list`], [`Firewall::inspect`], [`Firewall::traffic`] and [`Firewall::filters`]
     List,
     /// [`Firewall::clear`]
     Clear,
@@ -32,6 +32,7 @@ struct State {
     rules: BTreeMap<Ipv4Addr, VmGuard>,
     traffic: BTreeMap<Ipv4Addr, Traffic>,
     names: BTreeMap<Ipv4Addr, BTreeSet<Ipv4Addr>>,
+    filters: BTreeMap<Ipv4Addr, FilterRules>,
     faults: VecDeque<Call>,
 }
 
@@ -86,6 +87,16 @@ impl FakeFirewall {
         self.state().rules.get(&address).cloned()
     }
 
+    /// What someone does who flushes ebtables: libvirt puts no filter back by itself.
+    pub fn flush_filters(&self) {
+        self.state().filters.clear();
+    }
+
+    /// What libvirt does when it puts a VM's filter in force.
+    pub fn put_filter(&self, address: Ipv4Addr, rules: FilterRules) {
+        self.state().filters.insert(address, rules);
+    }
+
     /// Sets what [`Firewall::traffic`] reports for an address that has rules.
     pub fn set_traffic(&self, address: Ipv4Addr, traffic: Traffic) {
         self.state().traffic.insert(address, traffic);
@@ -137,6 +148,10 @@ impl Firewall for FakeFirewall {
             .filter(|(address, _)| state.rules.contains_key(address))
             .map(|(a, t)| (*a, t.clone()))
             .collect())
+    }
+
+    fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
+        Ok(self.enter(Call::List)?.filters.clone())
     }
 
     fn clear(&self) -> Result<(), FirewallError> {

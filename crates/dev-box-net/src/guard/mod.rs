@@ -22,6 +22,7 @@
 
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
+mod filters;
 mod listing;
 mod nft;
 mod render;
@@ -38,6 +39,7 @@ use crate::identity::{mac_of, tap_of};
 use crate::network::NetworkShape;
 use crate::policy::EgressPolicy;
 
+pub use filters::{FilterRules, Verdicts};
 pub use nft::NftFirewall;
 pub use render::{render_apply, render_clear, render_remove};
 
@@ -161,6 +163,12 @@ pub trait Firewall: fmt::Debug + Send + Sync {
     /// [`FirewallError`].
     fn traffic(&self) -> Result<BTreeMap<Ipv4Addr, Traffic>, FirewallError>;
 
+    /// The rules that libvirt's filters have in force, of each VM that has all its chains; no entry for one that lacks any.
+    ///
+    /// # Errors
+    /// [`FirewallError`].
+    fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError>;
+
     /// Removes everything of ours and nothing else.
     ///
     /// # Errors
@@ -172,7 +180,7 @@ pub trait Firewall: fmt::Debug + Send + Sync {
 #[derive(Debug, thiserror::Error)]
 pub enum FirewallError {
     /// the program is missing
-    #[error("{program} cannot be run: install the package nftables")]
+    #[error("{program} cannot be run: install the packages nftables and ebtables")]
     NotInstalled {
         /// The program.
         program: String,

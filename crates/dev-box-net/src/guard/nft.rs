@@ -9,8 +9,8 @@ use std::thread;
 
 use super::render::{FAMILIES, TABLE, render_entries};
 use super::{
-    Fingerprint, Firewall, FirewallError, Traffic, VmGuard, listing, render_apply, render_clear,
-    render_remove,
+    FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, filters, listing, render_apply,
+    render_clear, render_remove,
 };
 
 /// How much of nft's complaint is kept, in characters.
@@ -21,6 +21,7 @@ const MAX_MESSAGE: usize = 1000;
 pub struct NftFirewall {
     program: OsString,
     arguments: Vec<OsString>,
+    ebtables: OsString,
 }
 
 impl Default for NftFirewall {
@@ -32,43 +33,14 @@ impl Default for NftFirewall {
 impl NftFirewall {
     /// Runs another command that takes nft's arguments after `arguments`, as `ip netns exec NAME nft`.
     pub fn with_command<const N: usize>(program: &str, arguments: [&str; N]) -> Self {
-        Self { program: program.into(), arguments: arguments.into_iter().map(OsString::from).collect() }
+        let arguments = arguments.into_iter().map(OsString::from).collect();
+        Self { program: program.into(), arguments, ebtables: "ebtables".into() }
     }
 
     fn run(&self, what: &str, arguments: &[&str], input: &str) -> Result<String, FirewallError> {
-        let mut child = Command::new(&self.program)
-            .args(&self.arguments)
-            .args(arguments)
-            .env("LC_ALL", "C")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(|source| match source.kind() {
-                ErrorKind::NotFound => FirewallError::NotInstalled {
-                    program: self.program.to_string_lossy().into_owned(),
-                    source,
-                },
-                _ => FirewallError::Io(source),
-            })?;
-        if let Some(mut stdin) = child.stdin.take()
-            && let Err(error) = stdin.write_all(input.as_bytes())
-            && error.kind() != ErrorKind::BrokenPipe
-        {
-            // A pipe that closed early is explained by the exit status below.
-            return Err(error.into());
-        }
-        let output = child.wait_with_output()?;
-        if output.status.success() {
-            return String::from_utf8(output.stdout)
-                .map_err(|error| FirewallError::Listing(error.to_string()));
-        }
-        let message: String =
-            String::from_utf8_lossy(&output.stderr).trim().chars().take(MAX_MESSAGE).collect();
-        if message.contains("Operation not permitted") {
-            return Err(FirewallError::NotPermitted { message });
-        }
-        Err(FirewallError::Refused { what: what.to_owned(), message })
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).args(arguments);
+        run(command, what, input)
     }
 
     fn change(&self, what: &str, script: &str) -> Result<(), FirewallError> {
@@ -141,9 +113,48 @@ impl Firewall for NftFirewall {
         Ok(self.tables()?.traffic())
     }
 
+    fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
+        let mut command = Command::new(&self.ebtables);
+        command.args(["-t", "nat", "-L"]);
+        Ok(filters::read(&run(command, "to list libvirt's filters", "")?))
+    }
+
     fn clear(&self) -> Result<(), FirewallError> {
         self.change("to remove the tables", &render_clear())
     }
+}
+
+/// Runs a command to its end; what it prints.
+fn run(mut command: Command, what: &str, input: &str) -> Result<String, FirewallError> {
+    let mut child = command
+        .env("LC_ALL", "C")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|source| match source.kind() {
+            ErrorKind::NotFound => FirewallError::NotInstalled {
+                program: command.get_program().to_string_lossy().into_owned(),
+                source,
+            },
+            _ => FirewallError::Io(source),
+        })?;
+    if let Some(mut stdin) = child.stdin.take()
+        && let Err(error) = stdin.write_all(input.as_bytes())
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        // A pipe that closed early is explained by the exit status below.
+        return Err(error.into());
+    }
+    let output = child.wait_with_output()?;
+    if output.status.success() {
+        return String::from_utf8(output.stdout).map_err(|error| FirewallError::Listing(error.to_string()));
+    }
+    let message: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(MAX_MESSAGE).collect();
+    if message.contains("Operation not permitted") {
+        return Err(FirewallError::NotPermitted { message });
+    }
+    Err(FirewallError::Refused { what: what.to_owned(), message })
 }
 
 #[cfg(test)]
@@ -158,7 +169,7 @@ mod tests {
     fn a_missing_program_names_the_package() {
         let error = NftFirewall::with_command("/nonexistent/nft", []).clear().unwrap_err();
         assert!(matches!(&error, FirewallError::NotInstalled { .. }), "{error:?}");
-        assert!(error.to_string().contains("install the package nftables"));
+        assert!(error.to_string().contains("install the packages nftables"));
     }
 
     #[test]
@@ -175,6 +186,15 @@ mod tests {
         assert!(matches!(&error, FirewallError::NotPermitted { .. }), "{error:?}");
         let error = script("yes x | head -c 5000 >&2; exit 1").list().unwrap_err();
         assert!(error.to_string().len() < MAX_MESSAGE + 100);
+    }
+
+    #[test]
+    fn filters_are_what_ebtables_lists() {
+        let firewall = |ebtables: &str| NftFirewall { ebtables: ebtables.into(), ..NftFirewall::default() };
+        assert!(firewall("echo").filters().unwrap().is_empty());
+        assert!(matches!(firewall("false").filters(), Err(FirewallError::Refused { .. })));
+        let error = firewall("/nonexistent/ebtables").filters().unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/ebtables"), "{error}");
     }
 
     #[test]

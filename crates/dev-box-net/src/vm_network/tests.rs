@@ -5,8 +5,8 @@ use dev_box_core::libvirt::fake::FakeLibvirt;
 use dev_box_core::libvirt::{Libvirt, NetworkSummary};
 
 use super::*;
-use crate::guard::GuardError;
 use crate::guard::fake::{Call, FakeFirewall};
+use crate::guard::{FilterRules, GuardError, Verdicts};
 use crate::resolver::fake::FakeResolver;
 use crate::subnet::SubnetError;
 
@@ -349,6 +349,26 @@ fn verification_finds_what_is_gone() {
     world.firewall.apply(&stranger).unwrap();
     assert_eq!(verify(&lease).guard, GuardState::Changed);
     world.network.restore(&mut lease).unwrap();
+
+    assert_eq!(verify(&lease).filter_in_force, None, "no tap yet");
+    world.make_tap(lease.address);
+    assert_eq!(verify(&lease).filter_in_force, Some(false));
+    let shape = world.network.ensure(&world.libvirt).unwrap();
+    let rules = nwfilter(&shape, &lease.policy).rules;
+    world.firewall.put_filter(lease.address, rules);
+    assert!(verify(&lease).is_sound());
+    let fewer = Verdicts { drops: rules.out.drops - 1, ..rules.out };
+    world.firewall.put_filter(lease.address, FilterRules { out: fewer, ..rules });
+    assert!(!verify(&lease).is_sound());
+    assert_eq!(verify(&lease).finding().as_deref(), Some("the rules of libvirt's filter are gone"));
+    world.firewall.put_filter(lease.address, rules);
+    let narrower = EgressPolicy::from_toml("mode='custom'\nports=['tcp/443']").unwrap();
+    world.network.change_policy(&mut lease, &narrower).unwrap();
+    assert!(verify(&lease).is_sound(), "the filter stays that of the policy before");
+    world.firewall.flush_filters();
+    assert!(!verify(&lease).is_sound());
+    world.network.change_policy(&mut lease, &EgressPolicy::NatFiltered).unwrap();
+    world.firewall.put_filter(lease.address, rules);
 
     fs::write(world.dir.path().join("ip_forward"), "0\n").unwrap();
     assert!(!verify(&lease).forwarding && !verify(&lease).is_sound());

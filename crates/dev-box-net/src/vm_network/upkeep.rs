@@ -4,15 +4,24 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{Networks, NwFilters};
 
 use super::{GuardState, LeaseSummary, NetError, Verification, VmNetwork, ensure_filter, libvirt_failed};
+use crate::identity::tap_of;
 use crate::lease::LeaseRecord;
 use crate::network::NetworkShape;
 use crate::policy::EgressPolicy;
 use crate::xml::nwfilter::nwfilter;
+
+/// How often libvirt's filters are looked at before they count as gone: a libvirtd that starts makes them anew, chain by
+/// chain.
+const LOOKS: u32 = 3;
+/// From one look to the next.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(150);
 
 impl Verification {
     /// What is wrong, in words; `None` when it is sound.
@@ -28,6 +37,9 @@ impl Verification {
         }
         if !self.filter_defined {
             wrong.push("libvirt has lost the VM's filter");
+        }
+        if self.filter_in_force == Some(false) {
+            wrong.push("the rules of libvirt's filter are gone");
         }
         if self.names_served == Some(false) {
             wrong.push("the VM's resolver does not run");
@@ -61,6 +73,7 @@ impl VmNetwork {
         let network_active = network.is_some_and(|network| network.active);
         let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
         let serving = self.resolver.serving()?;
+        let in_force = self.filters_in_force(&shape, &records)?;
         let verification = |(address, record): (Ipv4Addr, LeaseRecord)| {
             let names = self.names_of(&record.vm, &shape, address, &record.policy);
             let guard = match (rules.get(&address), record.fingerprint.as_ref()) {
@@ -72,6 +85,7 @@ impl VmNetwork {
                 guard,
                 network_active,
                 filter_defined: filters.contains(&record.filter),
+                filter_in_force: in_force.get(&address).copied(),
                 names_served: names.map(|names| serving.get(&address) == Some(&names.digest())),
                 forwarding: self.settings.host.forwards(),
                 bridge_nf_call_iptables: self.settings.host.bridge_nf(),
@@ -79,6 +93,35 @@ impl VmNetwork {
             (record.vm, verification)
         };
         Ok(records.into_iter().map(verification).collect())
+    }
+
+    /// Whether libvirt's filter is in force, of each VM on record that has a tap.
+    fn filters_in_force(
+        &self,
+        shape: &NetworkShape,
+        records: &BTreeMap<Ipv4Addr, LeaseRecord>,
+    ) -> Result<BTreeMap<Ipv4Addr, bool>, NetError> {
+        let has_tap = |address: Ipv4Addr| self.settings.host.has_interface(&tap_of(address));
+        let plugged: Vec<_> = records.iter().filter(|(address, _)| has_tap(**address)).collect();
+        for look in 1.. {
+            if plugged.is_empty() {
+                break;
+            }
+            let found = self.firewall.filters()?;
+            let in_force = |address: Ipv4Addr, record: &LeaseRecord| {
+                let Some(rules) = found.get(&address) else { return false };
+                let filter = nwfilter(shape, &record.policy);
+                // After a change of policy the filter is that of the policy before.
+                filter.name != record.filter || filter.rules == *rules
+            };
+            let states: BTreeMap<Ipv4Addr, bool> =
+                plugged.iter().map(|(address, record)| (**address, in_force(**address, record))).collect();
+            if look == LOOKS || states.values().all(|in_force| *in_force) {
+                return Ok(states);
+            }
+            thread::sleep(BETWEEN_LOOKS);
+        }
+        Ok(BTreeMap::new())
     }
 
     /// Puts a VM's network back as its record has it: libvirt's network and the definition of the filter, the guard's

@@ -10,6 +10,7 @@ use ipnet::Ipv4Net;
 use sha2::{Digest, Sha256};
 
 use super::Xml;
+use crate::guard::FilterRules;
 use crate::network::NetworkShape;
 use crate::policy::{Destinations, EgressPolicy, Protocol, special_ranges};
 
@@ -21,6 +22,8 @@ pub struct FilterDefinition {
     pub name: String,
     /// `<filter>` XML.
     pub xml: String,
+    /// How many rules are in force where it is.
+    pub rules: FilterRules,
 }
 
 /// The priorities of rules in libvirt's filters go from minus this to this.
@@ -43,7 +46,22 @@ pub fn nwfilter(network: &NetworkShape, policy: &EgressPolicy) -> FilterDefiniti
             rules.iter().enumerate().try_for_each(|(index, rule)| rule.write(xml, index))
         })
     });
-    FilterDefinition { name, xml }
+    FilterDefinition { name, xml, rules: count(&rules) }
+}
+
+fn count(rules: &[Rule]) -> FilterRules {
+    let mut count = FilterRules::default();
+    for rule in rules {
+        let side = match rule.direction {
+            Direction::Out => &mut count.out,
+            Direction::In => &mut count.inward,
+        };
+        match rule.action {
+            Action::Accept => side.accepts += 1,
+            Action::Drop => side.drops += 1,
+        }
+    }
+    count
 }
 
 /// What the names of a network's filters begin with.

@@ -175,6 +175,21 @@ async fn a_vm_starts_unplugged_and_is_handed_out_with_its_link_up() {
 }
 
 #[tokio::test]
+async fn nobody_gets_a_vm_whose_rules_went_while_it_booted() {
+    let bench = Bench::new(Guest::Obeys).await;
+    bench.libvirt.delay("update_device", Duration::from_millis(100));
+    let provisioner = bench.provisioner.clone();
+    let making = tokio::spawn(async move { provisioner.provision(&request()).await });
+    while bench.libvirt.list().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    bench.firewall.flush();
+    let error = making.await.unwrap().unwrap_err();
+    assert!(chain(&error).contains("the guard's rules are gone"), "{}", chain(&error));
+    bench.assert_clean();
+}
+
+#[tokio::test]
 async fn an_agent_that_is_silent_or_gone_is_told_with_the_console() {
     for guest in [Guest::Silent, Guest::HangsUp] {
         let bench = Bench::new(guest).await;
