@@ -8,6 +8,7 @@ mod firewall;
 mod hostile;
 mod libvirtd;
 mod monitoring;
+mod nested;
 mod net;
 mod observe;
 mod probes;

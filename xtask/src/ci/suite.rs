@@ -16,11 +16,16 @@ const LINK_LIBVIRT: &[&str] = &["dev-box", "dev-box-cli", "dev-box-benches"];
 /// A test that cannot run here appends a line `SKIPPED: name: reason` to the file that this variable names.
 const SKIP_LOG: &str = "DEV_BOX_SKIP_LOG";
 
-/// The program that tries vsock inside a guest, where there is a loopback for it.
-const VSOCK_PROBE: &str = "target/x86_64-unknown-linux-gnu/agent/examples/vsock_loopback";
+/// The programs that try vsock inside a guest: where there is a loopback for it, and to a guest within.
+const VSOCK_PROBES: [&str; 2] = ["vsock_loopback", "vsock_run"];
+/// Which variable tells the tests where what is, beneath [`STATIC`].
+const IN_GUESTS: [(&str, &str); 2] =
+    [("DEV_BOX_VSOCK_PROBE", "examples/vsock_loopback"), ("DEV_BOX_VSOCK_RUN", "examples/vsock_run")];
+/// Where programs that run in guests are built.
+const STATIC: &str = "target/x86_64-unknown-linux-gnu/agent";
 
 /// Static, as the agent is: it runs in a guest.
-fn build_vsock_probe(workspace: &Workspace) -> Command {
+fn build_vsock_probes(workspace: &Workspace) -> Command {
     let mut command = workspace.cargo();
     command.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
         "build",
@@ -33,9 +38,8 @@ fn build_vsock_probe(workspace: &Workspace) -> Command {
         "dev-box-comm",
         "--features",
         "vsock,testing",
-        "--example",
-        "vsock_loopback",
     ]);
+    command.args(VSOCK_PROBES.into_iter().flat_map(|name| ["--example", name]));
     command
 }
 
@@ -43,10 +47,10 @@ fn build_vsock_probe(workspace: &Workspace) -> Command {
 pub(super) fn all(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
     let skipped = scope.workspace.reports().join("skipped.txt");
     std::fs::write(&skipped, "").map_err(|source| StepError::File { path: skipped.clone(), source })?;
-    let probe = scope.workspace.root().join(VSOCK_PROBE);
-    scope.attempt(&mut build_vsock_probe(scope.workspace));
+    let built = scope.workspace.root().join(STATIC);
+    scope.attempt(&mut build_vsock_probes(scope.workspace));
     let mut command = coverage::nextest(scope.workspace);
-    command.env(SKIP_LOG, &skipped).env("DEV_BOX_VSOCK_PROBE", probe);
+    command.env(SKIP_LOG, &skipped).envs(IN_GUESTS.map(|(variable, name)| (variable, built.join(name))));
     if scope.options.full {
         command.args(["--run-ignored", "all"]).env("PROPTEST_CASES", "4096");
     }
@@ -66,11 +70,17 @@ pub(super) fn all(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
     scope.finish()
 }
 
+/// Which of the other packages' tests run real VMs, or take as long: a nextest filterset.
+const REAL: &str = "test(/^(real|contract::on_qemu)::/) + binary_id(dev-box-image::real_build) \
+    + binary_id(dev-box-net::it) + binary_id(dev-box-observe::monitoring) \
+    + (binary_id(dev-box-provision::it) & test(/^layers::/))";
+
 /// The tests that need no VM, without instrumentation, on this terminal. Where libvirt's headers are not installed,
 /// the packages that link libvirt are left out, and said to be.
 pub(super) fn fast(workspace: &Workspace, more: &[String]) -> Result<(), StepError> {
     let mut command = workspace.cargo();
     command.args(["nextest", "run", "--workspace", "--locked", "--exclude", VM_TESTS]);
+    command.args(["--filterset", &format!("not ({REAL})")]);
     let pkg_config = &mut workspace.tool("pkg-config");
     if process::ends_well_within(pkg_config.args(["--exists", "libvirt"]), Duration::from_secs(10)) {
         command.arg("--all-features");

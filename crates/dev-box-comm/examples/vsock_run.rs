@@ -1,0 +1,56 @@
+//! Runs a command in a VM whose agent listens on vsock, and ends with its exit code: `vsock_run CID COMMAND [ARG...]`.
+//!
+//! ```console
+//! $ cargo run -p dev-box-comm --features vsock --example vsock_run -- 77 uname -a
+//! ```
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use dev_box_comm::HostHello;
+use dev_box_comm::message::{ExecRequest, ExitStatus, Message, Request};
+use dev_box_comm::session::Session;
+use dev_box_comm::transport::{Connection, Dial, VsockDial};
+
+/// A guest inside a guest boots for minutes.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+type Failure = Box<dyn std::error::Error>;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<ExitCode, Failure> {
+    let mut arguments = std::env::args().skip(1);
+    let cid: u32 = arguments.next().ok_or("usage: vsock_run CID COMMAND [ARG...]")?.parse()?;
+    let request = Request::Exec(ExecRequest::new(arguments));
+
+    let connection = reach(&VsockDial::new(cid)).await?;
+    let (session, agent) = Session::connect(connection, HostHello::fresh()?).await?;
+    writeln!(io::stderr(), "agent {} on vsock:{cid}", agent.version)?;
+    let mut parts = session.open(request).await?.split();
+    while let Some(bytes) = parts.output.next().await {
+        io::stdout().write_all(&bytes)?;
+    }
+    while let Some(message) = parts.receiver.recv().await? {
+        if let Message::Exited(exited) = message {
+            return Ok(match exited.status {
+                ExitStatus::Code(code) => ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)),
+                _ => ExitCode::FAILURE,
+            });
+        }
+    }
+    Err("the stream ended before the command did".into())
+}
+
+/// Dials until the agent listens.
+async fn reach(dial: &VsockDial) -> Result<Connection, Failure> {
+    let began = Instant::now();
+    loop {
+        match dial.dial().await {
+            Err(error) if error.is_retryable() && began.elapsed() < PATIENCE => {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            outcome => return Ok(outcome?),
+        }
+    }
+}
