@@ -1,6 +1,7 @@
 //! Runs steps, says how each went, and closes with what failed.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -13,6 +14,8 @@ use crate::workspace::Workspace;
 const TAIL: usize = 60;
 /// With `--full`, every budget is this many times as long.
 const FULL: u32 = 6;
+/// What a first run may leave in the target directory: MiB.
+const ROOM: u64 = 16 * 1024;
 
 /// How one step ended.
 #[derive(Debug, PartialEq)]
@@ -42,6 +45,9 @@ pub(super) fn run(
     }
     let reports = workspace.reports();
     std::fs::create_dir_all(&reports).map_err(|source| CiError::Reports { path: reports, source })?;
+    if let Some(warning) = free_mib(&workspace.target()).and_then(|free| short_of_room(workspace, free)) {
+        println!("{warning}");
+    }
     let began = Instant::now();
     let mut records = Vec::new();
     for (number, step) in chosen.iter().enumerate() {
@@ -67,6 +73,20 @@ pub(super) fn run(
         records.push(record);
     }
     close(&records, began.elapsed(), if options.full { WHOLE * FULL } else { WHOLE })
+}
+
+fn free_mib(directory: &Path) -> Option<u64> {
+    let found = rustix::fs::statvfs(directory).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize) >> 20)
+}
+
+/// A full disk shows as errors of whatever wrote last, far from the cause.
+fn short_of_room(workspace: &Workspace, free: u64) -> Option<String> {
+    let target = workspace.target();
+    let first = !target.join("llvm-cov-target").exists();
+    (first && free < ROOM).then(|| {
+        format!("warning: {free} MiB are free in {}, and a first run may need {ROOM} MiB", target.display())
+    })
 }
 
 fn one(workspace: &Workspace, options: Options, step: &Step, budget: Duration) -> Record {
@@ -195,6 +215,18 @@ mod tests {
 
     fn step(name: &'static str, run: fn(&mut Scope<'_>) -> Result<Outcome, StepError>) -> Step {
         Step { name, about: "", budget: Duration::from_secs(60), run }
+    }
+
+    #[test]
+    fn a_first_run_says_when_the_disk_is_nearly_full() {
+        let directory = tempfile::tempdir().unwrap();
+        let workspace = Workspace::at(directory.path());
+        assert_eq!(short_of_room(&workspace, ROOM), None);
+        let warning = short_of_room(&workspace, 5000).unwrap();
+        assert!(warning.contains("5000 MiB are free"), "{warning}");
+        std::fs::create_dir_all(workspace.target().join("llvm-cov-target")).unwrap();
+        assert_eq!(short_of_room(&workspace, 5000), None);
+        assert!(free_mib(directory.path()).is_some_and(|free| free > 0));
     }
 
     #[test]
