@@ -16,9 +16,15 @@ pub(crate) enum Unit {
     /// Throughput in 2^20 bytes a second: larger is better, and the percentiles are those of the slow side.
     #[serde(rename = "MiB/s")]
     MebibytesPerSecond,
-    /// Operations a second: larger is better, as above.
+    /// Operations a second: larger is better, as above, and the percentiles are those of the slow side.
     #[serde(rename = "1/s")]
     PerSecond,
+    /// Memory in 2^20 bytes: smaller is better.
+    #[serde(rename = "MiB")]
+    Mebibytes,
+    /// How many: smaller is better.
+    #[serde(rename = "count")]
+    Count,
 }
 
 impl Unit {
@@ -28,6 +34,8 @@ impl Unit {
             Self::Milliseconds => "ms",
             Self::MebibytesPerSecond => "MiB/s",
             Self::PerSecond => "1/s",
+            Self::Mebibytes => "MiB",
+            Self::Count => "",
         }
     }
 }

@@ -23,6 +23,7 @@ use serde::Serialize;
 
 use crate::environment::Environment;
 use crate::figure::Figure;
+use crate::registry::Wanted;
 
 /// The layout of the document; raised when a field changes its meaning.
 const FORMAT: u32 = 1;
@@ -75,7 +76,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let mut not_run = Vec::new();
     for benchmark in chosen {
         eprintln!("{}: {}", benchmark.name, benchmark.about);
-        match (benchmark.run)() {
+        match (benchmark.run)(&Wanted::of(benchmark, &args.names)) {
             Ok(measured) => {
                 for figure in &measured {
                     eprintln!("  {figure}");

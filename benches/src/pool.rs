@@ -1,116 +1,287 @@
-//! Clones and the pool, on real VMs, beside cold boots of the same VM in the same run.
+//! Clones, shells, rewinds and the pool, on real VMs, beside what there is without them, all in one run: guests of one CPU and
+//! 256 MiB with the default network.
 
+mod baseline;
+mod cycle;
+mod memory;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dev_box::exec::pool::{PoolSettings, VmPool};
-use dev_box::exec::{Cancel, DiscardSink, NetworkMode, Provisioner, VmRequest};
+use dev_box::core::size::ByteSize;
+use dev_box::exec::pool::{PoolSettings, ResetPolicy, VmPool};
+use dev_box::exec::{Cancel, DiscardSink, Job, Provisioner, ReadyVm, VmRequest};
 use dev_box::provision::{LibvirtProvisioner, NewTemplate, TemplateUse};
 use dev_box::{Config, DevBox};
 
-use crate::end_to_end::{block_on, exec, milliseconds};
+use crate::end_to_end::{block_on, milliseconds};
 use crate::figure::{Figure, Unit};
-use crate::registry::NotRun;
+use crate::registry::{NotRun, Wanted};
 
-const CLONES: usize = 7;
+/// The figures' names, or how they begin.
+pub(crate) const FIGURES: &[&str] = &[
+    "template.create",
+    "boot.cold.256m",
+    "clone.ready",
+    "clone.from_shell",
+    "reset.rewind",
+    "reset.replace",
+    "pool.acquire_warm",
+    "pool.init_8",
+    "pool.cycle",
+    "vm.pss_idle",
+    "baseline.virsh_revert",
+    "baseline.virsh_restore",
+    "baseline.qemu_loadvm",
+];
+
 const BOOTS: usize = 3;
-const LEASES: usize = 10;
+const CLONES: usize = 10;
+const RESETS: usize = 20;
+const LEASES: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(120);
 const TEMPLATE: &str = "dev-box-bench";
+/// Ten MiB, in memory that the guest had not used before.
+const DIRTY: &str = "dd if=/dev/zero of=/dev/shm/dirty bs=1M count=10 2>/dev/null";
 
-/// Clones and boots, one after the other, then a pool of two. Both kinds of network: most of what a clone with a filter takes is
-/// libvirt putting the filter in place.
-pub(crate) fn run() -> Result<Vec<Figure>, NotRun> {
+/// What everything here is measured with.
+pub(crate) struct Bench {
+    dev_box: DevBox,
+    request: VmRequest,
+    clones: LibvirtProvisioner,
+}
+
+/// Times by name.
+type Samples = BTreeMap<String, Vec<f64>>;
+
+pub(crate) fn run(wanted: &Wanted) -> Result<Vec<Figure>, NotRun> {
     block_on(async {
         let dev_box = DevBox::open(Config::load(None)?).await?;
-        let mut figures = Vec::new();
-        for (suffix, network) in [("", NetworkMode::NatFiltered), (".isolated", NetworkMode::Isolated)] {
-            let mut request = dev_box.request("bench");
-            request.network = network;
-            let new = NewTemplate {
-                name: TEMPLATE.parse()?,
-                request: request.clone(),
-                setup: Vec::new(),
-                timeout: PATIENCE,
-                replace: true,
-            };
-            let began = Instant::now();
-            dev_box.create_template(new, Arc::new(DiscardSink), Cancel::never()).await?;
-            let made = milliseconds(began.elapsed());
-            figures.push(Figure::of(format!("template.create{suffix}"), Unit::Milliseconds, vec![made]));
-            let measured = measure(dev_box.provisioner(), &request, suffix).await;
-            let store = dev_box.provisioner().templates()?;
-            store.remove(&TEMPLATE.parse()?)?;
-            figures.extend(measured?);
-        }
-        dev_box.close().await;
+        let mut request = dev_box.request("bench");
+        (request.resources.cpus, request.resources.memory) = (1, ByteSize::mib(256));
+        let new = NewTemplate {
+            name: TEMPLATE.parse()?,
+            request: request.clone(),
+            setup: Vec::new(),
+            timeout: PATIENCE,
+            replace: true,
+        };
+        let began = Instant::now();
+        dev_box.create_template(new, Arc::new(DiscardSink), Cancel::never()).await?;
+        let made = vec![milliseconds(began.elapsed())];
+        let mut figures = vec![Figure::of("template.create", Unit::Milliseconds, made)];
+        let clones = dev_box.provisioner().using(TemplateUse::Named(TEMPLATE.parse()?));
+        let bench = Bench { dev_box, request, clones };
+        let measured = bench.all(wanted, &mut figures).await;
+        let store = bench.dev_box.provisioner().templates()?;
+        bench.dev_box.close().await;
+        store.remove(&TEMPLATE.parse()?)?;
+        measured?;
         Ok(figures)
     })
 }
 
-async fn measure(
-    provisioner: &LibvirtProvisioner,
-    request: &VmRequest,
-    suffix: &str,
-) -> Result<Vec<Figure>, NotRun> {
-    let cloning = provisioner.using(TemplateUse::Named(TEMPLATE.parse()?));
-    let mut figures = Vec::new();
-    figures.extend(
-        one_by_one(&provisioner.using(TemplateUse::Never), request, "boot.cold", suffix, BOOTS).await?,
-    );
-    figures.extend(one_by_one(&cloning, request, "clone.ready", suffix, CLONES).await?);
-
-    let settings = PoolSettings { max_age: PATIENCE * 10, ..PoolSettings::new(2, 4) };
-    let pool = VmPool::new(settings, Arc::new(cloning), request.clone());
-    let leased = lease(&pool).await;
-    pool.shutdown().await;
-    for (name, samples) in leased? {
-        figures.push(Figure::of(format!("{name}{suffix}"), Unit::Milliseconds, samples));
-    }
-    Ok(figures)
-}
-
-/// From asking for a VM to an agent that knows who it is, and to the end of its first command.
-async fn one_by_one(
-    provisioner: &LibvirtProvisioner,
-    request: &VmRequest,
-    name: &str,
-    suffix: &str,
-    times: usize,
-) -> Result<Vec<Figure>, NotRun> {
-    let (mut ready, mut first) = (Vec::new(), Vec::new());
-    for _ in 0..times {
-        let began = Instant::now();
-        let vm = provisioner.provision(request).await?;
-        ready.push(milliseconds(began.elapsed()));
-        let answered = exec(&vm.session).await;
-        first.push(milliseconds(began.elapsed()));
-        provisioner.retire(vm).await?;
-        answered?;
-    }
-    Ok(vec![
-        Figure::of(format!("{name}{suffix}"), Unit::Milliseconds, ready),
-        Figure::of(format!("{name}.first-exec{suffix}"), Unit::Milliseconds, first),
-    ])
-}
-
-/// Hand-overs of VMs that are ready, each followed by a command that answers; and whole cycles.
-async fn lease(pool: &VmPool) -> Result<Vec<(&'static str, Vec<f64>)>, NotRun> {
-    let (mut acquire, mut first, mut refill) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..LEASES {
-        let began = Instant::now();
-        while pool.status().await.is_some_and(|status| status.ready < status.min) {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-            if began.elapsed() > PATIENCE {
-                return Err(format!("the pool does not fill: {:?}", pool.status().await).into());
-            }
+impl Bench {
+    async fn all(&self, wanted: &Wanted, figures: &mut Vec<Figure>) -> Result<(), NotRun> {
+        let boots = self.dev_box.provisioner().using(TemplateUse::Never);
+        if wanted.has("boot.cold.256m") {
+            figures.extend(self.one_by_one(&boots, "boot.cold.256m", BOOTS).await?);
         }
-        refill.push(milliseconds(began.elapsed()));
-        let began = Instant::now();
-        let lease = pool.acquire(PATIENCE).await?;
-        acquire.push(milliseconds(began.elapsed()));
-        exec(&lease.vm().session).await?;
-        first.push(milliseconds(began.elapsed()));
+        if wanted.has("clone.ready") {
+            figures.extend(self.one_by_one(&self.clones, "clone.ready", CLONES).await?);
+        }
+        if wanted.has("clone.from_shell") {
+            figures.extend(self.from_shell().await?);
+        }
+        if wanted.has("reset.rewind") {
+            figures.extend(self.rewind().await?);
+        }
+        if wanted.has("reset.replace") {
+            figures.push(self.replace().await?);
+        }
+        if wanted.has("pool.acquire_warm") {
+            figures.extend(self.acquire_warm().await?);
+        }
+        if wanted.has("pool.init_8") || wanted.has("vm.pss_idle") {
+            figures.extend(self.init(&boots).await?);
+        }
+        if wanted.has("pool.cycle") {
+            figures.extend(cycle::run(self).await?);
+        }
+        if wanted.has("baseline") {
+            figures.extend(baseline::run(self, wanted).await?);
+        }
+        Ok(())
     }
-    Ok(vec![("pool.acquire_warm", acquire), ("pool.acquire_warm.first-exec", first), ("pool.refill", refill)])
+
+    /// The first command in a VM that is ready, which answers with a word of its own.
+    async fn first_exec(&self, vm: &ReadyVm) -> Result<(), NotRun> {
+        let word = format!("nonce-{}-{:?}", vm.name, Instant::now());
+        let done = self.sh(vm, &format!("echo '{word}'")).await?;
+        if done.trim() == word { Ok(()) } else { Err(format!("{} answered {done:?}", vm.name).into()) }
+    }
+
+    async fn sh(&self, vm: &ReadyVm, commands: &str) -> Result<String, NotRun> {
+        let job = Job::new(["/bin/sh", "-c", commands]);
+        let done = self.dev_box.executor().execute(vm, job, Arc::new(DiscardSink), Cancel::never()).await;
+        if !done.success {
+            return Err(format!("`{commands}` ended with {:?}: {:?}", done.outcome, done.error).into());
+        }
+        Ok(done.stdout.text().into_owned())
+    }
+
+    /// From asking for a VM to an agent that knows who it is, each step of it, and to the end of the first command.
+    async fn one_by_one(
+        &self,
+        provisioner: &LibvirtProvisioner,
+        name: &str,
+        times: usize,
+    ) -> Result<Vec<Figure>, NotRun> {
+        let mut samples = Samples::new();
+        for _ in 0..times {
+            let began = Instant::now();
+            let vm = provisioner.provision(&self.request).await?;
+            take(&mut samples, name, began.elapsed());
+            steps(&mut samples, name, &vm);
+            let answered = self.first_exec(&vm).await;
+            take(&mut samples, &format!("{name}.first-exec"), began.elapsed());
+            provisioner.retire(vm).await?;
+            answered?;
+        }
+        Ok(figures(samples))
+    }
+
+    /// `clone.from_shell`: until the guest goes on; `.ready`: until its agent knows who it is.
+    async fn from_shell(&self) -> Result<Vec<Figure>, NotRun> {
+        let mut samples = Samples::new();
+        for _ in 0..CLONES {
+            self.clones.keep_shells(&self.request, 1).await;
+            let began = Instant::now();
+            while self.clones.shells(&self.request) == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                if began.elapsed() > PATIENCE {
+                    return Err("no shell comes up".into());
+                }
+            }
+            // No second one is made while this is measured.
+            let began = Instant::now();
+            let vm = self.clones.provision(&self.request).await?;
+            take(&mut samples, "clone.from_shell.ready", began.elapsed());
+            for (step, took) in &vm.facts.timings {
+                let name = if step == "load" {
+                    "clone.from_shell".to_owned()
+                } else {
+                    step_of("clone.from_shell", step)
+                };
+                take(&mut samples, &name, *took);
+            }
+            self.first_exec(&vm).await?;
+            take(&mut samples, "clone.from_shell.first-exec", began.elapsed());
+            self.clones.keep_shells(&self.request, 0).await;
+            self.clones.retire(vm).await?;
+        }
+        Ok(figures(samples))
+    }
+
+    /// After a job that dirtied 10 MiB. `reset.rewind`: until the guest goes on; `.ready`: until its agent knows who it is.
+    async fn rewind(&self) -> Result<Vec<Figure>, NotRun> {
+        let mut samples = Samples::new();
+        let mut vm = self.clones.provision(&self.request).await?;
+        for _ in 0..RESETS {
+            self.sh(&vm, DIRTY).await?;
+            let began = Instant::now();
+            vm = self.clones.reset(vm).await?;
+            take(&mut samples, "reset.rewind.ready", began.elapsed());
+            let until = vm.facts.timings.iter().position(|(step, _)| step == "go on").unwrap_or(0);
+            let goes_on: Duration = vm.facts.timings.iter().take(until + 1).map(|(_, took)| *took).sum();
+            take(&mut samples, "reset.rewind", goes_on);
+            steps(&mut samples, "reset.rewind", &vm);
+            self.first_exec(&vm).await?;
+            take(&mut samples, "reset.rewind.first-exec", began.elapsed());
+        }
+        self.clones.retire(vm).await?;
+        Ok(figures(samples))
+    }
+
+    /// From giving one back to the next one's being ready: the old one goes in the background.
+    async fn replace(&self) -> Result<Figure, NotRun> {
+        let mut took = Vec::new();
+        let mut vm = self.clones.provision(&self.request).await?;
+        for _ in 0..CLONES {
+            let began = Instant::now();
+            let clones = self.clones.clone();
+            let going = tokio::spawn(async move { clones.retire(vm).await });
+            vm = self.clones.provision(&self.request).await?;
+            took.push(milliseconds(began.elapsed()));
+            // What is left of it is the next sweep's.
+            let _ = going.await?;
+        }
+        self.clones.retire(vm).await?;
+        Ok(Figure::of("reset.replace", Unit::Milliseconds, took))
+    }
+
+    /// The hand-over of a VM that is ready, counted when its first command answers without anything else being done.
+    async fn acquire_warm(&self) -> Result<Vec<Figure>, NotRun> {
+        let settings = PoolSettings { reset: ResetPolicy::Rewind, ..self.settings(2) };
+        let pool = VmPool::new(settings, Arc::new(self.clones.clone()), self.request.clone());
+        pool.initialize().await?;
+        let mut samples = Samples::new();
+        for _ in 0..LEASES {
+            while pool.status().await.is_some_and(|status| status.ready == 0) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            let began = Instant::now();
+            let lease = pool.acquire(PATIENCE).await?;
+            let took = began.elapsed();
+            self.first_exec(lease.vm()).await?;
+            take(&mut samples, "pool.acquire_warm", took);
+            take(&mut samples, "pool.acquire_warm.first-exec", began.elapsed());
+            lease.release();
+        }
+        pool.shutdown().await;
+        Ok(figures(samples))
+    }
+
+    /// Eight at once, cloned and booted, made as many at a time as there are cores; and what each of the clones takes.
+    async fn init(&self, boots: &LibvirtProvisioner) -> Result<Vec<Figure>, NotRun> {
+        let mut figures = Vec::new();
+        for (name, provisioner) in [("pool.init_8", &self.clones), ("pool.init_8.booted", boots)] {
+            let before = memory::qemu_pss()?;
+            let began = Instant::now();
+            let pool = VmPool::new(self.settings(8), Arc::new(provisioner.clone()), self.request.clone());
+            pool.initialize().await?;
+            figures.push(Figure::of(name, Unit::Milliseconds, vec![milliseconds(began.elapsed())]));
+            if name == "pool.init_8" {
+                let after = memory::qemu_pss()?;
+                let each = (after - before) / 8.0;
+                figures.push(Figure::of("vm.pss_idle", Unit::Mebibytes, vec![each]));
+            }
+            pool.shutdown().await;
+        }
+        Ok(figures)
+    }
+
+    /// Nothing goes for its age while it is measured.
+    fn settings(&self, size: usize) -> PoolSettings {
+        PoolSettings { max_age: PATIENCE * 10, ..PoolSettings::new(size, size + 2) }
+    }
+}
+
+fn take(samples: &mut Samples, name: &str, took: Duration) {
+    samples.entry(name.to_owned()).or_default().push(milliseconds(took));
+}
+
+fn step_of(name: &str, step: &str) -> String {
+    format!("{name}.step.{}", step.replace(' ', "-"))
+}
+
+fn steps(samples: &mut Samples, name: &str, vm: &ReadyVm) {
+    for (step, took) in &vm.facts.timings {
+        take(samples, &step_of(name, step), *took);
+    }
+}
+
+fn figures(samples: Samples) -> Vec<Figure> {
+    samples.into_iter().map(|(name, samples)| Figure::of(name, Unit::Milliseconds, samples)).collect()
 }

@@ -13,7 +13,26 @@ pub(crate) type NotRun = Box<dyn Error>;
 pub(crate) struct Benchmark {
     pub(crate) name: &'static str,
     pub(crate) about: &'static str,
-    pub(crate) run: fn() -> Result<Vec<Figure>, NotRun>,
+    /// The beginnings of its figures' names, where they are not the benchmark's own.
+    pub(crate) figures: &'static [&'static str],
+    pub(crate) run: fn(&Wanted) -> Result<Vec<Figure>, NotRun>,
+}
+
+/// Which figures are asked for, so that a benchmark of many need not take all.
+#[derive(Debug, Default)]
+pub(crate) struct Wanted(Vec<String>);
+
+impl Wanted {
+    /// What was named on the command line; of `benchmark`, all is wanted when it was named itself.
+    pub(crate) fn of(benchmark: &Benchmark, names: &[String]) -> Self {
+        let whole = names.is_empty() || names.iter().any(|name| benchmark.name.starts_with(name.as_str()));
+        Self(if whole { Vec::new() } else { names.to_vec() })
+    }
+
+    /// Whether that figure, or one whose name begins so, is wanted.
+    pub(crate) fn has(&self, figure: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|name| figure.starts_with(name) || name.starts_with(figure))
+    }
 }
 
 /// All of them, cheap ones first.
@@ -21,49 +40,73 @@ const ALL: &[Benchmark] = &[
     Benchmark {
         name: "codec",
         about: "frames of 64 KiB to bytes and back, beside memcpy and CRC32 in the same run",
-        run: micro::codec::run,
+        figures: &[],
+        run: |_| micro::codec::run(),
     },
-    Benchmark { name: "xml.build", about: "a VM's specification to libvirt's XML", run: micro::xml::run },
+    Benchmark {
+        name: "xml.build",
+        about: "a VM's specification to libvirt's XML",
+        figures: &[],
+        run: |_| micro::xml::run(),
+    },
     Benchmark {
         name: "metrics",
         about: "a counter and a time recorded; everything rendered, with a hundred VMs",
-        run: micro::observe::metrics,
+        figures: &[],
+        run: |_| micro::observe::metrics(),
     },
     Benchmark {
         name: "audit",
         about: "entries appended to the audit log in groups, at a thousand a second",
-        run: micro::observe::audit,
+        figures: &[],
+        run: |_| micro::observe::audit(),
     },
-    Benchmark { name: "anomaly", about: "one sample through each detector", run: micro::observe::anomaly },
+    Benchmark {
+        name: "anomaly",
+        about: "one sample through each detector",
+        figures: &[],
+        run: |_| micro::observe::anomaly(),
+    },
     Benchmark {
         name: "boot.cold",
         about: "a VM from nothing to an agent that knows who it is, and each step of it",
-        run: end_to_end::boot_cold,
+        figures: &[],
+        run: |_| end_to_end::boot_cold(),
     },
     Benchmark {
         name: "exec.true",
         about: "/bin/true in a VM, from the request to its exit; and a ping beside it",
-        run: end_to_end::exec_true,
+        figures: &[],
+        run: |_| end_to_end::exec_true(),
     },
     Benchmark {
         name: "wait.started",
         about: "from libvirt saying that a VM runs to our knowing it",
-        run: snapshots::wait_started,
+        figures: &[],
+        run: |_| snapshots::wait_started(),
     },
     Benchmark {
         name: "snapshot",
         about: "going back in place, beside virsh snapshot-revert on the same VM in the same run",
-        run: snapshots::restore,
+        figures: &[],
+        run: |_| snapshots::restore(),
     },
     Benchmark {
         name: "channel",
         about: "a VM's channel: echo, exec's overhead, attach, output, files",
-        run: channel::run,
+        figures: &[],
+        run: |_| channel::run(),
     },
-    Benchmark { name: "exec.lost", about: "from the kill of QEMU to the news of it", run: channel::lost },
+    Benchmark {
+        name: "exec.lost",
+        about: "from the kill of QEMU to the news of it",
+        figures: &[],
+        run: |_| channel::lost(),
+    },
     Benchmark {
         name: "pool",
-        about: "clones of a template and hand-overs of a pool, beside cold boots",
+        about: "clones, shells, rewinds and hand-overs of a pool, beside cold boots and what libvirt and QEMU offer",
+        figures: pool::FIGURES,
         run: pool::run,
     },
 ];
@@ -79,7 +122,9 @@ pub(crate) struct Unknown {
 pub(crate) fn choose(names: &[String]) -> Result<Vec<&'static Benchmark>, Unknown> {
     // `codec.encode` asks for the benchmark that has this figure among others.
     let fits = |benchmark: &Benchmark, name: &str| {
-        benchmark.name.starts_with(name) || name.starts_with(&format!("{}.", benchmark.name))
+        benchmark.name.starts_with(name)
+            || name.starts_with(&format!("{}.", benchmark.name))
+            || benchmark.figures.iter().any(|figure| figure.starts_with(name))
     };
     if let Some(name) = names.iter().find(|name| !ALL.iter().any(|benchmark| fits(benchmark, name))) {
         let known: Vec<_> = ALL.iter().map(|benchmark| benchmark.name).collect();
@@ -105,6 +150,11 @@ mod tests {
         assert_eq!(names(&[]).len(), ALL.len());
         assert_eq!(names(&["xml"]), ["xml.build"]);
         assert_eq!(names(&["codec.encode.64k"]), ["codec"]);
+        assert_eq!(names(&["reset.rewind"]), ["pool"]);
+        let pool = choose(&["pool".to_owned()]).unwrap()[0];
+        let wants = |name: &str| Wanted::of(pool, &[name.to_owned()]);
+        assert!(wants("pool").has("reset.rewind") && wants("reset").has("reset.rewind"));
+        assert!(!wants("reset.rewind").has("clone.ready"));
         let error = choose(&["nonsense".to_owned()]).unwrap_err();
         assert!(error.to_string().contains("xml.build"));
     }

@@ -3,15 +3,19 @@
 #![expect(clippy::unwrap_used, reason = "the helpers of tests may panic as the tests do")]
 
 mod daemon;
+mod daemon_pool;
 mod doctor;
 mod firewall;
 mod hostile;
+mod in_process;
 mod libvirtd;
 mod monitoring;
 mod nested;
 mod net;
 mod observe;
+mod pool;
 mod probes;
+mod rewind;
 mod run;
 mod sessions;
 mod soak;

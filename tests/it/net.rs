@@ -8,7 +8,7 @@ use dev_box_tests::{Daemon, Host};
 
 /// Asks the resolver for its version (CHAOS TXT `version.bind`), which it answers by itself: no name server of the
 /// internet needs to be in reach.
-const ASK_RESOLVER: &str = r#"
+pub(crate) const ASK_RESOLVER: &str = r#"
 import socket
 resolver = [l.split()[1] for l in open("/etc/resolv.conf") if l.startswith("nameserver")][0]
 query = bytes.fromhex("abcd01000001000000000000") + b"\7version\4bind\0" + bytes.fromhex("00100003")

@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Ps(commands::ps::PsArgs),
     /// Remove VMs that the daemon keeps.
     Rm(commands::rm::RmArgs),
+    /// VMs that the daemon keeps ready: look at them, fill up, drain.
+    Pool(commands::pool::PoolArgs),
     /// Guest images: build, list, inspect, remove.
     #[command(subcommand)]
     Image(ImageCommand),

@@ -57,8 +57,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::new)?;
     let outcome = runtime.block_on(async {
         match cli.command {
-            Command::Run(args) => commands::run::run(config, args).await,
-            Command::Serve(args) => commands::serve::run(config, args).await,
+            Command::Run(args) => Box::pin(commands::run::run(config, args)).await,
+            Command::Serve(args) => Box::pin(commands::serve::run(config, args)).await,
             Command::Start(args) => commands::start::run(config, args).await,
             Command::Exec(args) => Box::pin(commands::exec::run(config, args)).await,
             Command::PortForward(args) => commands::port_forward::run(config, args).await,
@@ -68,6 +68,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Kill(args) => commands::kill::run(config, args).await,
             Command::Cp(args) => Box::pin(commands::cp::run(config, args)).await,
             Command::Ps(args) => commands::ps::run(config, args).await,
+            Command::Pool(args) => commands::pool::run(config, args).await,
             Command::Rm(args) => commands::rm::run(config, args).await,
             Command::Image(command) => commands::image::run(config, command).await,
             Command::Template(command) => commands::template::run(config, command).await,

@@ -116,7 +116,8 @@ impl AgentExecutor {
     }
 
     /// Gets a VM that meets `request`, runs `job` in it as [`execute`](Self::execute) does, and retires the VM, whatever
-    /// happened: also when this future is dropped.
+    /// happened: also when this future is dropped. A VM whose job exited in order is released instead, which is the same
+    /// where nobody keeps VMs.
     ///
     /// A VM that cannot be retired completely is a warning in the result; a later sweep finds what is left.
     pub async fn execute_once(
@@ -146,7 +147,7 @@ impl AgentExecutor {
                 if let Some(vm) = leased.vm.take() {
                     let who = Who { sink: &self.audit, actor: &self.actor, vm: &vm.name, job: report.job() };
                     self.audit.note(who.entry(Entry::fact(AuditEvent::LeaseRelease {})));
-                    retire(provisioner, vm, &cancel, &mut report).await;
+                    give_back(provisioner, vm, &cancel, &mut report).await;
                 }
             }
             Err(cause) => report.fail(&cause),
@@ -379,10 +380,11 @@ impl Drop for Leased<'_> {
     }
 }
 
-async fn retire(provisioner: &Arc<dyn Provisioner>, vm: ReadyVm, cancel: &Cancel, report: &mut Report) {
+async fn give_back(provisioner: &Arc<dyn Provisioner>, vm: ReadyVm, cancel: &Cancel, report: &mut Report) {
+    let giving = if report.is_in_order() { provisioner.release(vm) } else { provisioner.retire(vm) };
     let retired = tokio::select! {
         biased;
-        retired = provisioner.retire(vm) => retired,
+        retired = giving => retired,
         // It goes on in the background: that is the provisioner's contract.
         () = cancel.reached(Urgency::Immediate) => Ok(()),
     };

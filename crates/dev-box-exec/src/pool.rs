@@ -2,13 +2,16 @@
 //!
 //! ```text
 //!   acquire ---> queue (FIFO) ---> Lease ---> dropped ---> retired
-//!                  ^                                          |
+//!                  ^                 |                        |
 //!   Provisioner -> ready <------ refilled to `min` <----------+
+//!                    ^               | released, and the pool rewinds
+//!                    +--- reset <----+
 //! ```
 //! One task owns all of it: a pure state machine decides, and the task carries out. Making, checking and taking down are
 //! tasks of their own, so that a hand-over waits for none of them: it is a message there and a message back.
 //!
-//! A lease ends by being dropped, and its VM is never used again: it is taken down, and another takes its place.
+//! A lease ends by being dropped, and its VM is never used again: it is taken down, and another takes its place. Only in a
+//! pool that was told to ([`ResetPolicy::Rewind`]) a VM whose lease was released in order is made as good as new instead.
 
 mod driver;
 mod machine;
@@ -18,7 +21,7 @@ mod pooled;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -31,6 +34,27 @@ pub use pooled::PooledProvisioner;
 /// Commands under way: senders wait when the driver does not keep up.
 const COMMANDS: usize = 64;
 
+/// What becomes of a VM after its lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResetPolicy {
+    /// It is taken down, and another takes its place: no two leases ever share a VM's process.
+    #[default]
+    Replace,
+    /// It is reset in place, when its lease ended in order: for leases of one trust domain, since whoever took over the VM's
+    /// process in one lease would have it in the next.
+    Rewind,
+}
+
+/// How a lease ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// It was given back: its agent answers, and what was started in it was awaited.
+    InOrder,
+    /// Nobody said so: whoever had it panicked, was cancelled, or lost the VM.
+    Abnormal,
+}
+
 /// How a pool behaves. [`PoolSettings::new`] fills in what has a default.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolSettings {
@@ -38,6 +62,8 @@ pub struct PoolSettings {
     pub min: usize,
     /// VMs at most: those being made, ready, leased, and those not gone yet.
     pub max: usize,
+    /// What becomes of a VM after its lease ([`ResetPolicy::Replace`]).
+    pub reset: ResetPolicy,
     /// VMs being made at a time: the number of cores.
     pub parallel: usize,
     /// Callers that may wait at a time.
@@ -64,6 +90,7 @@ impl PoolSettings {
         Self {
             min: min.min(max),
             max,
+            reset: ResetPolicy::default(),
             parallel: std::thread::available_parallelism().map_or(1, usize::from),
             max_waiting: 1024,
             max_age: Duration::from_secs(3600),
@@ -103,7 +130,7 @@ pub enum PoolError {
 }
 
 /// A pool's numbers.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PoolStatus {
     /// VMs that are kept ready.
     pub min: usize,
@@ -115,6 +142,8 @@ pub struct PoolStatus {
     pub leased: usize,
     /// Being made.
     pub making: usize,
+    /// Being reset in place.
+    pub resetting: usize,
     /// Being taken down.
     pub retiring: usize,
     /// Callers that wait.
@@ -123,6 +152,10 @@ pub struct PoolStatus {
     pub made: u64,
     /// VMs handed over.
     pub granted: u64,
+    /// VMs reset in place.
+    pub reset: u64,
+    /// VMs that could not be reset, and went instead.
+    pub lost: u64,
     /// Callers turned away.
     pub refused: u64,
     /// VMs that could not be made.
@@ -195,9 +228,9 @@ impl VmPool {
         Ok(lease)
     }
 
-    /// Ends a lease: the same as dropping it.
+    /// Ends a lease in order. See [`Lease::release`].
     pub fn release(&self, lease: Lease) {
-        drop(lease);
+        lease.release();
     }
 
     /// The numbers; `None` when the pool has shut down.
@@ -224,7 +257,7 @@ impl VmPool {
     }
 }
 
-/// A VM in somebody's hands. Dropped, the VM goes back to the pool, which takes it down.
+/// A VM in somebody's hands. Dropped, the VM goes back to the pool, which takes it down; see also [`release`](Self::release).
 #[derive(Debug)]
 pub struct Lease {
     vm: Option<ReadyVm>,
@@ -236,8 +269,16 @@ pub struct Lease {
 #[derive(Debug)]
 struct Returned {
     vm: ReadyVm,
-    /// Whether anybody had it.
-    used: bool,
+    /// How the lease ended; `None` when nobody had it.
+    ending: Option<Ending>,
+}
+
+impl Returned {
+    fn released(vm: ReadyVm) -> Self {
+        // Whatever is said: a VM that went away, or broke the protocol, is not used again.
+        let alive = vm.session.close_reason().is_none();
+        Self { vm, ending: Some(if alive { Ending::InOrder } else { Ending::Abnormal }) }
+    }
 }
 
 impl Lease {
@@ -251,6 +292,14 @@ impl Lease {
         }
     }
 
+    /// Ends the lease in order: the VM's agent answers, and what was started in it was awaited. A pool that rewinds uses it
+    /// again; every other takes it down, as if the lease had been dropped.
+    pub fn release(self) {
+        if let Some((vm, back)) = self.part() {
+            let _ = back.send(Returned::released(vm));
+        }
+    }
+
     /// The VM, and the way back for it.
     fn part(mut self) -> Option<(ReadyVm, oneshot::Sender<Returned>)> {
         self.vm.take().zip(self.back.take())
@@ -261,7 +310,7 @@ impl Drop for Lease {
     fn drop(&mut self) {
         if let (Some(vm), Some(back)) = (self.vm.take(), self.back.take()) {
             // Fails only when the driver is gone with its runtime: then the process ends, and a sweep finds the VM.
-            let _ = back.send(Returned { vm, used: self.claimed });
+            let _ = back.send(Returned { vm, ending: self.claimed.then_some(Ending::Abnormal) });
         }
     }
 }

@@ -147,6 +147,12 @@ pub enum ProvisionError {
         /// The last lines of the guest's console, terminal escapes removed; may be empty.
         console: String,
     },
+    /// The VM was not made as good as new. It is gone.
+    #[error("the VM cannot be reset: {why}")]
+    NotReset {
+        /// Why.
+        why: String,
+    },
     /// The provisioner is shutting down.
     #[error("shutting down: no further VMs are made")]
     ShuttingDown,
@@ -176,6 +182,29 @@ pub trait Provisioner: Debug + Send + Sync {
     /// # Errors
     /// [`ProvisionError`], when something could not be removed; a later sweep finds it.
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>>;
+
+    /// As [`retire`](Self::retire), of a VM whose use ended in order: its agent answers and what was started in it was
+    /// awaited. Whoever keeps VMs may keep it then; everybody else just retires it.
+    ///
+    /// # Errors
+    /// As [`retire`](Self::retire).
+    fn release(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
+        self.retire(vm)
+    }
+
+    /// Makes a used VM as good as new in place: nothing of what was done in it is left, and its agent knows a new
+    /// identity. Its name and address stay. Goes on in the background when the future is dropped; the VM is retired then.
+    ///
+    /// This default retires the VM.
+    ///
+    /// # Errors
+    /// [`ProvisionError::NotReset`] and others; the VM is gone then.
+    fn reset(&self, vm: ReadyVm) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
+        Box::pin(async move {
+            self.retire(vm).await?;
+            Err(ProvisionError::NotReset { why: "these VMs cannot be reset in place".to_owned() })
+        })
+    }
 }
 
 #[cfg(test)]

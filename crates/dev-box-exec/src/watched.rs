@@ -3,6 +3,7 @@
 //! ```text
 //!  provision: intent `vm.create` on disk -> made -> result; `vm.ready`, `net.attach`   -> Watcher::ready
 //!  retire:    Watcher::gone -> intent `vm.destroy` -> gone -> result
+//!  reset:     Watcher::gone -> intent `vm.reset` -> as good as new -> result                     -> Watcher::ready
 //!  the channel closes though nobody retired it: `vm.died`
 //! ```
 
@@ -14,9 +15,10 @@ use std::time::Duration;
 use dev_box_comm::session::CloseReason;
 use dev_box_core::accel::{self, Accelerator};
 use dev_box_core::id::VmName;
-use dev_box_observe::audit::{Accel, Text, Transport};
+use dev_box_observe::audit::{Accel, ResetMethod, Text, Transport};
 use dev_box_observe::metrics::{self, Held};
 use dev_box_observe::{Act, Actor, AuditEvent, AuditSink, Entry, Outcome};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -62,6 +64,8 @@ struct Live {
     _counted: Held,
     /// Waits for its channel's end.
     death: AbortHandle,
+    /// What it is, for when it is another's.
+    request: VmRequest,
 }
 
 impl Drop for Live {
@@ -216,8 +220,53 @@ impl WatchedProvisioner {
                 shared.died(&name, &why, actor);
             }
         });
-        let live = Live { _counted: metrics::VMS.hold(&["running"]), death: death.abort_handle() };
+        let live = Live {
+            _counted: metrics::VMS.hold(&["running"]),
+            death: death.abort_handle(),
+            request: request.clone(),
+        };
         self.shared.live().insert(vm.name.clone(), live);
+    }
+
+    /// For the watcher, a VM that is as good as new is another one.
+    async fn renew(&self, vm: ReadyVm) -> Result<ReadyVm, ProvisionError> {
+        let name = vm.name.clone();
+        let known = self.shared.live().remove(&name).map(|live| live.request.clone());
+        if let Some(watcher) = &self.shared.watcher {
+            watcher.gone(&name);
+        }
+        let reset = AuditEvent::VmReset { method: ResetMethod::Rewind };
+        let begun = Act::begin(&self.shared.audit, self.entry(Entry::intent(reset), &name)).await;
+        let (act, request) = match (begun, known) {
+            (Ok(act), Some(request)) => (act, request),
+            (begun, _) => {
+                self.take_down(vm).await?;
+                let why = begun.err().map_or_else(
+                    || "nobody knows what it is".to_owned(),
+                    |error| format!("it could not be audited: {error}"),
+                );
+                return Err(ProvisionError::NotReset { why });
+            }
+        };
+        let renewed = self.behind.reset(vm).await;
+        let outcome = match &renewed {
+            Ok(vm) => {
+                self.keep(vm, &request);
+                Outcome::Ok
+            }
+            Err(error) => {
+                metrics::ERRORS.add(1, &[layer(error)]);
+                Outcome::failed(error)
+            }
+        };
+        match (act.finish(outcome).await, renewed) {
+            (Ok(_), renewed) => renewed,
+            (Err(_), Err(error)) => Err(error),
+            (Err(unwritten), Ok(vm)) => {
+                self.take_down(vm).await?;
+                Err(ProvisionError::NotReset { why: format!("it could not be audited: {unwritten}") })
+            }
+        }
     }
 
     async fn take_down(&self, vm: ReadyVm) -> Result<(), ProvisionError> {
@@ -265,6 +314,22 @@ impl Provisioner for WatchedProvisioner {
                 Err(ProvisionError::Step { step: "retire".to_owned(), source: error.into() })
             })
         })
+    }
+
+    fn reset(&self, vm: ReadyVm) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
+        let this = self.clone();
+        let (reply, answer) = oneshot::channel();
+        self.shared.ending.spawn(async move {
+            if let Err(Ok(unwanted)) = reply.send(this.renew(vm).await)
+                && let Err(error) = this.take_down(unwanted).await
+            {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "a VM nobody waited for was not removed"
+                );
+            }
+        });
+        Box::pin(async move { answer.await.unwrap_or(Err(ProvisionError::ShuttingDown)) })
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use dev_box_core::size::ByteSize;
 
 use crate::lock::Lock;
-use crate::qcow2::{self, Qcow2Error};
+use crate::qcow2::{self, Point, Qcow2Error};
 use crate::space::{self, SpaceError, SpaceLimits};
 
 /// How often, and how many times, a base that someone else holds alone is tried: for two seconds.
@@ -97,6 +97,32 @@ impl Overlay {
         size: Option<ByteSize>,
         limits: &SpaceLimits,
     ) -> Result<Self, OverlayError> {
+        Self::make(base, path, size, limits, None)
+    }
+
+    /// As [`Self::create_within`], with a point to go back to: an internal snapshot named `point` of the disk as it is
+    /// now, which is to the guest what `base` holds, with the machine's state in the file `state` (at most 64 MiB).
+    ///
+    /// # Errors
+    /// [`OverlayError`]; nothing is left behind then.
+    pub fn create_with_point(
+        base: &Path,
+        path: &Path,
+        size: Option<ByteSize>,
+        limits: &SpaceLimits,
+        (point, state): (&str, &Path),
+    ) -> Result<Self, OverlayError> {
+        let state = fs::read(state).map_err(io("read", state))?;
+        Self::make(base, path, size, limits, Some(Point { name: point, state: &state }))
+    }
+
+    fn make(
+        base: &Path,
+        path: &Path,
+        size: Option<ByteSize>,
+        limits: &SpaceLimits,
+        point: Option<Point<'_>>,
+    ) -> Result<Self, OverlayError> {
         // The real file: what a link points at may change, what an overlay lies on must not.
         let base = base.canonicalize().map_err(io("find", base))?;
         let lock = hold(&base)?;
@@ -109,7 +135,11 @@ impl Overlay {
         if size > limits.overlay_max {
             return Err(OverlayError::TooLarge { size, limit: limits.overlay_max });
         }
-        let (head, length) = qcow2::empty_overlay(&base, size).map_err(fail)?;
+        let made = match point {
+            None => qcow2::empty_overlay(&base, size),
+            Some(point) => qcow2::overlay_with_point(&base, size, point),
+        };
+        let (head, length) = made.map_err(fail)?;
         space::require(path.parent().unwrap_or(Path::new("/")), ByteSize::bytes(length), limits)?;
         write(path, &head, length)?;
         Ok(Self { path: path.to_owned(), base, size, _base: lock })
@@ -283,5 +313,45 @@ mod tests {
         assert_eq!(info["virtual-size"], 60_u64 << 30);
         assert_eq!(info["backing-filename-format"], "qcow2");
         assert_eq!(info["full-backing-filename"].as_str(), disk.canonicalize().unwrap().to_str());
+    }
+
+    #[test]
+    fn qemu_finds_nothing_wrong_with_a_point_either() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = directory.path().join("root.qcow2");
+        let image = |args: &[&str]| std::process::Command::new("qemu-img").args(args).output();
+        let Ok(made) = image(&["create", "-f", "qcow2", disk.to_str().unwrap(), "3G"]) else {
+            crate::testing::skip(
+                "overlay::qemu_finds_nothing_wrong_with_a_point_either",
+                "qemu-img is not installed",
+            );
+            return;
+        };
+        assert!(made.status.success());
+        let (state, path) = (directory.path().join("state"), directory.path().join("overlay.qcow2"));
+        let limits = SpaceLimits::default();
+        for (length, size) in
+            [(1, ByteSize::gib(3)), (65_536, ByteSize::gib(4)), (900_001, ByteSize::gib(16))]
+        {
+            fs::write(&state, vec![7; length]).unwrap();
+            let overlay =
+                Overlay::create_with_point(&disk, &path, Some(size), &limits, ("point", &state)).unwrap();
+            let path = overlay.path().to_str().unwrap();
+            let check = image(&["check", path]).unwrap();
+            assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+            let info = image(&["info", "--output=json", path]).unwrap();
+            let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+            assert_eq!(info["virtual-size"], size.as_bytes());
+            let point = &info["snapshots"][0];
+            assert_eq!((&point["name"], &point["vm-state-size"]), (&"point".into(), &length.into()));
+            // Going back to it is sound as well.
+            assert!(image(&["snapshot", "-a", "point", path]).unwrap().status.success());
+            let check = image(&["check", path]).unwrap();
+            assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+            Overlay::remove(overlay.path()).unwrap();
+        }
+        let missing = directory.path().join("none");
+        let error = Overlay::create_with_point(&disk, &path, None, &limits, ("point", &missing)).unwrap_err();
+        assert!(matches!(error, OverlayError::Io { verb: "read", .. }), "{error}");
     }
 }

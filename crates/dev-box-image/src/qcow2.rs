@@ -2,6 +2,13 @@
 //!
 //! An empty overlay is four clusters: the header with the name of the file beneath, one refcount table, one
 //! refcount block, one L1 table. Writing those directly takes a hundredth of what starting qemu-img takes.
+//!
+//! An overlay with a saved point has five kinds of cluster more: an internal snapshot of the empty disk, to which a
+//! machine's state belongs. QEMU keeps such a state behind the disk's last byte, in the snapshot's own L1 table:
+//!
+//! ```text
+//!  0 header | 1 refcount table | 2 refcount block | 3 L1 | 4 snapshot table | 5 its L1 | 6 its L2 | 7.. the state
+//! ```
 
 use std::ffi::OsStr;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -21,6 +28,9 @@ const HEADER_LENGTH: u32 = 104;
 const BACKING_FORMAT: u32 = 0xE279_2ACA;
 /// The specification's limit for the backing file's name.
 const MAX_BACKING_NAME: usize = 1023;
+/// A machine's devices take less than one.
+const MAX_STATE: u64 = 64 << 20;
+const MAX_POINT_NAME: usize = 255;
 /// Refcounts of 16 bits.
 const REFCOUNT_ORDER: u32 = 4;
 
@@ -93,8 +103,66 @@ pub fn header_of(path: &Path) -> Result<Header, Qcow2Error> {
     read_header(&mut std::fs::File::open(path)?)
 }
 
+/// The state of a machine at the moment at which its disk is empty, by the name QEMU is to load it by.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Point<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) state: &'a [u8],
+}
+
 /// The first bytes of an empty overlay, and the length of the whole file (what is beyond is zeroes).
 pub(crate) fn empty_overlay(backing: &Path, size: ByteSize) -> Result<(Vec<u8>, u64), Qcow2Error> {
+    let mut image = head(backing, size, None)?;
+    image.pad_to(CLUSTER).u64(2 * CLUSTER); // the refcount table's one entry
+    image.pad_to(2 * CLUSTER).u16(1).u16(1).u16(1).u16(1); // four clusters in use
+    Ok((image.0, 4 * CLUSTER))
+}
+
+/// As [`empty_overlay`], with a point to go back to.
+pub(crate) fn overlay_with_point(
+    backing: &Path,
+    size: ByteSize,
+    point: Point<'_>,
+) -> Result<(Vec<u8>, u64), Qcow2Error> {
+    let length = point.state.len() as u64;
+    if length == 0 || length > MAX_STATE {
+        return Err(Qcow2Error::Unsupported("the machine's state must have 1 byte to 64 MiB"));
+    }
+    if point.name.is_empty() || point.name.len() > MAX_POINT_NAME {
+        return Err(Qcow2Error::Unsupported("the point's name must have 1 to 255 bytes"));
+    }
+    // The state begins behind the disk, at the next L1 entry's first byte; one L2 table holds all of it.
+    let before = l1_entries(size);
+    if u64::from(before) >= CLUSTER / 8 {
+        return Err(Qcow2Error::Unsupported("a disk of 4 TiB has no room for a machine's state behind it"));
+    }
+    let clusters = length.div_ceil(CLUSTER);
+    let mut image = head(backing, size, Some(4 * CLUSTER))?;
+    image.pad_to(CLUSTER).u64(2 * CLUSTER).pad_to(2 * CLUSTER);
+    for _ in 0..7 + clusters {
+        image.u16(1);
+    }
+    image.pad_to(4 * CLUSTER).u64(5 * CLUSTER).u32(before + 1);
+    let name = point.name.as_bytes();
+    image.u16(1).u16(u16::try_from(name.len()).unwrap_or(u16::MAX)); // lengths of id and name
+    image.u32(0).u32(0).u64(0).u32(u32::try_from(length).unwrap_or(u32::MAX)); // no date; size of the state
+    image.u32(24).u64(length).u64(size.as_bytes()).u64(u64::MAX); // the same, the disk's, no instruction count
+    image.bytes(b"1").bytes(name);
+    image.pad_to(5 * CLUSTER + u64::from(before) * 8).u64(6 * CLUSTER).pad_to(6 * CLUSTER);
+    for cluster in 0..clusters {
+        image.u64((7 + cluster) * CLUSTER);
+    }
+    image.pad_to(7 * CLUSTER).bytes(point.state);
+    Ok((image.0, (7 + clusters) * CLUSTER))
+}
+
+/// How many L1 entries a disk has.
+fn l1_entries(size: ByteSize) -> u32 {
+    u32::try_from(size.as_bytes().div_ceil(PER_L1_ENTRY)).unwrap_or(u32::MAX)
+}
+
+/// The header's cluster, with one snapshot, or none.
+fn head(backing: &Path, size: ByteSize, snapshots: Option<u64>) -> Result<Writer, Qcow2Error> {
     let name = backing.as_os_str().as_bytes();
     if !backing.is_absolute() || name.len() > MAX_BACKING_NAME {
         return Err(Qcow2Error::Unsupported("the base needs an absolute path of at most 1023 bytes"));
@@ -103,18 +171,16 @@ pub(crate) fn empty_overlay(backing: &Path, size: ByteSize) -> Result<(Vec<u8>, 
     if bytes == 0 || bytes > MAX_SIZE || !bytes.is_multiple_of(512) {
         return Err(Qcow2Error::Unsupported("the size must be a multiple of 512 bytes, at most 4 TiB"));
     }
-    let l1_entries = u32::try_from(bytes.div_ceil(PER_L1_ENTRY)).unwrap_or(u32::MAX);
     let format = b"qcow2\0\0\0";
     let name_offset = u64::from(HEADER_LENGTH) + 8 + format.len() as u64 + 8;
     let mut image = Writer::default();
     image.u32(MAGIC).u32(3).u64(name_offset).u32(u32::try_from(name.len()).unwrap_or(0));
-    image.u32(CLUSTER_BITS).u64(bytes).u32(0).u32(l1_entries).u64(3 * CLUSTER); // no encryption; L1 table
-    image.u64(CLUSTER).u32(1).u32(0).u64(0); // refcount table, of one cluster; no snapshots
+    image.u32(CLUSTER_BITS).u64(bytes).u32(0).u32(l1_entries(size)).u64(3 * CLUSTER); // no encryption; L1 table
+    image.u64(CLUSTER).u32(1); // refcount table, of one cluster
+    image.u32(u32::from(snapshots.is_some())).u64(snapshots.unwrap_or(0));
     image.u64(0).u64(0).u64(0).u32(REFCOUNT_ORDER).u32(HEADER_LENGTH); // no features
     image.u32(BACKING_FORMAT).u32(5).bytes(format).u32(0).u32(0).bytes(name);
-    image.pad_to(CLUSTER).u64(2 * CLUSTER); // the refcount table's one entry
-    image.pad_to(2 * CLUSTER).u16(1).u16(1).u16(1).u16(1); // four clusters in use
-    Ok((image.0, 4 * CLUSTER))
+    Ok(image)
 }
 
 /// Big-endian bytes.
@@ -170,6 +236,20 @@ mod tests {
         assert!(empty_overlay(base, ByteSize::bytes(MAX_SIZE)).is_ok());
         assert!(empty_overlay(Path::new("relative"), ByteSize::gib(1)).is_err());
         assert!(empty_overlay(Path::new(&format!("/{}", "x".repeat(1023))), ByteSize::gib(1)).is_err());
+    }
+
+    #[test]
+    fn points_that_cannot_be_are_refused() {
+        let make = |size, name, state: &[u8]| {
+            overlay_with_point(Path::new("/b"), size, Point { name, state }).map(|(bytes, _)| bytes.len())
+        };
+        let (gib, long) = (ByteSize::gib(1), "x".repeat(256));
+        assert!(
+            make(gib, "p", b"").is_err() && make(gib, "", b"s").is_err() && make(gib, &long, b"s").is_err()
+        );
+        assert!(make(ByteSize::bytes(MAX_SIZE), "p", b"s").is_err());
+        assert!(make(ByteSize::bytes(MAX_SIZE - PER_L1_ENTRY), "p", b"s").is_ok());
+        assert!(make(gib, "p", &vec![1; usize::try_from(MAX_STATE).unwrap() + 1]).is_err());
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! | [`provisioner`] | [`LibvirtProvisioner`]: a VM for a request, step by step, undone when a step fails |
 //! | [`template`] | making templates, and what a clone of one needs |
 //! | [`user_vm`] | VMs that users keep: persistent, with snapshots, running on without a process of ours |
+//! | [`rewind`] | how a clone goes back to its template in place |
+//! | [`admission`] | whether the host has the memory for one more |
 //! | [`reach`] | the way to the agent of a VM that may still be starting |
 //! | [`vm_dir`] | a VM's directory on the host, and who owns it |
 //! | [`blocking`] | calls that block, where they do no harm |
@@ -14,6 +16,7 @@
 //! | [`watch`] | what VMs do: counters, drops, files, claims, to the observer and the metrics |
 //! | [`doctor`] | what this host offers, and what really guards a running VM |
 
+pub mod admission;
 pub mod blocking;
 mod console;
 pub mod doctor;
@@ -24,6 +27,7 @@ mod network_watch;
 pub mod provisioner;
 pub mod reach;
 pub mod respond;
+pub mod rewind;
 mod stopwatch;
 pub mod sweep;
 pub mod template;

@@ -1,12 +1,16 @@
 //! Everything a VM has on the host, and how all of it goes again.
 
+use std::sync::Arc;
+
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::vm::{Vm, VmError};
-use dev_box_image::Overlay;
+use dev_box_image::{Overlay, Template};
 use dev_box_net::{NetError, NetLease, VmNetwork};
 
+use crate::admission::Promise;
 use crate::blocking::{self, BlockingError};
 use crate::network_watch::EventsTask;
+use crate::rewind::QemuProcess;
 use crate::vm_dir::{VmDir, VmDirError};
 
 /// What of a VM has been made so far. It grows while the VM is made and goes as a whole.
@@ -21,6 +25,20 @@ pub(crate) struct Machine {
     pub(crate) events: Option<EventsTask>,
     /// Whether libvirt may know it.
     pub(crate) started: bool,
+    /// What it is a clone of, once it runs.
+    pub(crate) clone: Option<CloneOf>,
+    /// Its memory; that of a dead owner's is promised by nobody.
+    _promise: Option<Promise>,
+}
+
+/// What a clone goes back to, and how it is reached then.
+#[derive(Debug)]
+pub(crate) struct CloneOf {
+    pub(crate) vm: Vm,
+    pub(crate) template: Template,
+    pub(crate) cid: Option<u32>,
+    /// Looked for when it is first needed.
+    pub(crate) process: Option<Arc<QemuProcess>>,
 }
 
 /// What of a VM could not be taken away; the rest is gone.
@@ -48,13 +66,21 @@ pub enum TearDownError {
 }
 
 impl Machine {
-    pub(crate) fn new(dir: VmDir) -> Self {
-        Self { dir, overlay: None, lease: None, events: None, started: false }
+    pub(crate) fn new(dir: VmDir, promise: Promise) -> Self {
+        Self {
+            dir,
+            overlay: None,
+            lease: None,
+            events: None,
+            started: false,
+            clone: None,
+            _promise: Some(promise),
+        }
     }
 
     /// What a dead owner left: it may have been anywhere in the making.
     pub(crate) fn abandoned(dir: VmDir) -> Self {
-        Self { dir, overlay: None, lease: None, events: None, started: true }
+        Self { dir, overlay: None, lease: None, events: None, started: true, clone: None, _promise: None }
     }
 
     /// Takes it down, in the reverse order of its making: the guest first, then what held it in. The files stay while

@@ -6,40 +6,36 @@
 //!               |        |        |          |         +-> connect --+      |
 //!               +--------+--------+----------+---------------+--------------+---- failed, or nobody waits: torn down
 //! ```
+//! The first half ends when QEMU runs: a shell waits there. What was used and is a clone can be made as good as new in place.
+//!
 //! A VM starts with its interface's link down: the guard stands before it starts, and libvirt, which takes a second or so, puts
 //! the filter on while the guest boots. Then the link goes up. See docs/adr/0007.
 //!
 //! A VM is made on a task of its own, so that a caller who goes away half-way leaves nothing behind: the task notices
 //! between two steps, and takes down what there is.
 
+mod raise;
+mod reset;
+mod shells;
+
 use std::collections::HashMap;
 use std::fmt;
-use std::os::unix::fs::chown;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
-use dev_box_comm::message::Request;
 use dev_box_comm::session::Session;
-use dev_box_comm::share;
 use dev_box_comm::transport::{self, Preference, Probes, TransportKind};
 use dev_box_core::accel::{self, Accelerator};
 use dev_box_core::clock::{Clock, EasternTime};
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
-use dev_box_core::libvirt::{LibvirtError, StartMode};
-use dev_box_core::spec::{
-    BootSource, Channel, Disk, DiskCache, Ownership, ResourceProfile, RunAs, Share, VmSpec,
-};
-use dev_box_core::template::VmTemplate;
-use dev_box_core::vm::{Vm, VmError};
 use dev_box_exec::sink::BoxFuture;
-use dev_box_exec::workspace::Owner;
-use dev_box_exec::{NetworkFacts, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmFacts, VmRequest};
+use dev_box_exec::{ProvisionError, Provisioner, ReadyVm, TransportChoice, VmRequest};
 use dev_box_image::template::{HostFacts, Shape, Template, TemplateError, TemplateStore};
-use dev_box_image::{Digest, Image, ImageName, ImageStore, Overlay, OverlayError, SpaceLimits};
+use dev_box_image::{Digest, Image, ImageName, ImageStore, OverlayError, SpaceLimits};
 use dev_box_net::watch::WatchHandle;
-use dev_box_net::{EgressPolicy, NetEvent, NetLease, VmNetwork};
+use dev_box_net::{EgressPolicy, NetEvent, VmNetwork};
 use dev_box_observe::AuditSink;
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::Instant;
@@ -47,15 +43,17 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 
+use crate::admission::{HostMemory, MemoryLimits, Promises};
 use crate::blocking::{self, BlockingError};
 use crate::console;
-use crate::identity::{self, network_config};
 use crate::machine::Machine;
-use crate::network_watch::{self, EventsTask, NetworkNews};
+use crate::network_watch::{self, NetworkNews};
 use crate::reach::{self, Address, Reach, ReachError};
 use crate::stopwatch::Stopwatch;
 use crate::template::{self, TemplateUse};
 use crate::vm_dir::{QemuUser, VmDir};
+
+use shells::{Kind, Shelf};
 
 /// How VMs are made here.
 #[derive(Debug, Clone)]
@@ -70,6 +68,8 @@ pub struct Settings {
     pub boot_timeout: Duration,
     /// Of the host's disk.
     pub space: SpaceLimits,
+    /// Of the host's memory.
+    pub memory: MemoryLimits,
 }
 
 /// Makes VMs, by cloning a template where one serves, else by booting. A clone of it is another handle to the same one.
@@ -124,6 +124,8 @@ pub(crate) struct Inner {
     reach: Arc<dyn Reach>,
     clock: Arc<dyn Clock>,
     machines: Mutex<HashMap<VmName, Machine>>,
+    promises: Promises,
+    shelf: Shelf,
     work: TaskTracker,
     pub(crate) closing: CancellationToken,
 }
@@ -157,6 +159,8 @@ impl LibvirtProvisioner {
                 reach,
                 clock,
                 machines: Mutex::default(),
+                promises: Promises::default(),
+                shelf: Shelf::default(),
                 work: TaskTracker::new(),
                 closing: CancellationToken::new(),
             }),
@@ -229,15 +233,25 @@ impl LibvirtProvisioner {
         Ok((template::shape(request, word(plan.transport)), host.map_err(step("asking libvirt"))?, made))
     }
 
+    /// Keeps `count` shells from now on: clones for VMs like `request` whose QEMU runs already, so that the next such VM only
+    /// loads its devices. They are made one at a time, in the background; each counts as a VM of the host's memory and
+    /// addresses, and holds its template in use. 0 takes them away.
+    pub async fn keep_shells(&self, request: &VmRequest, count: usize) {
+        self.0.keep_shells(Kind::new(request, &self.1), count).await;
+    }
+
+    /// How many shells wait to become VMs like `request`.
+    #[must_use]
+    pub fn shells(&self, request: &VmRequest) -> usize {
+        self.0.shells(&Kind::new(request, &self.1))
+    }
+
     fn make(&self, request: &VmRequest, wanted: Wanted) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
         let gone = CancellationToken::new();
         // Dropped with the future below: then nobody waits for the VM any more.
         let waiting = gone.clone().drop_guard();
         let (reply, answer) = oneshot::channel();
         let (inner, request) = (Arc::clone(&self.0), request.clone());
-        inner.watching.call_once(|| {
-            tokio::spawn(network_watch::watch_over(Arc::downgrade(&inner), inner.watch.clone()));
-        });
         // What is logged of it belongs to whoever asked.
         let span = tracing::Span::current();
         let task = async move {
@@ -259,6 +273,7 @@ impl LibvirtProvisioner {
     /// VMs that are in use stay.
     pub async fn drain(&self) {
         self.0.closing.cancel();
+        self.0.clear_shelf().await;
         self.0.work.close();
         self.0.work.wait().await;
     }
@@ -276,6 +291,19 @@ impl Provisioner for LibvirtProvisioner {
             inner.take_down(&vm.name).await
         });
         Box::pin(async move { task.await.unwrap_or_else(|join| Err(step("retire")(join))) })
+    }
+
+    fn reset(&self, vm: ReadyVm) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
+        let (reply, answer) = oneshot::channel();
+        let inner = Arc::clone(&self.0);
+        self.0.work.spawn(async move {
+            if let Err(Ok(unwanted)) = reply.send(inner.reset(vm).await)
+                && let Err(error) = inner.take_down(&unwanted.name).await
+            {
+                tracing::warn!(vm = %unwanted.name, %error, "a VM nobody waited for was not removed");
+            }
+        });
+        Box::pin(async move { answer.await.unwrap_or(Err(ProvisionError::ShuttingDown)) })
     }
 }
 
@@ -311,6 +339,7 @@ fn unsatisfiable(what: impl fmt::Display) -> ProvisionError {
 }
 
 /// What is decided before anything is made.
+#[derive(Debug)]
 struct Plan {
     name: VmName,
     image: Image,
@@ -333,32 +362,68 @@ impl Inner {
         machines.iter().filter(|(_, machine)| machine.lease.is_some()).map(|(name, _)| name.clone()).collect()
     }
 
+    /// Has the networks of all VMs looked after, from the first one on.
+    fn watch_networks(self: &Arc<Self>) {
+        self.watching.call_once(|| {
+            tokio::spawn(network_watch::watch_over(Arc::downgrade(self), self.watch.clone()));
+        });
+    }
+
     async fn make(
-        &self,
+        self: &Arc<Self>,
         request: &VmRequest,
         wanted: Wanted,
         gone: &CancellationToken,
     ) -> Result<ReadyVm, ProvisionError> {
+        if let Wanted::Ready(templates) = &wanted
+            && let Some(vm) = self.activate(&Kind::new(request, templates), request, gone).await
+        {
+            return Ok(vm);
+        }
+        self.watch_networks();
         let mut watch = Stopwatch::start();
-        let plan = self.plan(request)?;
-        let origin = self.origin(&plan, request, wanted).await?;
-        let dir = VmDir::create(&self.settings.state_root.join("vms"), &plan.name, self.settings.qemu)
-            .map_err(step("making the VM's directory"))?;
-        watch.step("claim");
-        let mut machine = Machine::new(dir);
-        match self.raise(&mut machine, plan, &origin, request, watch, gone).await {
+        let (mut machine, plan, origin) = self.claim(request, wanted, &mut watch).await?;
+        let made = async {
+            let started = self.start(&mut machine, plan, &origin, request, &mut watch, gone).await?;
+            self.finish(&mut machine, started, &origin, request, watch, gone).await
+        };
+        match made.await {
             Ok(vm) => {
                 tracing::info!(vm = %vm.name, from = %origin, steps = ?vm.facts.timings, "a VM is ready");
                 self.machines().insert(vm.name.clone(), machine);
                 Ok(vm)
             }
             Err(error) => {
-                let name = machine.dir.name().clone();
-                if let Err(left) = machine.tear_down(&self.connection, &self.network).await {
-                    tracing::warn!(vm = %name, error = &left as &dyn std::error::Error, "not all of it could be removed; `dev-box gc` tries again");
-                }
+                self.abandon(machine).await;
                 Err(error)
             }
+        }
+    }
+
+    /// What a VM comes from, and its place on this host: memory, and a directory with its lock.
+    async fn claim(
+        &self,
+        request: &VmRequest,
+        wanted: Wanted,
+        watch: &mut Stopwatch,
+    ) -> Result<(Machine, Plan, Origin), ProvisionError> {
+        let plan = self.plan(request)?;
+        let origin = self.origin(&plan, request, wanted).await?;
+        let host = HostMemory::read().map_err(step("looking at the host's memory"))?;
+        let promise = self.promises.make(host, request.resources.memory, self.settings.memory);
+        let promise =
+            promise.map_err(|why| ProvisionError::Exhausted { resource: "memory", what: why.to_string() })?;
+        let dir = VmDir::create(&self.settings.state_root.join("vms"), &plan.name, self.settings.qemu)
+            .map_err(step("making the VM's directory"))?;
+        watch.step("claim");
+        Ok((Machine::new(dir, promise), plan, origin))
+    }
+
+    /// Takes down what nobody is to have.
+    async fn abandon(&self, machine: Machine) {
+        let name = machine.dir.name().clone();
+        if let Err(left) = machine.tear_down(&self.connection, &self.network).await {
+            tracing::warn!(vm = %name, error = &left as &dyn std::error::Error, "not all of it could be removed; `dev-box gc` tries again");
         }
     }
 
@@ -432,117 +497,9 @@ impl Inner {
         Ok(())
     }
 
-    async fn raise(
-        &self,
-        machine: &mut Machine,
-        plan: Plan,
-        origin: &Origin,
-        request: &VmRequest,
-        mut watch: Stopwatch,
-        gone: &CancellationToken,
-    ) -> Result<ReadyVm, ProvisionError> {
-        let base = match origin {
-            Origin::Clone(template) => template.disk(),
-            Origin::Boot | Origin::Recorded(_) => plan.image.disk(),
-        };
-        let path = machine.dir.overlay();
-        let (size, limits, qemu) = (request.resources.disk, self.settings.space, self.settings.qemu);
-        let overlay = blocking::run(move || {
-            let overlay =
-                Overlay::create_within(&base, &path, Some(size), &limits).map_err(DiskError::Overlay)?;
-            chown(overlay.path(), Some(qemu.uid), Some(qemu.gid)).map_err(DiskError::Owner)?;
-            Ok::<_, DiskError>(overlay)
-        });
-        machine.overlay = Some(overlay.await.map_err(step("making the disk"))?);
-        watch.step("disk");
-        self.wanted(gone)?;
-
-        let (network, vm, policy) = (self.network.clone(), plan.name.clone(), plan.policy.clone());
-        let attached =
-            blocking::with_libvirt(&self.connection, move |libvirt| network.attach(libvirt, &vm, &policy))
-                .await;
-        machine.lease = attached.map_err(step("attaching the network"))?;
-        let events = |lease| EventsTask::start(&self.network, lease, self.news.clone());
-        machine.events = machine.lease.as_ref().map(events);
-        watch.step("network");
-        self.wanted(gone)?;
-
-        let mut spec = self.spec(&machine.dir, &plan, request, machine.lease.as_ref());
-        let id = spec.id;
-        let mode = match origin {
-            Origin::Boot => StartMode::Running,
-            Origin::Recorded(ram) => {
-                spec.qemu_arguments = template::recording_arguments(ram, spec.resources.memory);
-                StartMode::Running
-            }
-            Origin::Clone(template) => {
-                spec.qemu_arguments = template::clone_arguments(template);
-                StartMode::Paused
-            }
-        };
-        let template = VmTemplate::new(spec).map_err(unsatisfiable)?;
-        machine.started = true;
-        let vm = Vm::create_in(&self.connection, &template.unplugged(), mode).await;
-        let vm = vm.map_err(step("starting the VM"))?;
-        watch.step("start");
-        if let Origin::Clone(origin) = origin {
-            template::wake(&vm, origin).await.map_err(step("loading the template"))?;
-            watch.step("load");
-        }
-
-        let plug = async {
-            match vm.plug_in(&template).await {
-                // It is over, of which its channel tells more.
-                Err(error) if is_over(&error) => std::future::pending().await,
-                plugged => plugged.map_err(step("putting the network's filter in force")),
-            }
-        };
-        let ((session, agent), ()) = tokio::select! {
-            both = async { tokio::try_join!(self.connect(&machine.dir, &plan), plug) } => both?,
-            () = gone.cancelled() => return Err(ProvisionError::ShuttingDown),
-            () = self.closing.cancelled() => return Err(ProvisionError::ShuttingDown),
-        };
-        watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
-
-        let network = machine.lease.as_ref().map(network_config);
-        let identity = identity::identity(&plan.name, id, &*self.clock, network)
-            .map_err(step("configuring the guest"))?;
-        let configured =
-            async { session.call(Request::Configure(identity)).await.map_err(step("configuring the guest")) };
-        let verified = async {
-            match &machine.lease {
-                Some(lease) => self.verified(&lease.vm).await.map_err(step("verifying the VM's network")),
-                None => Ok(()),
-            }
-        };
-        tokio::try_join!(configured, verified)?;
-        watch.step("configure");
-
-        let QemuUser { uid, gid } = self.settings.qemu;
-        Ok(ReadyVm {
-            name: plan.name,
-            session,
-            share: machine.dir.share(),
-            share_owner: Some(Owner { uid, gid }),
-            facts: VmFacts {
-                accelerator: plan.accelerator,
-                why_not_kvm: plan.why_not_kvm,
-                image: request.image.clone(),
-                image_digest: Some(plan.image.manifest.digest.to_string()),
-                transport: match plan.transport {
-                    TransportKind::Vsock => TransportChoice::Vsock,
-                    TransportKind::Serial => TransportChoice::Serial,
-                },
-                agent_version: agent,
-                network: machine.lease.as_ref().map(|lease| network_facts(lease, request.network.as_str())),
-                timings: watch.steps(),
-            },
-        })
-    }
-
-    async fn connect(&self, dir: &VmDir, plan: &Plan) -> Result<(Session, String), ProvisionError> {
+    async fn connect(&self, dir: &VmDir, cid: Option<u32>) -> Result<(Session, String), ProvisionError> {
         let socket = dir.channel();
-        let address = match plan.cid {
+        let address = match cid {
             Some(cid) => Address::Vsock(cid),
             None => Address::Serial(&socket),
         };
@@ -558,78 +515,12 @@ impl Inner {
             }
         }
     }
-
-    fn spec(&self, dir: &VmDir, plan: &Plan, request: &VmRequest, lease: Option<&NetLease>) -> VmSpec {
-        let transport = word(plan.transport);
-        // To write-protect the kernel in the guest takes a third of a second when it is translated, and nothing beyond
-        // the guest relies on it.
-        let hardening = match plan.accelerator {
-            Accelerator::Kvm => "",
-            Accelerator::Tcg => " rodata=off",
-        };
-        let boot = BootSource::DirectKernel {
-            kernel: plan.image.kernel(),
-            initrd: Some(plan.image.initramfs()),
-            cmdline: format!(
-                "console=ttyS0 panic=-1 quiet cryptomgr.notests dev-box.root=/dev/vda \
-                 dev-box.transport={transport}{hardening}"
-            ),
-        };
-        let ownership = Ownership {
-            owner: self.settings.owner.clone(),
-            purpose: request.purpose.clone(),
-            lease: None,
-            created: self.clock.now(),
-        };
-        let mut spec = VmSpec::new(plan.name.clone(), plan.accelerator, boot, ownership);
-        spec.resources = ResourceProfile {
-            vcpus: request.resources.cpus,
-            memory: request.resources.memory,
-            disk: request.resources.disk,
-            // The virtual CPUs, and half a CPU for QEMU's own threads.
-            cpu_quota_percent: Some(request.resources.cpus.saturating_mul(100).saturating_add(50)),
-            ..ResourceProfile::default()
-        };
-        // The disk goes with the VM: nobody needs it flushed.
-        spec.disks = vec![Disk { cache: DiskCache::Unsafe, ..Disk::qcow2(dir.overlay(), "vda") }];
-        spec.shares = vec![Share { tag: share::TAG.to_owned(), path: dir.share(), read_only: false }];
-        spec.channels =
-            vec![Channel { name: dev_box_comm::SERIAL_PORT_NAME.to_owned(), socket: dir.channel() }];
-        // No file is given to QEMU's user: the image's are every VM's, and an owner may change what is read-only.
-        let QemuUser { uid, gid } = self.settings.qemu;
-        spec.run_as = (uid != 0).then_some(RunAs { uid, gid });
-        spec.vsock_cid = plan.cid;
-        spec.console_log = Some(dir.console());
-        spec.network = request.network.clone();
-        spec.interface = lease.map(NetLease::interface);
-        spec
-    }
-}
-
-fn is_over(error: &VmError) -> bool {
-    match error {
-        VmError::Illegal(_) | VmError::NotFound { .. } => true,
-        VmError::Libvirt(error) => {
-            error.is_not_found() || matches!(error, LibvirtError::InvalidOperation { .. })
-        }
-        _ => false,
-    }
 }
 
 fn word(transport: TransportKind) -> &'static str {
     match transport {
         TransportKind::Serial => "serial",
         TransportKind::Vsock => "vsock",
-    }
-}
-
-fn network_facts(lease: &NetLease, policy: &str) -> NetworkFacts {
-    NetworkFacts {
-        policy: policy.to_owned(),
-        policy_digest: lease.policy_digest().to_string(),
-        mac: lease.mac.to_string(),
-        address: lease.address,
-        tap: lease.tap.clone(),
     }
 }
 

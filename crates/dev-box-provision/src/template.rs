@@ -23,6 +23,8 @@ use dev_box_image::template::{HostFacts, Mismatch, Shape, Template, TemplateErro
 use dev_box_image::{Digest, Image, ImageName};
 use serde_json::json;
 
+use crate::blocking::{self, BlockingError};
+
 pub use create::{CreateError, NewTemplate};
 pub use monitor::MonitorError;
 
@@ -30,7 +32,7 @@ pub use monitor::MonitorError;
 const RAM_ID: &str = "dev-box.ram";
 
 /// Which templates a provisioner clones from.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub enum TemplateUse {
     /// Any without set-up commands that serves the request; where there is none, the VM is booted.
     #[default]
@@ -50,6 +52,17 @@ pub enum UseError {
     /// It serves something else.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
+}
+
+/// Why a clone did not become what its template is.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadError {
+    /// QEMU did not load it.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The template is not what it was.
+    #[error(transparent)]
+    Template(#[from] BlockingError<TemplateError>),
 }
 
 /// Finds the template for a VM. Blocks. `None` means that it is to be booted.
@@ -164,14 +177,16 @@ fn backend(object: &serde_json::Value) -> Vec<String> {
         .into()
 }
 
-/// Loads a template's devices into a clone that waits for them, and lets it go on.
+/// Loads a template's devices into a clone that waits for them.
 ///
 /// # Errors
-/// [`MonitorError`].
-pub(crate) async fn wake(vm: &Vm, template: &Template) -> Result<(), MonitorError> {
+/// [`LoadError`].
+pub(crate) async fn load(vm: &Vm, template: &Template) -> Result<(), LoadError> {
+    // A clone may have waited for long.
+    let its = template.clone();
+    blocking::run(move || its.check()).await?;
     monitor::leave_ram_alone(vm).await?;
-    monitor::load(vm, &template.state()).await?;
-    Ok(vm.resume().await?)
+    Ok(monitor::load(vm, &template.state()).await?)
 }
 
 #[cfg(test)]

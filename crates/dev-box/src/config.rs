@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use dev_box_core::accel::AcceleratorPolicy;
 use dev_box_core::size::ByteSize;
+use dev_box_exec::pool::ResetPolicy;
+use dev_box_image::ImageName;
 use dev_box_observe::anomaly::{Plan, RuleConfig};
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
@@ -43,6 +45,8 @@ pub struct Config {
     pub observe: ObserveConfig,
     /// The daemon, `dev-box serve`.
     pub daemon: DaemonConfig,
+    /// VMs that the daemon keeps ready.
+    pub pool: PoolConfig,
 }
 
 /// Section `[daemon]`.
@@ -54,6 +58,22 @@ pub struct DaemonConfig {
     /// The group whose members may use it, besides root and the daemon's own user. Whoever may use it may make VMs and
     /// run anything in any of the daemon's VMs; nobody else may where this is not set.
     pub group: Option<String>,
+}
+
+/// Section `[pool]`: VMs that `dev-box serve` keeps ready. They are as `[vm]` describes them, with the default network.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PoolConfig {
+    /// How many are kept ready.
+    pub ready: usize,
+    /// How many there are at most, those in use included; 0 is no pool.
+    pub max: usize,
+    /// How many are kept half-made besides, so that the next takes less time.
+    pub shells: usize,
+    /// `replace`, or `rewind` for jobs of one trust domain.
+    pub reset: ResetPolicy,
+    /// One pool for each of these templates, each with these numbers; where there is none, one pool of any template that fits.
+    pub templates: Vec<ImageName>,
 }
 
 /// Section `[host]`.

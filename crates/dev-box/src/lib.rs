@@ -25,7 +25,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use check::{CheckError, check_host, check_vm};
-pub use config::{Config, ConfigError, DaemonConfig, HostConfig, Limits, ObserveConfig, Timeouts, VmConfig};
+pub use config::{
+    Config, ConfigError, DaemonConfig, HostConfig, Limits, ObserveConfig, PoolConfig, Timeouts, VmConfig,
+};
 pub use dev_box_comm as comm;
 pub use dev_box_core as core;
 pub use dev_box_exec as exec;
@@ -51,6 +53,7 @@ use dev_box_net::{EgressPolicy, NetError, NetSettings, NftFirewall, VmNetwork};
 use dev_box_observe::anomaly::Observer;
 use dev_box_observe::audit::{Actor, AuditLog, AuditOptions, Text};
 use dev_box_observe::{Act, AuditError, AuditEvent, AuditSink, Entry, Outcome};
+use dev_box_provision::admission::MemoryLimits;
 use dev_box_provision::blocking::{self, BlockingError};
 use dev_box_provision::forensics::{self, ForensicsError, ForensicsRequest};
 use dev_box_provision::sweep::{self, Leftover};
@@ -134,6 +137,7 @@ impl DevBox {
             owner: owner(),
             boot_timeout: config.timeouts.boot(),
             space: SpaceLimits::default(),
+            memory: MemoryLimits::default(),
         };
         let user_vms = UserVms::new(
             settings.clone(),
@@ -182,6 +186,18 @@ impl DevBox {
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The connection to libvirt.
+    #[must_use]
+    pub fn connection(&self) -> &LibvirtConnection {
+        &self.connection
+    }
+
+    /// What runs jobs in VMs that one holds.
+    #[must_use]
+    pub fn executor(&self) -> &AgentExecutor {
+        &self.executor
     }
 
     /// The guest images.

@@ -23,6 +23,6 @@ Examples:
 pub(crate) struct ServeArgs {}
 
 pub(crate) async fn run(config: Config, _args: ServeArgs) -> Result<ExitCode, Failure> {
-    server::serve(config).await?;
+    Box::pin(server::serve(config)).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use dev_box::core::clock::EasternTime;
 use dev_box::core::id::VmName;
+use dev_box::exec::pool::PoolStatus;
 use dev_box::observe::metrics::VmUsage;
 use serde::{Deserialize, Serialize};
 
@@ -173,6 +174,30 @@ pub(crate) enum Happening {
         /// How many events were not kept.
         events: u64,
     },
+}
+
+/// One of `GET /v1/pool`: a pool and its numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PoolInfo {
+    /// Its template, or `any`.
+    pub(crate) template: String,
+    /// Its image.
+    pub(crate) image: String,
+    /// Half-made VMs that wait.
+    pub(crate) shells: usize,
+    /// Its VMs.
+    #[serde(flatten)]
+    pub(crate) numbers: PoolStatus,
+}
+
+/// `POST /v1/pool/fill` and `/v1/pool/drain`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct PoolOrder {
+    /// How many are to be ready; what the configuration says where it is not given.
+    pub(crate) ready: Option<usize>,
+    /// Only the pool of this template.
+    pub(crate) template: Option<String>,
 }
 
 /// The body of every answer that is no success.

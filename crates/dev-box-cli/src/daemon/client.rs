@@ -114,6 +114,12 @@ impl Client {
         serde_json::from_slice(&body(response).await?).map_err(ClientError::Answer)
     }
 
+    /// Sends JSON to be carried out, and reads nothing.
+    pub(crate) async fn order<B: Serialize>(&self, path: &str, order: &B) -> Result<(), ClientError> {
+        let response = self.send(Method::POST, path, Some(order)).await?;
+        body(checked(response).await?).await.map(drop)
+    }
+
     async fn send<B: Serialize>(
         &self,
         method: Method,

@@ -12,6 +12,7 @@
 //! | [`vms`] | the VMs it owns: who is there, in which state |
 //! | [`metrics`] | `/metrics`, for Prometheus |
 //! | [`events`] | what happens, to whoever listens |
+//! | [`pools`] | the VMs it keeps ready |
 //! | [`socket`] | the socket: one daemon, one group, a bounded number of peers |
 //! | [`routes`] | one file a subject |
 //! | [`server`] | from start to end |
@@ -21,6 +22,7 @@ pub(crate) mod api;
 pub(crate) mod client;
 pub(crate) mod events;
 mod metrics;
+mod pools;
 mod routes;
 pub(crate) mod server;
 mod socket;

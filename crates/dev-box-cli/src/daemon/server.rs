@@ -36,7 +36,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
             }
         }
     }
-    let daemon = Arc::new(Daemon::new(dev_box));
+    let daemon = Arc::new(Daemon::new(dev_box).await);
     let stopping = daemon.stopping.clone();
     metrics::start(exporter, metrics_listen, stopping.clone()).await?;
     let service = routes::all(Arc::clone(&daemon)).into_make_service_with_connect_info::<Peer>();

@@ -8,7 +8,7 @@ use dev_box::DevBox;
 use dev_box::comm::session::Io;
 use dev_box::core::clock::{Clock, EasternTime, SystemClock};
 use dev_box::core::id::{IdError, VmName};
-use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm};
+use dev_box::exec::{Gateway, ProvisionError, ReadyVm};
 use dev_box::net::policy::PolicyStoreError;
 use dev_box::observe::anomaly::VmFinding;
 use dev_box::observe::metrics::VM_SERIES;
@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use super::api::{Happening, NewVm, Usage, VmInfo, VmState, VmUse};
 use super::events::Events;
+use super::pools::Pools;
 use super::socket::Peer;
 use super::vms::{Vms, VmsError};
 use crate::exit::Failure;
@@ -27,6 +28,7 @@ use crate::exit::Failure;
 pub(crate) struct Daemon {
     pub(crate) dev_box: DevBox,
     pub(crate) vms: Vms,
+    pub(crate) pools: Pools,
     pub(crate) events: Events,
     pub(crate) started_at: EasternTime,
     /// Cancelled when the daemon is to end: nothing new begins, and what would go on for ever ends.
@@ -71,14 +73,16 @@ async fn tell(mut found: broadcast::Receiver<VmFinding>, events: Events, count: 
 }
 
 impl Daemon {
-    pub(crate) fn new(dev_box: DevBox) -> Self {
+    pub(crate) async fn new(dev_box: DevBox) -> Self {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let (events, findings) = (Events::new(Arc::clone(&clock)), Arc::<AtomicU64>::default());
         if let Some(observer) = dev_box.observer() {
             tokio::spawn(tell(observer.findings(), events.clone(), Arc::clone(&findings)));
         }
+        let pools = Pools::begin(&dev_box).await;
         Self {
             dev_box,
+            pools,
             vms: Vms::default(),
             events,
             findings,
@@ -110,8 +114,8 @@ impl Daemon {
         })?;
         self.events.say(Happening::VmStarting { vm: name.clone() });
         let began = Instant::now();
-        let behind = self.dev_box.provisioner().using(reservation.options().templates());
-        let provisioner = self.dev_box.watched_provisioner().over(Arc::new(behind)).by(peer.actor());
+        let provisioner =
+            self.pools.provisioner(&self.dev_box, reservation.options().templates(), peer.actor());
         let machine = match provisioner.provision(&request).await {
             Ok(machine) => machine,
             Err(error) => {
@@ -171,7 +175,8 @@ impl Daemon {
 
     async fn retire(&self, machine: ReadyVm) {
         let name = machine.name.clone();
-        if let Err(error) = self.dev_box.watched_provisioner().retire(machine).await {
+        // Whoever used it may have done anything: it is not used again.
+        if let Err(error) = self.pools.take_back(&self.dev_box, machine, false).await {
             tracing::error!(vm = %name, error = %Failure::new(error), "not all of it could be removed; `dev-box gc` tries again");
         }
     }
@@ -206,6 +211,7 @@ impl Daemon {
         }
         self.tasks.close();
         self.tasks.wait().await;
+        self.pools.shut_down().await;
         match Arc::try_unwrap(self) {
             Ok(daemon) => daemon.dev_box.close().await,
             Err(_) => tracing::error!("the daemon is still in use at its end: this is a bug"),

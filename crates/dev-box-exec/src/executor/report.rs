@@ -97,6 +97,11 @@ impl Report {
         self.results = results;
     }
 
+    /// Whether the job exited, and everything that belongs to it went as it should: its VM may be used again.
+    pub(super) fn is_in_order(&self) -> bool {
+        self.outcome == Some(Outcome::Exited) && (self.exit_code.is_some() || self.signal.is_some())
+    }
+
     /// Takes a failure of the phase it is in. The first terminal state stays, but for a job that had exited.
     pub(super) fn fail(&mut self, cause: &Cause) {
         let failed = cause.outcome(self.phase);

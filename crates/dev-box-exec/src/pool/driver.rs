@@ -1,8 +1,10 @@
 //! The one task that owns a pool.
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -10,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::machine::{Action, Event, Machine, Ticket, VmNumber};
 use super::meter::Meter;
-use super::{Lease, PoolError, PoolSettings, PoolStatus, Returned};
+use super::{Ending, Lease, PoolError, PoolSettings, PoolStatus, Returned};
 use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
 
 type Reply = oneshot::Sender<Result<Lease, PoolError>>;
@@ -30,6 +32,7 @@ pub(super) enum Command {
 enum Note {
     Made(VmNumber, Result<ReadyVm, ProvisionError>),
     Returned(VmNumber, Option<Returned>),
+    Reset(VmNumber, Option<ReadyVm>),
     Gone(VmNumber),
     Died(VmNumber),
     Abandoned(Ticket),
@@ -136,15 +139,21 @@ impl Driver {
                 tracing::warn!(error = &error as &dyn std::error::Error, "the pool could not make a VM");
                 Event::Failed(number, error.to_string())
             }
-            Note::Returned(number, Some(Returned { vm, used })) => {
-                if used {
+            Note::Returned(number, Some(Returned { vm, ending })) => {
+                if ending.is_some() {
                     self.meter.returned(number);
                 }
                 self.keep(number, vm);
-                if used { Event::Returned(number) } else { Event::Unclaimed(number) }
+                ending.map_or(Event::Unclaimed(number), |ending| Event::Returned(number, ending))
             }
             // It was leaked: it cannot be taken down, and is not there either.
-            Note::Returned(number, None) => Event::Returned(number),
+            Note::Returned(number, None) => Event::Returned(number, Ending::Abnormal),
+            Note::Reset(number, Some(vm)) => {
+                self.meter.reset(number);
+                self.keep(number, vm);
+                Event::Reset(number)
+            }
+            Note::Reset(number, None) => Event::Lost(number),
             Note::Gone(number) => {
                 self.meter.gone(number);
                 Event::Gone(number)
@@ -192,7 +201,7 @@ impl Driver {
                 self.making.insert(number, unwanted.clone());
                 self.tasks.spawn(async move {
                     let made = tokio::select! {
-                        made = provisioner.provision(&request) => made,
+                        made = caught("making a VM", provisioner.provision(&request)) => made,
                         () = unwanted.cancelled() => Err(ProvisionError::ShuttingDown),
                     };
                     Note::Made(number, made)
@@ -210,6 +219,7 @@ impl Driver {
                     let _ = reply.send(Err(error));
                 }
             }
+            Action::Reset(number) => self.reset(number),
             Action::Retire(number) => self.retire(number),
         }
     }
@@ -227,6 +237,21 @@ impl Driver {
         }
     }
 
+    fn reset(&mut self, number: VmNumber) {
+        let vm = self.idle.remove(&number);
+        let provisioner = Arc::clone(&self.provisioner);
+        self.tasks.spawn(async move {
+            let Some((vm, look)) = vm else { return Note::Reset(number, None) };
+            look.abort();
+            let name = vm.name.clone();
+            let reset = caught("resetting a VM", provisioner.reset(vm)).await;
+            if let Err(error) = &reset {
+                tracing::warn!(vm = %name, error = error as &dyn std::error::Error, "a VM was not reset; another takes its place");
+            }
+            Note::Reset(number, reset.ok())
+        });
+    }
+
     fn retire(&mut self, number: VmNumber) {
         let vm = self.idle.remove(&number);
         let provisioner = Arc::clone(&self.provisioner);
@@ -234,11 +259,28 @@ impl Driver {
             if let Some((vm, look)) = vm {
                 look.abort();
                 let name = vm.name.clone();
-                if let Err(error) = provisioner.retire(vm).await {
+                if let Err(error) = caught("retiring a VM", provisioner.retire(vm)).await {
                     tracing::warn!(vm = %name, error = &error as &dyn std::error::Error, "a pooled VM was not removed; `dev-box gc` tries again");
                 }
             }
             Note::Gone(number)
         });
+    }
+}
+
+/// A provisioner that panics has failed: its VM's number would be taken for ever otherwise.
+async fn caught<T>(
+    step: &'static str,
+    work: impl Future<Output = Result<T, ProvisionError>>,
+) -> Result<T, ProvisionError> {
+    // Nothing of the work is looked at after a panic.
+    match AssertUnwindSafe(work).catch_unwind().await {
+        Ok(done) => done,
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            let source = format!("it panicked: {}", text.as_deref().unwrap_or("it did not say why"));
+            Err(ProvisionError::Step { step: step.to_owned(), source: source.into() })
+        }
     }
 }

@@ -3,21 +3,23 @@
 //! ```text
 //!            fill                made                 grant
 //!  (nothing) ----> being made ---------> ready ----------------> leased
-//!                      |  failed           |  idle, old,            |  returned
-//!                      v                   v  unhealthy, drain      v
-//!                   back-off            retiring <------------------+
-//!                                          |  gone
-//!                                          v
-//!                                       (nothing)
+//!                      |  failed         ^ |  idle, old,          | |  returned
+//!                      v           reset | v  unhealthy, drain    | v
+//!                   back-off        +----+ retiring <-------------|-+
+//!                                   |        |  gone              | in order, and VMs are rewound
+//!                                   |        v                    v
+//!                                   |     (nothing) <--------- resetting --+
+//!                                   |                 lost                 |
+//!                                   +--------------------------------------+
 //! ```
-//! Being made, ready, leased and retiring VMs all count against `max`: a host that is full stays full until a VM is
+//! Being made, ready, leased, resetting and retiring VMs all count against `max`: a host that is full stays full until a VM is
 //! really gone. The driver feeds [`Event`]s with the time they happened at, and carries out the [`Action`]s; it owns the
 //! VMs, this only knows their numbers.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use super::{PoolError, PoolSettings, PoolStatus};
+use super::{Ending, PoolError, PoolSettings, PoolStatus, ResetPolicy};
 
 /// One VM, from the decision to make it until it is gone. Never used twice.
 pub(super) type VmNumber = u64;
@@ -35,10 +37,14 @@ pub(super) enum Event {
     Made(VmNumber),
     /// It could not be made; the text is for those who wait.
     Failed(VmNumber, String),
-    /// A lease ended.
-    Returned(VmNumber),
+    /// A lease ended, in this way.
+    Returned(VmNumber, Ending),
     /// It was handed to someone who had gone: nobody has used it.
     Unclaimed(VmNumber),
+    /// A VM is as good as new.
+    Reset(VmNumber),
+    /// It could not be reset, and is gone.
+    Lost(VmNumber),
     /// A ready VM died, or failed its check.
     Unhealthy(VmNumber),
     /// A VM is gone.
@@ -64,6 +70,8 @@ pub(super) enum Action {
     Grant(Ticket, VmNumber),
     /// Tell them no.
     Refuse(Ticket, PoolError),
+    /// Make it as good as new in place: it will be `Reset` or `Lost`.
+    Reset(VmNumber),
     /// Take it down.
     Retire(VmNumber),
 }
@@ -80,6 +88,11 @@ enum Stage {
     },
     Leased {
         made: Duration,
+    },
+    Resetting {
+        made: Duration,
+        /// Somebody asked for the pool to be emptied meanwhile.
+        unwanted: bool,
     },
     Retiring,
 }
@@ -152,11 +165,7 @@ impl Machine {
             Event::Abandon(ticket) => self.waiting.retain(|waiting| waiting.ticket != ticket),
             Event::Made(vm) => self.made(vm, actions),
             Event::Failed(vm, why) => self.failed(vm, why),
-            Event::Returned(vm) => {
-                if matches!(self.vms.get(&vm), Some(Stage::Leased { .. })) {
-                    self.retire(vm, actions);
-                }
-            }
+            Event::Returned(vm, ending) => self.returned(vm, ending, actions),
             Event::Unclaimed(vm) => {
                 if let Some(&Stage::Leased { made }) = self.vms.get(&vm) {
                     self.counts.granted = self.counts.granted.saturating_sub(1);
@@ -172,6 +181,23 @@ impl Machine {
                 if matches!(self.vms.get(&vm), Some(Stage::Ready { .. })) {
                     self.counts.unhealthy += 1;
                     self.retire(vm, actions);
+                }
+            }
+            Event::Reset(vm) => {
+                if let Some(&Stage::Resetting { made, unwanted }) = self.vms.get(&vm) {
+                    self.counts.reset += 1;
+                    if unwanted || self.closing {
+                        self.retire(vm, actions);
+                    } else {
+                        self.vms.insert(vm, Stage::Ready { idle: self.now, made });
+                        self.ready.push_back(vm);
+                    }
+                }
+            }
+            Event::Lost(vm) => {
+                if matches!(self.vms.get(&vm), Some(Stage::Resetting { .. })) {
+                    self.counts.lost += 1;
+                    self.vms.remove(&vm);
                 }
             }
             Event::Gone(vm) => {
@@ -236,6 +262,21 @@ impl Machine {
         }
     }
 
+    /// Only what ended in order, and is not too old, is used again.
+    fn returned(&mut self, vm: VmNumber, ending: Ending, actions: &mut Vec<Action>) {
+        let Some(&Stage::Leased { made }) = self.vms.get(&vm) else { return };
+        let again = self.settings.reset == ResetPolicy::Rewind
+            && ending == Ending::InOrder
+            && !self.closing
+            && !self.is_old(vm);
+        if again {
+            self.vms.insert(vm, Stage::Resetting { made, unwanted: false });
+            actions.push(Action::Reset(vm));
+        } else {
+            self.retire(vm, actions);
+        }
+    }
+
     fn failed(&mut self, vm: VmNumber, why: String) {
         let Some(Stage::Making { unwanted }) = self.vms.get(&vm).copied() else { return };
         self.vms.remove(&vm);
@@ -263,6 +304,9 @@ impl Machine {
             if let Stage::Making { unwanted: unwanted @ false } = stage {
                 *unwanted = true;
                 actions.push(Action::Cancel(vm));
+            }
+            if let Stage::Resetting { unwanted, .. } = stage {
+                *unwanted = true;
             }
         }
     }
@@ -312,7 +356,7 @@ impl Machine {
 
     fn made_at(&self, vm: VmNumber) -> Duration {
         match self.vms.get(&vm) {
-            Some(Stage::Ready { made, .. } | Stage::Leased { made }) => *made,
+            Some(Stage::Ready { made, .. } | Stage::Leased { made } | Stage::Resetting { made, .. }) => *made,
             _ => self.now,
         }
     }
@@ -342,7 +386,9 @@ impl Machine {
         let all_making = self.count(|stage| matches!(stage, Stage::Making { .. }));
         // After a failure one is tried first.
         let parallel = if self.trouble.is_some() { 1 } else { self.settings.parallel };
-        let wanted = (self.target + self.waiting.len()).saturating_sub(self.ready.len() + making);
+        // What is being reset is ready in a moment.
+        let coming = making + self.count(|stage| matches!(stage, Stage::Resetting { unwanted: false, .. }));
+        let wanted = (self.target + self.waiting.len()).saturating_sub(self.ready.len() + coming);
         let room = self.settings.max.saturating_sub(self.vms.len());
         for _ in 0..wanted.min(room).min(parallel.saturating_sub(all_making)) {
             let vm = self.next;
@@ -379,6 +425,7 @@ impl Machine {
             ready: self.ready.len(),
             leased: self.count(|stage| matches!(stage, Stage::Leased { .. })),
             making: self.count(|stage| matches!(stage, Stage::Making { .. })),
+            resetting: self.count(|stage| matches!(stage, Stage::Resetting { .. })),
             retiring: self.count(|stage| *stage == Stage::Retiring),
             waiting: self.waiting.len(),
             trouble: self.trouble.as_ref().map(|it| it.why.clone()),

@@ -63,6 +63,13 @@ impl Meter {
         }
     }
 
+    /// Its VM is as good as new, in place.
+    pub(super) fn reset(&mut self, vm: VmNumber) {
+        if let Some(since) = self.ended.remove(&vm) {
+            VM_RESET_SECONDS.record(since.elapsed(), &["rewind"]);
+        }
+    }
+
     /// How it stands now.
     pub(super) fn report(&mut self, now: PoolStatus) {
         let before = std::mem::replace(&mut self.reported, now);
@@ -71,6 +78,7 @@ impl Meter {
             ("filling", before.making, now.making),
             ("ready", before.ready, now.ready),
             ("leased", before.leased, now.leased),
+            ("resetting", before.resetting, now.resetting),
             ("retiring", before.retiring, now.retiring),
         ] {
             if before != now {
@@ -134,6 +142,8 @@ mod tests {
             meter.returned(7);
             meter.gone(7);
             meter.gone(8);
+            meter.returned(9);
+            meter.reset(9);
         });
         let text = exporter.render();
         for line in [
@@ -141,6 +151,7 @@ mod tests {
             "dev_box_lease_acquire_seconds_count{outcome=\"miss\"} 1\n",
             "dev_box_lease_acquire_seconds_count{outcome=\"timeout\"} 1\n",
             "dev_box_vm_reset_seconds_count{method=\"replace\"} 1\n",
+            "dev_box_vm_reset_seconds_count{method=\"rewind\"} 1\n",
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use dev_box_core::id::VmName;
 use tokio::sync::oneshot;
 
-use super::{PoolError, PoolSettings, PoolStatus, Returned, VmPool};
+use super::{Ending, PoolError, PoolSettings, PoolStatus, Returned, VmPool};
 use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
 use crate::sink::BoxFuture;
 
@@ -45,6 +45,25 @@ impl PooledProvisioner {
         let kind = kind(request);
         let new = || VmPool::new(settings, Arc::clone(&self.behind), kind.clone());
         whole(&self.pools).entry(kind.clone()).or_insert_with(new).clone()
+    }
+
+    /// Whether that VM is one of a pool's, in somebody's hands.
+    #[must_use]
+    pub fn has_leased(&self, vm: &VmName) -> bool {
+        whole(&self.leased).contains_key(vm)
+    }
+
+    fn hand_back(&self, returned: Returned) -> BoxFuture<'_, Result<(), ProvisionError>> {
+        let back = whole(&self.leased).remove(&returned.vm.name);
+        let unsent = match back {
+            Some(back) => back.send(returned),
+            None => Err(returned),
+        };
+        match unsent {
+            Ok(()) => Box::pin(std::future::ready(Ok(()))),
+            // Of no pool, or of one that is gone.
+            Err(Returned { vm, .. }) => self.behind.retire(vm),
+        }
     }
 
     /// Each pool's kind of VM and its numbers.
@@ -92,11 +111,14 @@ impl Provisioner for PooledProvisioner {
     }
 
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
-        let back = whole(&self.leased).remove(&vm.name);
-        let Some(back) = back else { return self.behind.retire(vm) };
-        match back.send(Returned { vm, used: true }) {
-            Ok(()) => Box::pin(std::future::ready(Ok(()))),
-            Err(Returned { vm, .. }) => self.behind.retire(vm),
-        }
+        self.hand_back(Returned { vm, ending: Some(Ending::Abnormal) })
+    }
+
+    fn release(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
+        self.hand_back(Returned::released(vm))
+    }
+
+    fn reset(&self, vm: ReadyVm) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
+        self.behind.reset(vm)
     }
 }

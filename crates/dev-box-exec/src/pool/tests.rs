@@ -233,3 +233,118 @@ async fn behind_the_provisioners_seam_a_miss_is_made() {
     shut.pool(PoolSettings::new(0, 1), &request()).shutdown().await;
     assert!(matches!(shut.provision(&request()).await, Err(crate::ProvisionError::ShuttingDown)));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_pool_that_rewinds_hands_the_same_vm_out_again_as_good_as_new() {
+    let settings = PoolSettings { reset: ResetPolicy::Rewind, ..PoolSettings::new(1, 1) };
+    let bench = bench(settings, 3);
+    for _ in 0..3 {
+        bench.provisioner.next_reset(Script::new());
+    }
+    bench.pool.initialize().await.unwrap();
+    let first = bench.pool.acquire(LONG).await.unwrap();
+    let name = first.vm().name.clone();
+    std::fs::write(first.vm().share.join("of the job"), "").unwrap();
+    first.release();
+    let second = bench.pool.acquire(LONG).await.unwrap();
+    assert_eq!(second.vm().name, name);
+    second.vm().session.ping().await.unwrap();
+    assert_eq!(std::fs::read_dir(&second.vm().share).unwrap().count(), 0);
+    assert_eq!(bench.provisioner.retired(), []);
+    // Dropped, it is not to be trusted; nor is one that died, whatever its holder says.
+    drop(second);
+    let third = bench.pool.acquire(LONG).await.unwrap();
+    assert_ne!(third.vm().name, name);
+    bench.provisioner.kill(&third.vm().name);
+    third.vm().session.closed().await;
+    third.release();
+    let fourth = bench.pool.acquire(LONG).await.unwrap();
+    assert_eq!((bench.status().await.reset, bench.provisioner.retired().len()), (1, 2));
+    fourth.release();
+    bench.pool.acquire(LONG).await.unwrap().release();
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_that_fails_costs_a_vm_and_nothing_else() {
+    let settings = PoolSettings { reset: ResetPolicy::Rewind, ..PoolSettings::new(1, 1) };
+    let bench = bench(settings, 2);
+    bench.provisioner.fail_reset(crate::ProvisionError::NotReset { why: "worn".into() });
+    let first = bench.pool.acquire(LONG).await.unwrap();
+    let name = first.vm().name.clone();
+    first.release();
+    let second = bench.pool.acquire(LONG).await.unwrap();
+    assert_ne!(second.vm().name, name);
+    let status = bench.status().await;
+    assert_eq!((status.lost, status.reset, status.trouble), (1, 0, None));
+    drop(second);
+    bench.pool.shutdown().await;
+    assert_eq!(bench.provisioner.live(), 0);
+}
+
+/// One that panics instead of making its first VMs.
+#[derive(Debug)]
+struct Panics {
+    left: std::sync::atomic::AtomicUsize,
+    behind: Arc<FakeProvisioner>,
+}
+
+impl Provisioner for Panics {
+    fn provision<'a>(
+        &'a self,
+        request: &'a VmRequest,
+    ) -> crate::sink::BoxFuture<'a, Result<ReadyVm, crate::ProvisionError>> {
+        use std::sync::atomic::Ordering::SeqCst;
+        let left = self.left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
+        if left.is_ok() {
+            return Box::pin(async { panic!("out of luck") });
+        }
+        self.behind.provision(request)
+    }
+
+    fn retire(&self, vm: ReadyVm) -> crate::sink::BoxFuture<'_, Result<(), crate::ProvisionError>> {
+        self.behind.retire(vm)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_provisioner_that_panics_takes_no_place_for_ever() {
+    let root = tempfile::tempdir().unwrap();
+    let behind = Arc::new(FakeProvisioner::new(root.path()));
+    behind.next(Script::new());
+    let panics = Panics { left: 2.into(), behind: Arc::clone(&behind) };
+    let pool = VmPool::new(PoolSettings::new(0, 1), Arc::new(panics), request());
+    let lease = pool.acquire(LONG).await.unwrap();
+    let status = pool.status().await.unwrap();
+    assert_eq!((status.failed, status.leased, status.making), (2, 1, 0));
+    drop(lease);
+    pool.shutdown().await;
+    assert_eq!((behind.live(), behind.violations()), (0, Vec::new()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn behind_the_seam_only_what_was_released_is_used_again() {
+    let root = tempfile::tempdir().unwrap();
+    let fake = Arc::new(FakeProvisioner::new(root.path()));
+    for _ in 0..2 {
+        fake.next(Script::new());
+        fake.next_reset(Script::new());
+    }
+    let pooled = PooledProvisioner::new(Arc::clone(&fake) as _, LONG);
+    pooled.pool(PoolSettings { reset: ResetPolicy::Rewind, ..PoolSettings::new(1, 1) }, &request());
+    let name = async |release: bool| {
+        let vm = pooled.provision(&request()).await.unwrap();
+        let name = vm.name.clone();
+        if release {
+            pooled.release(vm).await.unwrap()
+        } else {
+            pooled.retire(vm).await.unwrap()
+        }
+        name
+    };
+    let first = name(true).await;
+    assert_eq!(name(false).await, first, "released, it was reset");
+    assert_ne!(name(true).await, first, "retired, it was not");
+    pooled.shutdown().await;
+    assert_eq!((fake.live(), fake.violations()), (0, Vec::new()));
+}

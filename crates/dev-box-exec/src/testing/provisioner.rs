@@ -65,9 +65,11 @@ struct State {
     next: VecDeque<Next>,
     delay: Duration,
     retire_fails: Option<ProvisionError>,
+    resets: VecDeque<Next>,
     live: BTreeMap<VmName, Parts>,
     provisioned: Vec<VmRequest>,
     retired: Vec<VmName>,
+    released: Vec<VmName>,
 }
 
 /// Makes VMs that are tasks with a directory each. Strict: a request beyond what was scripted, and a VM that is
@@ -119,6 +121,22 @@ impl FakeProvisioner {
         self.state().retire_fails = Some(error);
     }
 
+    /// The next VM that is reset has a guest that follows this script then.
+    pub fn next_reset(&self, script: Script) {
+        self.state().resets.push_back(Next::Vm(script));
+    }
+
+    /// The next reset fails, and the VM is gone.
+    pub fn fail_reset(&self, error: ProvisionError) {
+        self.state().resets.push_back(Next::Fail(error));
+    }
+
+    /// Which VMs were released, rather than just retired.
+    #[must_use]
+    pub fn released(&self) -> Vec<VmName> {
+        self.state().released.clone()
+    }
+
     /// A VM dies: its end of the channel closes.
     pub fn kill(&self, vm: &VmName) {
         if let Some(parts) = self.state().live.get(vm) {
@@ -160,12 +178,16 @@ impl FakeProvisioner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn boot(&self, request: &VmRequest, script: Script) -> Result<ReadyVm, ProvisionError> {
+    async fn boot(
+        &self,
+        name: VmName,
+        image: &str,
+        script: Script,
+    ) -> Result<(ReadyVm, Parts), ProvisionError> {
         let step = |step: &str| {
             let step = step.to_owned();
             move |source: Box<dyn std::error::Error + Send + Sync>| ProvisionError::Step { step, source }
         };
-        let name = VmName::disposable();
         let dir = self.root.join("vms").join(name.as_str());
         let share = dir.join("share");
         fs::create_dir_all(&share).map_err(|error| step("making the share")(error.into()))?;
@@ -198,20 +220,31 @@ impl FakeProvisioner {
         let hello = HostHello::fresh().map_err(|error| step("saying hello")(error.into()))?;
         let (session, hello) =
             Session::connect(ours, hello).await.map_err(|error| step("saying hello")(error.into()))?;
-        let mut state = self.state();
-        state.live.insert(name.clone(), parts);
-        state.provisioned.push(request.clone());
         let facts = VmFacts {
             accelerator: Accelerator::Tcg,
             why_not_kvm: Some("it is a fake".to_owned()),
-            image: request.image.clone(),
+            image: image.to_owned(),
             image_digest: None,
             transport: TransportChoice::Serial,
             agent_version: hello.version,
             network: None,
             timings: Vec::new(),
         };
-        Ok(ReadyVm { name, session, share, share_owner: None, facts })
+        Ok((ReadyVm { name, session, share, share_owner: None, facts }, parts))
+    }
+
+    /// Takes a VM away; `None` and a violation when there is none of that name, or it has left something undone.
+    fn take(&self, vm: &ReadyVm, what: &str) -> Option<Parts> {
+        let Some(parts) = self.state().live.remove(&vm.name) else {
+            self.violations.add(format!("{} was {what}, but does not exist", vm.name));
+            return None;
+        };
+        let left = parts.left.load(Ordering::SeqCst);
+        if left > 0 {
+            self.violations.add(format!("{} was {what} with {left} steps of its script left", vm.name));
+        }
+        vm.session.close();
+        Some(parts)
     }
 }
 
@@ -224,7 +257,13 @@ impl Provisioner for FakeProvisioner {
             }
             let next = self.state().next.pop_front();
             match next {
-                Some(Next::Vm(script)) => self.boot(request, script).await,
+                Some(Next::Vm(script)) => {
+                    let (vm, parts) = self.boot(VmName::disposable(), &request.image, script).await?;
+                    let mut state = self.state();
+                    state.live.insert(vm.name.clone(), parts);
+                    state.provisioned.push(request.clone());
+                    Ok(vm)
+                }
                 Some(Next::Fail(error)) => Err(error),
                 None => {
                     self.violations.add("a VM was asked for that is not in the script".to_owned());
@@ -235,21 +274,40 @@ impl Provisioner for FakeProvisioner {
     }
 
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
-        let known = self.state().live.remove(&vm.name);
-        match known {
-            Some(parts) => {
-                let left = parts.left.load(Ordering::SeqCst);
-                if left > 0 {
-                    self.violations
-                        .add(format!("{} was retired with {left} steps of its script left", vm.name));
-                }
-                vm.session.close();
-                drop(parts);
-                self.state().retired.push(vm.name);
-            }
-            None => self.violations.add(format!("{} was retired, but does not exist", vm.name)),
+        if let Some(parts) = self.take(&vm, "retired") {
+            drop(parts);
+            self.state().retired.push(vm.name);
         }
         let done = self.state().retire_fails.take().map_or(Ok(()), Err);
         Box::pin(std::future::ready(done))
+    }
+
+    fn release(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
+        self.state().released.push(vm.name.clone());
+        self.retire(vm)
+    }
+
+    fn reset(&self, vm: ReadyVm) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
+        Box::pin(async move {
+            // Its files and its guest go; what comes has its name.
+            drop(self.take(&vm, "reset"));
+            let delay = self.state().delay;
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            let next = self.state().resets.pop_front();
+            match next {
+                Some(Next::Vm(script)) => {
+                    let (vm, parts) = self.boot(vm.name, &vm.facts.image, script).await?;
+                    self.state().live.insert(vm.name.clone(), parts);
+                    Ok(vm)
+                }
+                Some(Next::Fail(error)) => Err(error),
+                None => {
+                    self.violations.add(format!("{} was reset, and that is not in the script", vm.name));
+                    Err(ProvisionError::NotReset { why: "not in the script".to_owned() })
+                }
+            }
+        })
     }
 }

@@ -50,7 +50,7 @@ catalogue! {
     VM_SWEPT: Counter = "vm_swept_total", Counter, Count,
         "Leftovers of dead processes that were removed.", {}
     POOL_VMS: Gauge = "pool_vms", Gauge, Count, "VMs in the pool, by state.",
-        { state: ["filling", "ready", "leased", "retiring"] }
+        { state: ["filling", "ready", "leased", "resetting", "retiring"] }
     POOL_WAITING: Gauge = "pool_waiting", Gauge, Count, "Callers that wait for a VM of the pool.", {}
     LEASE_ACQUIRE_SECONDS: Timing = "lease_acquire_seconds", Histogram, Seconds,
         "Time from asking for a VM to having it.", { outcome: ["hit", "miss", "timeout", "failed"] }

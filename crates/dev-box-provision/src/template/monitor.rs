@@ -60,19 +60,19 @@ fn cut(text: &str) -> String {
 }
 
 /// Memory that lies in a file is neither saved nor loaded.
-pub(super) async fn leave_ram_alone(vm: &Vm) -> Result<(), MonitorError> {
+pub(crate) async fn leave_ram_alone(vm: &Vm) -> Result<(), MonitorError> {
     let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
     ask(vm, "migrate-set-capabilities", capabilities).await.map(drop)
 }
 
 /// Writes the devices' state to a file. The VM is over then.
-pub(super) async fn save(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
+pub(crate) async fn save(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
     ask(vm, "migrate", json!({ "uri": uri(file) })).await?;
     done(vm, "save").await
 }
 
 /// Reads it into a VM that was started to wait for it.
-pub(super) async fn load(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
+pub(crate) async fn load(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
     ask(vm, "migrate-incoming", json!({ "uri": uri(file) })).await?;
     done(vm, "load").await
 }
@@ -82,6 +82,34 @@ pub(super) async fn load(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
 pub(crate) async fn dump_memory(vm: &Vm, file: &Path) -> Result<(), MonitorError> {
     let arguments = json!({ "paging": false, "protocol": uri(file), "format": "kdump-zlib" });
     ask(vm, "dump-guest-memory", arguments).await.map(drop)
+}
+
+/// Stops the CPUs, and waits for what the devices have under way.
+pub(crate) async fn stop(vm: &Vm) -> Result<(), MonitorError> {
+    ask(vm, "stop", json!({})).await.map(drop)
+}
+
+/// Lets the CPUs go on.
+pub(crate) async fn go_on(vm: &Vm) -> Result<(), MonitorError> {
+    ask(vm, "cont", json!({})).await.map(drop)
+}
+
+/// Puts up the link of the one interface a VM has, which libvirt calls so.
+pub(crate) async fn link_up(vm: &Vm) -> Result<(), MonitorError> {
+    ask(vm, "set_link", json!({ "name": "net0", "up": true })).await.map(drop)
+}
+
+/// Loads an internal snapshot: devices, disk, and what memory is in it. Leaves the CPUs as they are.
+///
+/// The one command that is for people: the other way is a job that is to be polled.
+pub(crate) async fn load_point(vm: &Vm, name: &str) -> Result<(), MonitorError> {
+    let said = ask(vm, "human-monitor-command", json!({ "command-line": format!("loadvm {name}") })).await?;
+    match said.as_str().map(str::trim) {
+        Some("") => Ok(()),
+        said => {
+            Err(MonitorError::Failed { what: "load", text: cut(said.unwrap_or("an answer that is no text")) })
+        }
+    }
 }
 
 fn uri(file: &Path) -> String {

@@ -24,6 +24,7 @@ use dev_box_net::host::HostPaths;
 use dev_box_net::{Firewall, NetSettings, VmNetwork};
 use dev_box_observe::RecordingSink;
 use dev_box_observe::audit::Actor;
+use dev_box_provision::admission::MemoryLimits;
 use dev_box_provision::reach::{Address, Reach};
 use dev_box_provision::vm_dir::QemuUser;
 use dev_box_provision::{LibvirtProvisioner, Settings, UserVms};
@@ -102,6 +103,7 @@ impl Bench {
             owner: "tester".to_owned(),
             boot_timeout: Duration::from_millis(400),
             space: no_limits(),
+            memory: MemoryLimits::default(),
         };
         let reach: Arc<dyn Reach> = Arc::new(ToGuest { dial, addresses: Arc::clone(&addresses) });
         let audit = Arc::new(RecordingSink::new());

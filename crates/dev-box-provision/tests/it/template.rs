@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use dev_box_core::clock::SystemClock;
 use dev_box_core::libvirt::{Domains, XmlView};
+use dev_box_core::size::ByteSize;
 use dev_box_core::template::VmTemplate;
 use dev_box_exec::{
     AgentExecutor, Cancel, CancelSource, DiscardSink, ProvisionError, Provisioner, VmRequest,
@@ -32,7 +33,12 @@ async fn create(bench: &Bench, new: NewTemplate, cancel: Cancel) -> Result<Templ
 /// QEMU's side of saving and loading: every migration ends as `status`.
 fn migrations_end(bench: &Bench, status: &'static str) {
     bench.libvirt.on_monitor(move |command| {
-        Ok(if command.contains("query-migrate") {
+        let command: serde_json::Value = serde_json::from_str(command).unwrap();
+        let file = command["arguments"]["uri"].as_str().and_then(|uri| uri.strip_prefix("file:"));
+        if let (Some("migrate"), Some(file)) = (command["execute"].as_str(), file) {
+            std::fs::write(file, "devices").unwrap();
+        }
+        Ok(if command["execute"] == "query-migrate" {
             format!(r#"{{"return":{{"status":"{status}","error-desc":"because"}}}}"#)
         } else {
             r#"{"return":{}}"#.to_owned()
@@ -135,5 +141,89 @@ async fn a_template_that_cannot_be_made_leaves_nothing() {
     assert!(matches!(create(&bench, bad, Cancel::never()).await, Err(CreateError::Boot(_))));
     bench.provisioner.drain().await;
     assert!(bench.provisioner.templates().unwrap().entries().unwrap().is_empty());
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn a_vm_that_cannot_be_rewound_is_gone() {
+    let bench = Bench::new(Guest::Obeys).await;
+    migrations_end(&bench, "completed");
+    let reset = async |vm| {
+        let error = bench.provisioner.reset(vm).await.unwrap_err();
+        bench.assert_clean();
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        (error.to_string(), cause.unwrap_or_default())
+    };
+    let booted = bench.provisioner.provision(&request()).await.unwrap();
+    assert!(reset(booted).await.0.contains("only a clone can be rewound"));
+    create(&bench, new("t"), Cancel::never()).await.unwrap();
+    // Nothing runs it: it is a double's.
+    let clone = bench.provisioner.provision(&request()).await.unwrap();
+    assert!(reset(clone).await.1.contains("no QEMU runs the VM"));
+    let clone = bench.provisioner.provision(&request()).await.unwrap();
+    clone.session.close();
+    clone.session.closed().await;
+    assert!(reset(clone).await.0.contains("ended abnormally"));
+}
+
+/// Waits until so many shells are on the shelf.
+async fn shells(bench: &Bench, count: usize) {
+    while bench.provisioner.shells(&request()) != count {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_shell_becomes_a_vm_and_another_takes_its_place() {
+    let bench = Bench::new(Guest::Obeys).await;
+    migrations_end(&bench, "completed");
+    // Only a clone can wait.
+    bench.provisioner.keep_shells(&request(), 1).await;
+    create(&bench, new("t"), Cancel::never()).await.unwrap();
+    assert_eq!(bench.provisioner.shells(&request()), 0);
+    bench.provisioner.keep_shells(&request(), 2).await;
+    shells(&bench, 2).await;
+    assert_eq!(bench.vm_dirs().len(), 2);
+    let interface = || {
+        let domain = bench.libvirt.list().unwrap().pop().unwrap();
+        let xml = bench.libvirt.xml(domain.id, XmlView::Current).unwrap();
+        VmTemplate::from_xml(&xml).unwrap().into_spec().interface.unwrap()
+    };
+    assert!(interface().filter.is_some(), "its filter stands before anybody wants it");
+
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    let steps: Vec<&str> = vm.facts.timings.iter().map(|(step, _)| step.as_str()).collect();
+    assert_eq!(steps, ["load", "answer", "configure"]);
+    shells(&bench, 2).await;
+    // Of another kind, it is no use.
+    let mut other = request();
+    other.resources.cpus = 1;
+    let booted = bench.provisioner.provision(&other).await.unwrap();
+    assert!(booted.facts.timings.iter().any(|(step, _)| step == "boot"));
+    for vm in [vm, booted] {
+        bench.provisioner.retire(vm).await.unwrap();
+    }
+    bench.provisioner.keep_shells(&request(), 0).await;
+    bench.assert_clean();
+
+    // One that does not come up costs time, not the VM.
+    bench.provisioner.keep_shells(&request(), 1).await;
+    shells(&bench, 1).await;
+    let waiting = bench.libvirt.list().unwrap().pop().unwrap();
+    bench.libvirt.destroy(waiting.id).unwrap();
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    assert!(vm.facts.timings.iter().any(|(step, _)| step == "start"));
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.provisioner.drain().await;
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn a_host_without_the_memory_is_told() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let mut large = request();
+    large.resources.memory = ByteSize::gib(1 << 20);
+    let error = bench.provisioner.provision(&large).await.unwrap_err();
+    assert!(matches!(error, ProvisionError::Exhausted { resource: "memory", .. }), "{error}");
     bench.assert_clean();
 }

@@ -2,6 +2,7 @@
 
 mod channel;
 mod events;
+mod pool;
 mod problem;
 mod usage;
 mod version;
@@ -18,6 +19,7 @@ pub(super) fn all(daemon: Arc<Daemon>) -> Router {
     let v1 = Router::new()
         .merge(version::routes())
         .merge(vms::routes())
+        .merge(pool::routes())
         .merge(channel::routes())
         .merge(events::routes())
         .merge(usage::routes());

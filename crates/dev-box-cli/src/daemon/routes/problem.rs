@@ -8,6 +8,7 @@ use dev_box::core::id::{IdError, VmName};
 use dev_box::exec::ProvisionError;
 
 use crate::daemon::api::Problem;
+use crate::daemon::pools::NoPool;
 use crate::daemon::state::CreateError;
 use crate::daemon::vms::VmsError;
 use crate::exit::Failure;
@@ -57,6 +58,12 @@ impl From<CreateError> for Refusal {
             CreateError::Name(_) | CreateError::Provision(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
         };
         Self { status, code, message: Failure::new(error).to_string() }
+    }
+}
+
+impl From<NoPool> for Refusal {
+    fn from(error: NoPool) -> Self {
+        Self { status: StatusCode::NOT_FOUND, code: "no-pool", message: error.to_string() }
     }
 }
 

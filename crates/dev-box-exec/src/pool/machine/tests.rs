@@ -5,7 +5,12 @@ use proptest::prelude::*;
 use super::*;
 
 fn settings(min: usize, max: usize) -> PoolSettings {
+    rewinding(min, max, ResetPolicy::Replace)
+}
+
+fn rewinding(min: usize, max: usize, reset: ResetPolicy) -> PoolSettings {
     PoolSettings {
+        reset,
         parallel: 2,
         max_waiting: 6,
         max_age: ms(1000),
@@ -28,7 +33,9 @@ enum Step {
     Abandon(usize),
     Made(usize),
     Failed(usize),
-    Returned(usize),
+    Returned(usize, bool),
+    Reset(usize),
+    Lost(usize),
     Unclaimed(usize),
     Unhealthy(usize),
     Gone(usize),
@@ -46,7 +53,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => pick().prop_map(Step::Abandon),
         8 => pick().prop_map(Step::Made),
         2 => pick().prop_map(Step::Failed),
-        5 => pick().prop_map(Step::Returned),
+        5 => (pick(), any::<bool>()).prop_map(|(at, in_order)| Step::Returned(at, in_order)),
+        5 => pick().prop_map(Step::Reset),
+        1 => pick().prop_map(Step::Lost),
         2 => pick().prop_map(Step::Unclaimed),
         2 => pick().prop_map(Step::Unhealthy),
         6 => pick().prop_map(Step::Gone),
@@ -58,6 +67,10 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+fn policy() -> impl Strategy<Value = ResetPolicy> {
+    prop_oneof![Just(ResetPolicy::Replace), Just(ResetPolicy::Rewind)]
+}
+
 /// What the outside knows of the pool: where each VM is, and who waits.
 #[derive(Debug, Default)]
 struct Model {
@@ -66,6 +79,10 @@ struct Model {
     making: BTreeSet<VmNumber>,
     ready: BTreeSet<VmNumber>,
     leased: BTreeSet<VmNumber>,
+    resetting: BTreeSet<VmNumber>,
+    /// Those whose lease ended in order, and which may therefore be reset.
+    in_order: BTreeSet<VmNumber>,
+    rewinds: bool,
     retiring: BTreeSet<VmNumber>,
     /// In order of arrival, with deadlines.
     waiting: Vec<(Ticket, Duration)>,
@@ -76,7 +93,7 @@ struct Model {
 
 impl Model {
     fn all(&self) -> usize {
-        self.making.len() + self.ready.len() + self.leased.len() + self.retiring.len()
+        self.making.len() + self.ready.len() + self.leased.len() + self.resetting.len() + self.retiring.len()
     }
 
     fn apply(&mut self, actions: &[Action]) -> Result<(), TestCaseError> {
@@ -95,6 +112,7 @@ impl Model {
                     prop_assert!(self.now <= deadline, "granted too late");
                     prop_assert!(self.ready.remove(vm), "not ready");
                     self.leased.insert(*vm);
+                    self.in_order.remove(vm);
                     *self.granted.entry(*vm).or_default() += 1;
                 }
                 Action::Refuse(ticket, error) => {
@@ -105,6 +123,12 @@ impl Model {
                         PoolError::ShuttingDown => prop_assert!(self.closing),
                         PoolError::Exhausted { .. } | PoolError::Unhealthy { .. } => {}
                     }
+                }
+                Action::Reset(vm) => {
+                    prop_assert!(self.rewinds && !self.closing, "reset against the policy");
+                    prop_assert!(self.in_order.remove(vm), "reset after an abnormal end");
+                    prop_assert!(self.leased.remove(vm), "reset what nobody had");
+                    self.resetting.insert(*vm);
                 }
                 Action::Retire(vm) => {
                     let was = self.ready.remove(vm) || self.leased.remove(vm);
@@ -123,9 +147,14 @@ fn nth<T: Copy + Ord>(set: &BTreeSet<T>, at: usize) -> Option<T> {
 }
 
 /// One run: after every step machine and model agree, and nobody waits beside a ready VM.
-fn run(min: usize, max: usize, steps: &[Step]) -> Result<(Machine, Model), TestCaseError> {
-    let mut machine = Machine::new(settings(min, max));
-    let mut model = Model { max, ..Model::default() };
+fn run(
+    min: usize,
+    max: usize,
+    reset: ResetPolicy,
+    steps: &[Step],
+) -> Result<(Machine, Model), TestCaseError> {
+    let mut machine = Machine::new(rewinding(min, max, reset));
+    let mut model = Model { max, rewinds: reset == ResetPolicy::Rewind, ..Model::default() };
     let mut tickets = 0;
     let actions = machine.on(model.now, Event::Tick);
     model.apply(&actions)?;
@@ -150,7 +179,22 @@ fn run(min: usize, max: usize, steps: &[Step]) -> Result<(Machine, Model), TestC
                 model.making.remove(&vm);
                 Event::Failed(vm, "no".into())
             }),
-            Step::Returned(at) => nth(&model.leased, at).map(Event::Returned),
+            Step::Returned(at, true) => nth(&model.leased, at).map(|vm| {
+                model.in_order.insert(vm);
+                Event::Returned(vm, Ending::InOrder)
+            }),
+            Step::Returned(at, false) => {
+                nth(&model.leased, at).map(|vm| Event::Returned(vm, Ending::Abnormal))
+            }
+            Step::Reset(at) => nth(&model.resetting, at).map(|vm| {
+                model.resetting.remove(&vm);
+                model.ready.insert(vm);
+                Event::Reset(vm)
+            }),
+            Step::Lost(at) => nth(&model.resetting, at).map(|vm| {
+                model.resetting.remove(&vm);
+                Event::Lost(vm)
+            }),
             Step::Unclaimed(at) => nth(&model.leased, at).map(|vm| {
                 if !model.closing {
                     model.leased.remove(&vm);
@@ -167,7 +211,12 @@ fn run(min: usize, max: usize, steps: &[Step]) -> Result<(Machine, Model), TestC
             Step::Stray(vm) if !model.making.contains(&vm) && !model.leased.contains(&vm) => {
                 model.apply(&machine.on(model.now, Event::Made(vm)))?;
                 model.apply(&machine.on(model.now, Event::Failed(vm, "stray".into())))?;
-                Some(Event::Returned(vm))
+                model.apply(&machine.on(model.now, Event::Returned(vm, Ending::InOrder)))?;
+                if model.resetting.contains(&vm) {
+                    continue;
+                }
+                model.apply(&machine.on(model.now, Event::Lost(vm)))?;
+                Some(Event::Reset(vm))
             }
             Step::Stray(_) => None,
             Step::Fill(ready) => Some(Event::Fill(ready)),
@@ -186,11 +235,12 @@ fn run(min: usize, max: usize, steps: &[Step]) -> Result<(Machine, Model), TestC
         model.apply(&actions)?;
         let status = machine.status();
         prop_assert_eq!(
-            (status.making, status.ready, status.leased, status.retiring, status.waiting),
+            (status.making, status.ready, status.leased, status.resetting, status.retiring, status.waiting),
             (
                 model.making.len(),
                 model.ready.len(),
                 model.leased.len(),
+                model.resetting.len(),
                 model.retiring.len(),
                 model.waiting.len()
             )
@@ -205,16 +255,16 @@ proptest! {
 
     #[test]
     fn no_interleaving_loses_a_vm_or_makes_one_too_many(
-        min in 0..4_usize, more in 1..4_usize, steps in prop::collection::vec(step(), 0..120)
+        min in 0..4_usize, more in 1..4_usize, reset in policy(), steps in prop::collection::vec(step(), 0..120)
     ) {
-        run(min, min + more, &steps)?;
+        run(min, min + more, reset, &steps)?;
     }
 
     #[test]
     fn whatever_came_before_the_end_is_the_end(
-        min in 0..4_usize, more in 1..4_usize, steps in prop::collection::vec(step(), 0..80)
+        min in 0..4_usize, more in 1..4_usize, reset in policy(), steps in prop::collection::vec(step(), 0..80)
     ) {
-        let (mut machine, mut model) = run(min, min + more, &steps)?;
+        let (mut machine, mut model) = run(min, min + more, reset, &steps)?;
         model.closing = true;
         let actions = machine.on(model.now, Event::Shutdown);
         model.apply(&actions)?;
@@ -226,7 +276,14 @@ proptest! {
         }
         for vm in model.leased.clone() {
             prop_assert!(!machine.is_over());
-            let actions = machine.on(model.now, Event::Returned(vm));
+            model.in_order.insert(vm);
+            let actions = machine.on(model.now, Event::Returned(vm, Ending::InOrder));
+            model.apply(&actions)?;
+        }
+        for vm in std::mem::take(&mut model.resetting) {
+            prop_assert!(!machine.is_over());
+            model.ready.insert(vm);
+            let actions = machine.on(model.now, Event::Reset(vm));
             model.apply(&actions)?;
         }
         for vm in std::mem::take(&mut model.retiring) {
@@ -240,21 +297,27 @@ proptest! {
 
     #[test]
     fn left_alone_it_comes_to_min_and_to_rest(
-        min in 0..4_usize, more in 1..4_usize, steps in prop::collection::vec(step(), 0..80)
+        min in 0..4_usize, more in 1..4_usize, reset in policy(), steps in prop::collection::vec(step(), 0..80)
     ) {
         let steps: Vec<Step> =
             steps.into_iter().filter(|step| !matches!(step, Step::Shutdown | Step::Drain | Step::Fill(_))).collect();
-        let (mut machine, mut model) = run(min, min + more, &steps)?;
+        let (mut machine, mut model) = run(min, min + more, reset, &steps)?;
         for _ in 0..200 {
             let event = if let Some(&vm) = model.making.iter().next() {
                 model.making.remove(&vm);
                 model.ready.insert(vm);
                 Event::Made(vm)
             } else if let Some(&vm) = model.leased.iter().next() {
-                Event::Returned(vm)
+                model.in_order.insert(vm);
+                Event::Returned(vm, Ending::InOrder)
+            } else if let Some(vm) = model.resetting.pop_first() {
+                model.ready.insert(vm);
+                Event::Reset(vm)
             } else if let Some(vm) = model.retiring.pop_first() {
                 Event::Gone(vm)
             } else if model.waiting.is_empty() && model.ready.len() == min {
+                break;
+            } else if model.waiting.is_empty() && model.ready.len() > min && machine.next_wake().is_none() {
                 break;
             } else {
                 let wake = machine.next_wake();
@@ -324,4 +387,39 @@ fn too_many_who_wait_are_turned_away() {
     }
     let refused = machine.on(ms(0), Event::Acquire(6, ms(100)));
     assert_eq!(refused, [Action::Refuse(6, PoolError::Exhausted { waiting: 6 })]);
+}
+
+#[test]
+fn what_ended_in_order_is_reset_and_only_where_that_was_asked_for() {
+    let ready = |reset| {
+        let mut machine = Machine::new(rewinding(1, 2, reset));
+        machine.on(ms(0), Event::Tick);
+        machine.on(ms(0), Event::Made(0));
+        assert_eq!(machine.on(ms(0), Event::Acquire(1, ms(100)))[0], Action::Grant(1, 0));
+        machine
+    };
+    let mut replaces = ready(ResetPolicy::Replace);
+    assert_eq!(replaces.on(ms(1), Event::Returned(0, Ending::InOrder))[0], Action::Retire(0));
+    let mut abnormal = ready(ResetPolicy::Rewind);
+    assert_eq!(abnormal.on(ms(1), Event::Returned(0, Ending::Abnormal))[0], Action::Retire(0));
+    let mut old = ready(ResetPolicy::Rewind);
+    assert_eq!(old.on(ms(1000), Event::Returned(0, Ending::InOrder))[0], Action::Retire(0));
+
+    let mut rewinds = ready(ResetPolicy::Rewind);
+    // Another was begun when the first was handed over; it comes on top, and goes when nobody wants it.
+    assert_eq!(rewinds.on(ms(1), Event::Returned(0, Ending::InOrder)), [Action::Reset(0)]);
+    assert_eq!(rewinds.status().resetting, 1);
+    rewinds.on(ms(1), Event::Made(1));
+    assert_eq!(rewinds.on(ms(2), Event::Reset(0)), []);
+    assert_eq!((rewinds.status().ready, rewinds.status().reset), (2, 1));
+    // Handed over again, it is lost in its second reset: another is made.
+    assert_eq!(rewinds.on(ms(3), Event::Acquire(2, ms(100)))[0], Action::Grant(2, 1));
+    assert_eq!(rewinds.on(ms(3), Event::Acquire(3, ms(100)))[0], Action::Grant(3, 0));
+    assert_eq!(rewinds.on(ms(4), Event::Returned(0, Ending::InOrder)), [Action::Reset(0)]);
+    assert_eq!(rewinds.on(ms(4), Event::Lost(0)), [Action::Make(2)]);
+    assert_eq!(rewinds.status().lost, 1);
+    // What is drained meanwhile goes when it comes.
+    assert_eq!(rewinds.on(ms(5), Event::Returned(1, Ending::InOrder)), [Action::Reset(1)]);
+    assert_eq!(rewinds.on(ms(5), Event::Drain), [Action::Cancel(2)]);
+    assert_eq!(rewinds.on(ms(6), Event::Reset(1)), [Action::Retire(1)]);
 }

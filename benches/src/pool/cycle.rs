@@ -1,0 +1,69 @@
+//! Whole cycles of a pool: acquire, /bin/true, release.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use dev_box::exec::pool::{PoolSettings, ResetPolicy, VmPool};
+
+use super::{Bench, PATIENCE, memory};
+use crate::end_to_end::exec;
+use crate::figure::{Figure, Unit};
+use crate::registry::NotRun;
+
+/// How long each is kept going; one sample is what got done in a window of it.
+const LASTS: Duration = Duration::from_secs(20);
+const WINDOW: Duration = Duration::from_secs(5);
+
+/// Both policies, pools of two and four, as many callers as VMs; and what the cycles left in this process.
+pub(super) async fn run(bench: &Bench) -> Result<Vec<Figure>, NotRun> {
+    let mut figures = Vec::new();
+    let before = memory::this_process();
+    for (policy, reset) in [("rewind", ResetPolicy::Rewind), ("replace", ResetPolicy::Replace)] {
+        for size in [2, 4] {
+            let settings = PoolSettings { reset, ..bench.settings(size) };
+            let pool = VmPool::new(settings, Arc::new(bench.clones.clone()), bench.request.clone());
+            pool.initialize().await?;
+            let rates = sustained(&pool, size).await;
+            pool.shutdown().await;
+            figures.push(Figure::of(format!("pool.cycle.{policy}.{size}"), Unit::PerSecond, rates?));
+        }
+    }
+    let after = memory::this_process();
+    let grown = (f64::from(after.0) - f64::from(before.0)) / 1024.0;
+    figures.push(Figure::of("pool.cycle.rss_grown", Unit::Mebibytes, vec![grown]));
+    let more = u32::try_from(after.1.saturating_sub(before.1)).unwrap_or(u32::MAX);
+    figures.push(Figure::of("pool.cycle.descriptors_more", Unit::Count, vec![f64::from(more)]));
+    Ok(figures)
+}
+
+async fn sustained(pool: &VmPool, callers: usize) -> Result<Vec<f64>, NotRun> {
+    let done = Arc::new(AtomicUsize::new(0));
+    let end = Instant::now() + LASTS;
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..callers {
+        let (pool, done) = (pool.clone(), Arc::clone(&done));
+        tasks.spawn(async move {
+            while Instant::now() < end {
+                let lease = pool.acquire(PATIENCE).await.map_err(|error| error.to_string())?;
+                exec(&lease.vm().session).await.map_err(|error| error.to_string())?;
+                lease.release();
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok::<_, String>(())
+        });
+    }
+    let mut rates = Vec::new();
+    let (mut since, mut last) = (Instant::now(), 0);
+    while Instant::now() < end {
+        tokio::time::sleep(WINDOW).await;
+        let now = done.load(Ordering::Relaxed);
+        let jobs = u32::try_from(now - last).unwrap_or(u32::MAX);
+        rates.push(f64::from(jobs) / since.elapsed().as_secs_f64());
+        (since, last) = (Instant::now(), now);
+    }
+    while let Some(task) = tasks.join_next().await {
+        task??;
+    }
+    Ok(rates)
+}

@@ -1,0 +1,101 @@
+//! `dev-box pool`.
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use dev_box::Config;
+
+use crate::daemon::api::{PoolInfo, PoolOrder};
+use crate::daemon::client::Client;
+use crate::exit::Failure;
+use crate::output;
+
+const EXAMPLES: &str = "\
+Needs a daemon (`dev-box serve`) whose configuration keeps a pool:
+
+  [pool]
+  ready = 2            # kept ready
+  max = 4              # at most, those in use included
+  shells = 1           # half-made ones, so that the next takes less time
+  reset = \"replace\"    # or \"rewind\", for jobs of one trust domain
+  templates = []       # one pool for each; none: one pool, of whatever template fits
+
+Exit codes: 0 done, 1 the daemon has no such pool or does not answer.
+
+Examples:
+  dev-box pool status
+  dev-box pool fill 4
+  dev-box pool drain --template py";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct PoolArgs {
+    #[command(subcommand)]
+    command: PoolCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum PoolCommand {
+    /// How many VMs are ready, in use, being made.
+    Status {
+        /// All numbers, as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep so many ready from now on, and try at once even after failures.
+    Fill {
+        /// How many [default: what the configuration says].
+        #[arg(value_name = "N")]
+        ready: Option<usize>,
+
+        /// Only the pool of this template.
+        #[arg(long, value_name = "NAME")]
+        template: Option<String>,
+    },
+    /// Take away what is ready and keep none; VMs in use stay, and who asks is still served.
+    Drain {
+        /// Only the pool of this template.
+        #[arg(long, value_name = "NAME")]
+        template: Option<String>,
+    },
+}
+
+pub(crate) async fn run(config: Config, args: PoolArgs) -> Result<ExitCode, Failure> {
+    let client = Client::new(&config);
+    match args.command {
+        PoolCommand::Status { json } => {
+            let pools: Vec<PoolInfo> = client.get("/v1/pool").await.map_err(Failure::new)?;
+            if json {
+                output::json(&pools)?;
+            } else {
+                pools.iter().try_for_each(|pool| output::line(&line(pool)))?;
+            }
+        }
+        PoolCommand::Fill { ready, template } => {
+            let order = PoolOrder { ready, template };
+            client.order("/v1/pool/fill", &order).await.map_err(Failure::new)?;
+        }
+        PoolCommand::Drain { template } => {
+            let order = PoolOrder { ready: None, template };
+            client.order("/v1/pool/drain", &order).await.map_err(Failure::new)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn line(pool: &PoolInfo) -> String {
+    let n = &pool.numbers;
+    let trouble = n.trouble.as_ref().map_or_else(String::new, |why| format!("; cannot make more: {why}"));
+    format!(
+        "{}: {} ready, {} in use, {} being made, {} being reset, {} going, {} shells; {} of {} at most{trouble}",
+        pool.template,
+        n.ready,
+        n.leased,
+        n.making,
+        n.resetting,
+        n.retiring,
+        pool.shells,
+        n.ready + n.leased + n.making + n.resetting + n.retiring,
+        n.max
+    )
+}

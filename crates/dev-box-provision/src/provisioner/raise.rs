@@ -1,0 +1,275 @@
+//! The steps of making a VM, in two halves: until its QEMU runs, and until its agent knows who it is.
+
+use std::os::unix::fs::chown;
+
+use dev_box_comm::message::Request;
+use dev_box_comm::session::Session;
+use dev_box_comm::share;
+use dev_box_core::accel::Accelerator;
+use dev_box_core::id::{VmId, VmName};
+use dev_box_core::libvirt::{LibvirtError, StartMode};
+use dev_box_core::spec::{
+    BootSource, Channel, Disk, DiskCache, Ownership, ResourceProfile, RunAs, Share, VmSpec,
+};
+use dev_box_core::template::VmTemplate;
+use dev_box_core::vm::{Vm, VmError};
+use dev_box_exec::workspace::Owner;
+use dev_box_exec::{NetworkFacts, ProvisionError, ReadyVm, TransportChoice, VmFacts, VmRequest};
+use dev_box_image::Overlay;
+use dev_box_image::template::Template;
+use dev_box_net::NetLease;
+use tokio_util::sync::CancellationToken;
+
+use super::{DiskError, Inner, Origin, Plan, step, unsatisfiable, word};
+use crate::blocking;
+use crate::identity::{self, network_config};
+use crate::machine::{CloneOf, Machine};
+use crate::network_watch::EventsTask;
+use crate::rewind;
+use crate::stopwatch::Stopwatch;
+use crate::template::{self, monitor};
+use crate::vm_dir::{QemuUser, VmDir};
+
+/// A VM whose QEMU runs: booting, or waiting for its template's devices.
+#[derive(Debug)]
+pub(super) struct Started {
+    plan: Plan,
+    vm: Vm,
+    template: VmTemplate,
+    /// Its network's filter is in force, and libvirt takes its link for up.
+    plugged: bool,
+}
+
+impl Inner {
+    /// The first half: disk, network, QEMU.
+    pub(super) async fn start(
+        &self,
+        machine: &mut Machine,
+        plan: Plan,
+        origin: &Origin,
+        request: &VmRequest,
+        watch: &mut Stopwatch,
+        gone: &CancellationToken,
+    ) -> Result<Started, ProvisionError> {
+        let (base, point) = match origin {
+            Origin::Clone(template) => (template.disk(), Some(template.state())),
+            Origin::Boot | Origin::Recorded(_) => (plan.image.disk(), None),
+        };
+        let path = machine.dir.overlay();
+        let (size, limits, qemu) = (request.resources.disk, self.settings.space, self.settings.qemu);
+        let overlay = blocking::run(move || {
+            let overlay = match point {
+                None => Overlay::create_within(&base, &path, Some(size), &limits),
+                Some(state) => {
+                    Overlay::create_with_point(&base, &path, Some(size), &limits, (rewind::POINT, &state))
+                }
+            };
+            let overlay = overlay.map_err(DiskError::Overlay)?;
+            chown(overlay.path(), Some(qemu.uid), Some(qemu.gid)).map_err(DiskError::Owner)?;
+            Ok::<_, DiskError>(overlay)
+        });
+        machine.overlay = Some(overlay.await.map_err(step("making the disk"))?);
+        watch.step("disk");
+        self.wanted(gone)?;
+
+        let (network, vm, policy) = (self.network.clone(), plan.name.clone(), plan.policy.clone());
+        let attached =
+            blocking::with_libvirt(&self.connection, move |libvirt| network.attach(libvirt, &vm, &policy))
+                .await;
+        machine.lease = attached.map_err(step("attaching the network"))?;
+        let events = |lease| EventsTask::start(&self.network, lease, self.news.clone());
+        machine.events = machine.lease.as_ref().map(events);
+        watch.step("network");
+        self.wanted(gone)?;
+
+        let mut spec = self.spec(&machine.dir, &plan, request, machine.lease.as_ref());
+        let mode = match origin {
+            Origin::Boot => StartMode::Running,
+            Origin::Recorded(ram) => {
+                spec.qemu_arguments = template::recording_arguments(ram, spec.resources.memory);
+                StartMode::Running
+            }
+            Origin::Clone(template) => {
+                spec.qemu_arguments = template::clone_arguments(template);
+                // It never boots. A kernel on its command line would be memory of each clone's, and be written over the
+                // guest's again with every reset of the machine.
+                spec.boot = BootSource::Disk;
+                StartMode::Paused
+            }
+        };
+        let template = VmTemplate::new(spec).map_err(unsatisfiable)?;
+        machine.started = true;
+        let vm = Vm::create_in(&self.connection, &template.unplugged(), mode).await;
+        let vm = vm.map_err(step("starting the VM"))?;
+        watch.step("start");
+        Ok(Started { plan, vm, template, plugged: false })
+    }
+
+    /// Between the halves, of one that waits: its filter stands before anybody wants it.
+    pub(super) async fn plug_in(&self, started: &mut Started) -> Result<(), ProvisionError> {
+        started.vm.plug_in(&started.template).await.map_err(step("putting the network's filter in force"))?;
+        started.plugged = true;
+        Ok(())
+    }
+
+    /// The second half: devices, agent, identity.
+    pub(super) async fn finish(
+        &self,
+        machine: &mut Machine,
+        started: Started,
+        origin: &Origin,
+        request: &VmRequest,
+        mut watch: Stopwatch,
+        gone: &CancellationToken,
+    ) -> Result<ReadyVm, ProvisionError> {
+        let Started { plan, vm, template, plugged } = started;
+        if let Origin::Clone(origin) = origin {
+            template::load(&vm, origin).await.map_err(step("loading the template"))?;
+            if plugged && machine.lease.is_some() {
+                // The devices' state says that it is down.
+                monitor::link_up(&vm).await.map_err(step("putting the link up"))?;
+            }
+            monitor::go_on(&vm).await.map_err(step("loading the template"))?;
+            let origin = Template::clone(origin);
+            machine.clone = Some(CloneOf { vm: vm.clone(), template: origin, cid: plan.cid, process: None });
+            watch.step("load");
+        }
+
+        let plug = async {
+            if plugged {
+                return Ok(());
+            }
+            match vm.plug_in(&template).await {
+                // It is over, of which its channel tells more.
+                Err(error) if is_over(&error) => std::future::pending().await,
+                plugged => plugged.map_err(step("putting the network's filter in force")),
+            }
+        };
+        let ((session, agent), ()) = tokio::select! {
+            both = async { tokio::try_join!(self.connect(&machine.dir, plan.cid), plug) } => both?,
+            () = gone.cancelled() => return Err(ProvisionError::ShuttingDown),
+            () = self.closing.cancelled() => return Err(ProvisionError::ShuttingDown),
+        };
+        watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
+        self.introduce(machine.lease.as_ref(), &session, &plan.name, vm.id()).await?;
+        watch.step("configure");
+        Ok(self.ready(machine, plan, request, (session, agent), watch))
+    }
+
+    /// Tells the guest who it is, while its network is looked at a last time before somebody has it.
+    pub(super) async fn introduce(
+        &self,
+        lease: Option<&NetLease>,
+        session: &Session,
+        name: &VmName,
+        id: VmId,
+    ) -> Result<(), ProvisionError> {
+        let identity = identity::identity(name, id, &*self.clock, lease.map(network_config))
+            .map_err(step("configuring the guest"))?;
+        let configured =
+            async { session.call(Request::Configure(identity)).await.map_err(step("configuring the guest")) };
+        let verified = async {
+            match lease {
+                Some(lease) => self.verified(&lease.vm).await.map_err(step("verifying the VM's network")),
+                None => Ok(()),
+            }
+        };
+        tokio::try_join!(configured, verified).map(drop)
+    }
+
+    fn ready(
+        &self,
+        machine: &Machine,
+        plan: Plan,
+        request: &VmRequest,
+        (session, agent_version): (Session, String),
+        watch: Stopwatch,
+    ) -> ReadyVm {
+        let QemuUser { uid, gid } = self.settings.qemu;
+        ReadyVm {
+            name: plan.name,
+            session,
+            share: machine.dir.share(),
+            share_owner: Some(Owner { uid, gid }),
+            facts: VmFacts {
+                accelerator: plan.accelerator,
+                why_not_kvm: plan.why_not_kvm,
+                image: request.image.clone(),
+                image_digest: Some(plan.image.manifest.digest.to_string()),
+                transport: match plan.transport {
+                    dev_box_comm::transport::TransportKind::Vsock => TransportChoice::Vsock,
+                    dev_box_comm::transport::TransportKind::Serial => TransportChoice::Serial,
+                },
+                agent_version,
+                network: machine.lease.as_ref().map(|lease| network_facts(lease, request.network.as_str())),
+                timings: watch.steps(),
+            },
+        }
+    }
+
+    fn spec(&self, dir: &VmDir, plan: &Plan, request: &VmRequest, lease: Option<&NetLease>) -> VmSpec {
+        let transport = word(plan.transport);
+        // To write-protect the kernel in the guest takes a third of a second when it is translated, and nothing beyond
+        // the guest relies on it.
+        let hardening = match plan.accelerator {
+            Accelerator::Kvm => "",
+            Accelerator::Tcg => " rodata=off",
+        };
+        let boot = BootSource::DirectKernel {
+            kernel: plan.image.kernel(),
+            initrd: Some(plan.image.initramfs()),
+            cmdline: format!(
+                "console=ttyS0 panic=-1 quiet cryptomgr.notests dev-box.root=/dev/vda \
+                 dev-box.transport={transport}{hardening}"
+            ),
+        };
+        let ownership = Ownership {
+            owner: self.settings.owner.clone(),
+            purpose: request.purpose.clone(),
+            lease: None,
+            created: self.clock.now(),
+        };
+        let mut spec = VmSpec::new(plan.name.clone(), plan.accelerator, boot, ownership);
+        spec.resources = ResourceProfile {
+            vcpus: request.resources.cpus,
+            memory: request.resources.memory,
+            disk: request.resources.disk,
+            // The virtual CPUs, and half a CPU for QEMU's own threads.
+            cpu_quota_percent: Some(request.resources.cpus.saturating_mul(100).saturating_add(50)),
+            ..ResourceProfile::default()
+        };
+        // The disk goes with the VM: nobody needs it flushed.
+        spec.disks = vec![Disk { cache: DiskCache::Unsafe, ..Disk::qcow2(dir.overlay(), "vda") }];
+        spec.shares = vec![Share { tag: share::TAG.to_owned(), path: dir.share(), read_only: false }];
+        spec.channels =
+            vec![Channel { name: dev_box_comm::SERIAL_PORT_NAME.to_owned(), socket: dir.channel() }];
+        // No file is given to QEMU's user: the image's are every VM's, and an owner may change what is read-only.
+        let QemuUser { uid, gid } = self.settings.qemu;
+        spec.run_as = (uid != 0).then_some(RunAs { uid, gid });
+        spec.vsock_cid = plan.cid;
+        spec.console_log = Some(dir.console());
+        spec.network = request.network.clone();
+        spec.interface = lease.map(NetLease::interface);
+        spec
+    }
+}
+
+fn network_facts(lease: &NetLease, policy: &str) -> NetworkFacts {
+    NetworkFacts {
+        policy: policy.to_owned(),
+        policy_digest: lease.policy_digest().to_string(),
+        mac: lease.mac.to_string(),
+        address: lease.address,
+        tap: lease.tap.clone(),
+    }
+}
+
+fn is_over(error: &VmError) -> bool {
+    match error {
+        VmError::Illegal(_) | VmError::NotFound { .. } => true,
+        VmError::Libvirt(error) => {
+            error.is_not_found() || matches!(error, LibvirtError::InvalidOperation { .. })
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,98 @@
+//! A used clone made as good as new, or taken away.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dev_box_core::id::VmId;
+use dev_box_exec::{ProvisionError, ReadyVm};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::{Inner, step};
+use crate::blocking;
+use crate::machine::{CloneOf, Machine};
+use crate::rewind::{self, ProcessError, QemuProcess, RewindError};
+use crate::stopwatch::Stopwatch;
+use crate::template::monitor;
+
+/// For the old conversation's last words, to a guest that may not listen.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+
+impl Inner {
+    /// Rewinds a clone whose use ended in order, tells it who it is now, and gives it back. Otherwise it is gone.
+    pub(super) async fn reset(&self, vm: ReadyVm) -> Result<ReadyVm, ProvisionError> {
+        let name = vm.name.clone();
+        // Out of the map: nobody else has it meanwhile.
+        let Some(mut machine) = self.machines().remove(&name) else {
+            return Err(ProvisionError::NotReset { why: format!("{name} is not there any more") });
+        };
+        match self.rewound(&mut machine, vm).await {
+            Ok(vm) => {
+                tracing::info!(vm = %name, steps = ?vm.facts.timings, "a VM was rewound");
+                self.machines().insert(name, machine);
+                Ok(vm)
+            }
+            Err(error) => {
+                self.abandon(machine).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn rewound(&self, machine: &mut Machine, mut vm: ReadyVm) -> Result<ReadyVm, ProvisionError> {
+        let refused = |why: String| ProvisionError::NotReset { why };
+        if self.closing.is_cancelled() {
+            return Err(ProvisionError::ShuttingDown);
+        }
+        // What broke the protocol, or died, is not trusted with another use.
+        if let Some(reason) = vm.session.close_reason() {
+            return Err(refused(format!("its last use ended abnormally: {reason}")));
+        }
+        let Some(clone) = machine.clone.as_mut() else {
+            return Err(refused("it was booted, and only a clone can be rewound".to_owned()));
+        };
+        let process = clone.process().await.map_err(step("rewinding the VM"))?;
+        let mut watch = Stopwatch::start();
+        vm.session.close();
+        let _ = timeout(LAST_WORDS, vm.session.closed()).await;
+        watch.step("close");
+
+        let rewound = rewind::back(&clone.vm, &process, &clone.template, Uuid::new_v4());
+        let rewound = rewound.await.map_err(step("rewinding the VM"))?;
+        watch.skip();
+        let share = machine.dir.share();
+        let emptied = blocking::run(move || rewind::empty(&share)).await.map_err(RewindError::Share);
+        emptied.map_err(step("rewinding the VM"))?;
+        if machine.lease.is_some() {
+            // The template's devices say that it is down; the filter stood all the while.
+            monitor::link_up(&clone.vm).await.map_err(step("rewinding the VM"))?;
+        }
+        monitor::go_on(&clone.vm).await.map_err(step("rewinding the VM"))?;
+        watch.step("go on");
+
+        let (session, agent) = self.connect(&machine.dir, clone.cid).await?;
+        watch.step("answer");
+        // A machine id of its own: what the last use has told about itself does not name this one.
+        self.introduce(machine.lease.as_ref(), &session, &vm.name, VmId::random()).await?;
+        watch.step("configure");
+
+        vm.session = session;
+        vm.facts.agent_version = agent;
+        let mut after = watch.steps();
+        let before = after.drain(..1).collect::<Vec<_>>();
+        vm.facts.timings = before.into_iter().chain(rewound.steps).chain(after).collect();
+        Ok(vm)
+    }
+}
+
+impl CloneOf {
+    async fn process(&mut self) -> Result<Arc<QemuProcess>, RewindError> {
+        if let Some(process) = &self.process {
+            return Ok(Arc::clone(process));
+        }
+        let domain = self.vm.id().as_uuid();
+        let found =
+            blocking::run(move || Ok::<_, ProcessError>(Arc::new(QemuProcess::find(domain)?))).await?;
+        Ok(Arc::clone(self.process.insert(found)))
+    }
+}
