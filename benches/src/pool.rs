@@ -92,7 +92,7 @@ impl Bench {
             figures.extend(self.one_by_one(&self.clones, "clone.ready", CLONES).await?);
         }
         if wanted.has("clone.from_shell") {
-            figures.extend(self.from_shell().await?);
+            figures.extend(self.shell_clones().await?);
         }
         if wanted.has("reset.rewind") {
             figures.extend(self.rewind().await?);
@@ -153,7 +153,7 @@ impl Bench {
     }
 
     /// `clone.from_shell`: until the guest goes on; `.ready`: until its agent knows who it is.
-    async fn from_shell(&self) -> Result<Vec<Figure>, NotRun> {
+    async fn shell_clones(&self) -> Result<Vec<Figure>, NotRun> {
         let mut samples = Samples::new();
         for _ in 0..CLONES {
             self.clones.keep_shells(&self.request, 1).await;

@@ -273,7 +273,7 @@ impl LibvirtProvisioner {
     /// VMs that are in use stay.
     pub async fn drain(&self) {
         self.0.closing.cancel();
-        self.0.clear_shelf().await;
+        Box::pin(self.0.clear_shelf()).await;
         self.0.work.close();
         self.0.work.wait().await;
     }

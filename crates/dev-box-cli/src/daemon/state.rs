@@ -8,10 +8,12 @@ use dev_box::DevBox;
 use dev_box::comm::session::Io;
 use dev_box::core::clock::{Clock, EasternTime, SystemClock};
 use dev_box::core::id::{IdError, VmName};
-use dev_box::exec::{Gateway, ProvisionError, ReadyVm};
+use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm, VmRequest};
 use dev_box::net::policy::PolicyStoreError;
 use dev_box::observe::anomaly::VmFinding;
+use dev_box::observe::audit::Text;
 use dev_box::observe::metrics::VM_SERIES;
+use dev_box::observe::{Act, AuditError, AuditEvent, Entry, Outcome};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -50,6 +52,8 @@ pub(crate) enum CreateError {
     Policy(#[from] PolicyStoreError),
     #[error("the VM could not be made")]
     Provision(#[source] ProvisionError),
+    #[error("nothing is done that the audit log would not show")]
+    Audit(#[from] AuditError),
     #[error("the daemon is stopping")]
     Stopping,
 }
@@ -116,12 +120,12 @@ impl Daemon {
         let began = Instant::now();
         let provisioner =
             self.pools.provisioner(&self.dev_box, reservation.options().templates(), peer.actor());
-        let machine = match provisioner.provision(&request).await {
+        let machine = match self.lease(&*provisioner, &request, peer).await {
             Ok(machine) => machine,
             Err(error) => {
                 let told = Failure::new(error.to_string()).to_string();
                 self.events.say(Happening::VmFailed { vm: name, error: told });
-                return Err(CreateError::Provision(error));
+                return Err(error);
             }
         };
         let session = machine.session.clone();
@@ -141,6 +145,33 @@ impl Daemon {
             }
         });
         Ok(info)
+    }
+
+    /// A VM in that client's hands: one that was ready has nothing else in the audit that names them.
+    async fn lease(
+        &self,
+        provisioner: &dyn Provisioner,
+        request: &VmRequest,
+        peer: &Peer,
+    ) -> Result<ReadyVm, CreateError> {
+        let event = AuditEvent::LeaseAcquire { image: Text::new(&request.image), profile: None };
+        let mut act = Act::begin(&self.dev_box.audit(), Entry::intent(event).by(peer.actor())).await?;
+        match provisioner.provision(request).await {
+            Ok(machine) => {
+                act.set_vm(&machine.name);
+                match act.finish(Outcome::Ok).await {
+                    Ok(_) => Ok(machine),
+                    Err(error) => {
+                        self.retire(machine).await;
+                        Err(error.into())
+                    }
+                }
+            }
+            Err(error) => {
+                act.finish(Outcome::failed(&error)).await?;
+                Err(CreateError::Provision(error))
+            }
+        }
     }
 
     /// Removes a VM, or the memory of one that is lost; returns when nothing of it is left.
@@ -175,6 +206,7 @@ impl Daemon {
 
     async fn retire(&self, machine: ReadyVm) {
         let name = machine.name.clone();
+        self.dev_box.audit().note(Entry::fact(AuditEvent::LeaseRelease {}).vm(&name));
         // Whoever used it may have done anything: it is not used again.
         if let Err(error) = self.pools.take_back(&self.dev_box, machine, false).await {
             tracing::error!(vm = %name, error = %Failure::new(error), "not all of it could be removed; `dev-box gc` tries again");

@@ -336,9 +336,9 @@ async fn behind_the_seam_only_what_was_released_is_used_again() {
         let vm = pooled.provision(&request()).await.unwrap();
         let name = vm.name.clone();
         if release {
-            pooled.release(vm).await.unwrap()
+            pooled.release(vm).await.unwrap();
         } else {
-            pooled.retire(vm).await.unwrap()
+            pooled.retire(vm).await.unwrap();
         }
         name
     };

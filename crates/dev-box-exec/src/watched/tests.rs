@@ -96,6 +96,57 @@ fn a_life_is_on_record_from_its_intent_to_its_end() {
 }
 
 #[test]
+fn a_vm_made_as_good_as_new_is_another_one_for_the_watcher_and_on_record() {
+    let bench = Bench::new();
+    bench.fake.next(Script::new());
+    bench.fake.next_reset(Script::new());
+    bench.run(async {
+        let vm = bench.watched.provision(&request()).await.unwrap();
+        let vm = bench.watched.reset(vm).await.unwrap();
+        bench.counted("dev_box_vms{state=\"running\"} 1");
+        assert_eq!(bench.sink.actions()[3..], ["vm.reset:intent", "vm.reset:ok"]);
+        assert_eq!(bench.diary.lines(), ["ready default", "gone", "ready default"]);
+
+        // One that cannot be reset is gone, and its failure on record.
+        bench.fake.fail_reset(ProvisionError::NotReset { why: "worn".to_owned() });
+        bench.watched.reset(vm).await.unwrap_err();
+        bench.counted("dev_box_vms{state=\"running\"} 0");
+    });
+    assert_eq!(bench.sink.actions()[5..], ["vm.reset:intent", "vm.reset:failed"]);
+    assert_eq!(bench.fake.live(), 0);
+}
+
+#[test]
+fn a_vm_whose_reset_cannot_be_audited_is_not_used_again() {
+    for written in [0, 1] {
+        let bench = Bench::new();
+        bench.fake.next(Script::new());
+        bench.fake.next_reset(Script::new());
+        bench.run(async {
+            let vm = bench.watched.provision(&request()).await.unwrap();
+            bench.sink.fail_after(written);
+            let error = bench.watched.reset(vm).await.unwrap_err();
+            assert!(matches!(&error, ProvisionError::NotReset { why } if why.contains("audited")), "{error}");
+        });
+        assert_eq!(bench.fake.live(), 0);
+    }
+}
+
+#[test]
+fn a_reset_that_nobody_waits_for_ends_with_the_vm_gone() {
+    let bench = Bench::new();
+    bench.fake.next(Script::new());
+    bench.fake.next_reset(Script::new());
+    bench.run(async {
+        let vm = bench.watched.provision(&request()).await.unwrap();
+        drop(bench.watched.reset(vm));
+        bench.watched.drain().await;
+    });
+    assert_eq!(bench.sink.actions().last().map(String::as_str), Some("vm.destroy:ok"));
+    assert_eq!(bench.fake.live(), 0);
+}
+
+#[test]
 fn a_vm_that_nobody_waits_for_is_gone_when_all_is_drained() {
     let bench = Bench::new();
     bench.fake.next(Script::new());

@@ -55,6 +55,7 @@ impl From<CreateError> for Refusal {
             CreateError::Provision(ProvisionError::Unsatisfiable { .. }) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unsatisfiable")
             }
+            CreateError::Audit(_) => (StatusCode::INSUFFICIENT_STORAGE, "not-audited"),
             CreateError::Name(_) | CreateError::Provision(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
         };
         Self { status, code, message: Failure::new(error).to_string() }

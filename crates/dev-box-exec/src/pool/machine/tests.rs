@@ -315,9 +315,9 @@ proptest! {
                 Event::Reset(vm)
             } else if let Some(vm) = model.retiring.pop_first() {
                 Event::Gone(vm)
-            } else if model.waiting.is_empty() && model.ready.len() == min {
-                break;
-            } else if model.waiting.is_empty() && model.ready.len() > min && machine.next_wake().is_none() {
+            } else if model.waiting.is_empty()
+                && (model.ready.len() == min || (model.ready.len() > min && machine.next_wake().is_none()))
+            {
                 break;
             } else {
                 let wake = machine.next_wake();
