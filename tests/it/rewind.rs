@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_box::core::clock::{Clock as _, SystemClock};
 use dev_box::core::vm::Vm;
 use dev_box::exec::{NetworkMode, ProvisionError, Provisioner};
 use dev_box::provision::rewind::{self, QemuProcess, Ram};
@@ -118,7 +119,7 @@ async fn before_a_rewound_guest_goes_on_all_its_memory_is_the_templates_and_then
         assert_ne!(first[index], second[index], "{what}");
     }
     assert_eq!(first[3..6], second[3..6], "name and addresses are the domain's");
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let now = u64::try_from(SystemClock.now().unix_nanos() / 1_000_000_000).unwrap();
     let clock: u64 = second[6].parse().unwrap();
     assert!(clock.abs_diff(now) <= 5, "the clock is {clock}, and it is {now}");
     // The network carries: the resolver answers by itself.
