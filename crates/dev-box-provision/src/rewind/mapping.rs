@@ -88,7 +88,7 @@ mod tests {
 
     const QEMU: &str = "\
 55d0c1a00000-55d0c1e00000 r--p 00000000 fe:00 1311 /usr/bin/qemu-system-x86_64
-7f2f00000000-7f2f00021000 rw-p 00000000 00:00 0 
+7f2f00000000-7f2f00021000 rw-p 00000000 00:00 0 \n\
 7f2f10000000-7f2f18000000 rw-p 00000000 fe:00 77 /var/lib/dev-box/templates/a b/ram
 7f2f18000000-7f2f20000000 rw-p 08000000 fe:00 77 /var/lib/dev-box/templates/a b/ram (deleted)
 7ffd5e000000-7ffd5e021000 rw-p 00000000 00:00 0 [stack]
