@@ -13,6 +13,7 @@ mod monitoring;
 mod nested;
 mod net;
 mod observe;
+mod odd_traffic;
 mod pool;
 mod probes;
 mod rewind;

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use dev_box_net::events::{NetEvent, NetEventKind};
+use dev_box_net::guard::DropReason;
 use dev_box_observe::anomaly::Observation;
 use dev_box_observe::metrics::{NET_GUARD_LOST, OBSERVATIONS_LOST};
 use tokio::sync::broadcast;
@@ -38,6 +39,8 @@ fn take(shared: &Shared, event: &NetEvent) {
 /// What there is to judge: what the VM with this address did, not what was done to it.
 fn observed(what: &NetEventKind, own: Option<IpAddr>) -> Option<Observation> {
     match what {
+        // That an answer of the gateway's resolver came when nobody waited for it any more: kernels say so by themselves.
+        NetEventKind::Dropped { reason: DropReason::Gateway, packet } if packet.protocol == "icmp" => None,
         NetEventKind::Dropped { packet, .. } => {
             let address = packet.destination.filter(|destination| Some(*destination) != own)?;
             Some(Observation::Dropped { address, port: packet.destination_port })
@@ -58,7 +61,6 @@ fn observed(what: &NetEventKind, own: Option<IpAddr>) -> Option<Observation> {
 #[cfg(test)]
 mod tests {
     use dev_box_net::events::{DnsQuestion, PacketSummary};
-    use dev_box_net::guard::DropReason;
 
     use super::*;
 
@@ -89,6 +91,12 @@ mod tests {
         let reached = |port| NetEventKind::NewDestination { packet: packet([10, 213, 0, 1], port) };
         assert_eq!(observed(&reached(53), None), None);
         assert!(observed(&reached(443), None).is_some());
+        let dropped = |protocol: &str| NetEventKind::Dropped {
+            reason: DropReason::Gateway,
+            packet: PacketSummary { protocol: protocol.to_owned(), ..packet([10, 213, 0, 1], 22) },
+        };
+        assert_eq!(observed(&dropped("icmp"), None), None, "it did not wait for the answer");
+        assert!(observed(&dropped("tcp"), None).is_some());
     }
 
     #[test]
