@@ -9,6 +9,7 @@ mod end_to_end;
 mod environment;
 mod figure;
 mod micro;
+mod network;
 mod pool;
 mod registry;
 mod sampling;

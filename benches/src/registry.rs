@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use crate::figure::Figure;
-use crate::{channel, end_to_end, micro, pool, snapshots};
+use crate::{channel, end_to_end, micro, network, pool, snapshots};
 
 /// Why a benchmark could not run.
 pub(crate) type NotRun = Box<dyn Error>;
@@ -102,6 +102,12 @@ const ALL: &[Benchmark] = &[
         about: "from the kill of QEMU to the news of it",
         figures: &[],
         run: |_| channel::lost(),
+    },
+    Benchmark {
+        name: "net",
+        about: "another policy for a VM that runs, a look at all its layers, and what filtering costs in throughput",
+        figures: &[],
+        run: |_| network::run(),
     },
     Benchmark {
         name: "pool",
