@@ -1,0 +1,92 @@
+//! Lease after lease on real VMs: what one costs, it gives back.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dev_box::exec::NetworkMode;
+use dev_box::exec::pool::{PoolSettings, ResetPolicy, VmPool};
+use dev_box_tests::{Host, wait_until};
+
+use crate::in_process::InProcess;
+
+const PATIENCE: Duration = Duration::from_secs(90);
+/// What an allocator may keep of memory that it was given back.
+const SLACK_KIB: u64 = 16 << 10;
+
+/// What this process and its VMs hold on the host.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    descriptors: usize,
+    domains: usize,
+    files: BTreeSet<PathBuf>,
+}
+
+fn resident_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+fn files(below: &Path, found: &mut BTreeSet<PathBuf>) {
+    // What goes while it is looked at is gone.
+    for entry in fs::read_dir(below).into_iter().flatten().flatten() {
+        found.insert(entry.path());
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files(&entry.path(), found);
+        }
+    }
+}
+
+fn held(host: &Host) -> Held {
+    let mut all = BTreeSet::new();
+    files(&host.root().join("vms"), &mut all);
+    files(&host.root().join("templates"), &mut all);
+    Held {
+        descriptors: fs::read_dir("/proc/self/fd").unwrap().count(),
+        domains: host.qemu_pids().len(),
+        files: all,
+    }
+}
+
+async fn cycles(name: &str, times: usize) {
+    let Some(host) = Host::new(name) else { return };
+    let with = InProcess::with_template(&host, NetworkMode::NatFiltered).await;
+    let mut resident = Vec::new();
+    let mut before = None;
+    // The first round is what stays for good: threads, connections, caches.
+    for round in 0..2 {
+        for reset in [ResetPolicy::Replace, ResetPolicy::Rewind] {
+            let settings = PoolSettings { reset, ..PoolSettings::new(1, 2) };
+            let pool = VmPool::new(settings, Arc::new(with.clones()), with.request.clone());
+            for _ in 0..(if round == 0 { 1 } else { times / 2 }) {
+                let lease = pool.acquire(PATIENCE).await.unwrap();
+                with.sh(lease.vm(), "true").await;
+                lease.release();
+            }
+            pool.shutdown().await;
+        }
+        wait_until("everything is gone", PATIENCE, || {
+            let now = held(&host);
+            host.vms().is_empty() && now.domains == 0 && before.as_ref().is_none_or(|before| *before == now)
+        });
+        before = Some(held(&host));
+        resident.push(resident_kib());
+    }
+    assert!(resident[1] <= resident[0] + SLACK_KIB, "{resident:?} KiB");
+    with.close().await;
+    host.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_leases_leave_nothing() {
+    cycles("ten_leases_leave_nothing", 10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "minutes: run by the gate with --full"]
+async fn two_hundred_leases_leave_nothing() {
+    cycles("two_hundred_leases_leave_nothing", 200).await;
+}
