@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use dev_box_comm::HostHello;
 use dev_box_comm::message::{ExecRequest, ExitStatus, Message, Request};
-use dev_box_comm::session::Session;
+use dev_box_comm::session::{Session, SessionConfig};
 use dev_box_comm::transport::{Connection, Dial, VsockDial};
 
-/// A guest inside a guest boots for minutes.
-const PATIENCE: Duration = Duration::from_secs(900);
+/// A guest inside a guest boots for minutes, and is as slow afterwards.
+const PATIENCE: Duration = Duration::from_secs(1800);
+const SLOW: Duration = Duration::from_secs(300);
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -25,7 +26,8 @@ async fn main() -> Result<ExitCode, Failure> {
     let request = Request::Exec(ExecRequest::new(arguments));
 
     let connection = reach(&VsockDial::new(cid)).await?;
-    let (session, agent) = Session::connect(connection, HostHello::fresh()?).await?;
+    let config = SessionConfig { hello: SLOW, gap: SLOW, ..SessionConfig::default() };
+    let (session, agent) = Session::connect_with(connection, HostHello::fresh()?, config).await?;
     writeln!(io::stderr(), "agent {} on vsock:{cid}", agent.version)?;
     let mut parts = session.open(request).await?.split();
     while let Some(bytes) = parts.output.next().await {
