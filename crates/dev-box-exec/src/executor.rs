@@ -230,9 +230,10 @@ impl AgentExecutor {
         }
         report.enter(Phase::Start);
         let end = self.process(vm, job, sink, cancel, who, report).await?;
+        let answers = end.exited.is_some();
         let state = report.ended(end);
         match injected {
-            Some(injected) => self.results(vm, &injected, state, cancel, who, report).await,
+            Some(injected) => self.results(vm, &injected, (state, answers), cancel, who, report).await,
             None => Ok(()),
         }
     }
@@ -286,13 +287,13 @@ impl AgentExecutor {
         &self,
         vm: Place<'_>,
         injected: &Injected,
-        state: Outcome,
+        (state, answers): (Outcome, bool),
         cancel: &Cancel,
         who: &Who<'_>,
         report: &mut Report,
     ) -> Result<(), Cause> {
         let complete = match state {
-            Outcome::Exited | Outcome::TimedOut => true,
+            Outcome::Exited | Outcome::TimedOut => answers,
             Outcome::Cancelled | Outcome::GuestLost => false,
             Outcome::Failed { .. } => return Ok(()),
         };
@@ -300,7 +301,8 @@ impl AgentExecutor {
             return Ok(());
         }
         report.enter(Phase::Collect);
-        if state != Outcome::GuestLost {
+        // One that did not even say that the job was killed (it may be paused) would be waited for in vain.
+        if answers && state != Outcome::GuestLost {
             files::unmount(vm.session, injected, cancel, &mut report.warnings).await?;
         }
         match files::collect(injected, complete, who, cancel, &mut report.warnings).await {

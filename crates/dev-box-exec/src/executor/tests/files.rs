@@ -125,6 +125,23 @@ async fn half_of_something_is_not_written_back() {
 }
 
 #[tokio::test]
+async fn a_guest_that_fell_silent_is_not_waited_for_and_nothing_of_it_is_written_back() {
+    let bench = Bench::new();
+    let moment = Duration::from_millis(50);
+    let executor =
+        AgentExecutor::new(Arc::new(FakeClock::default()), bench.audit.clone()).with_patience(moment, moment);
+    let vm = bench.vm(then([Act::Hang])).await;
+    let mut job = with(bench.workspace(CollectTo::WriteBack { delete: true }));
+    (job.timeout, job.grace) = (Some(moment), moment);
+    let result = executor.execute(&vm, job, Arc::new(DiscardSink), bench.cancel.token()).await;
+    assert_eq!((result.outcome, result.exit_code), (Outcome::TimedOut, None), "{result:?}");
+    assert_eq!(fs::read_to_string(bench.path("source/input")).unwrap(), "old");
+    assert!(result.files.is_none_or(|files| files.changes.is_empty()));
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.clean();
+}
+
+#[tokio::test]
 async fn cancelled_at_once_nothing_is_collected() {
     let bench = Bench::new();
     let vm = bench.vm(then([Act::Stdout("ready".into()), Act::Hang])).await;
