@@ -136,5 +136,7 @@ mod tests {
         assert!(has(&ubuntu, "debian-archive-keyring", false));
         assert!(!has(&Distribution::Bookworm, "debian-archive-keyring", false));
         assert!(has(&Distribution::Bookworm, LLVM, true) && !has(&Distribution::Bookworm, LLVM, false));
+        // A server that systemd starts: not for who only wants VMs.
+        assert!(has(&ubuntu, "prometheus", true) && !has(&ubuntu, "prometheus", false));
     }
 }
