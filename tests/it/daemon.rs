@@ -96,27 +96,54 @@ fn vms_are_made_used_listed_and_removed() {
 }
 
 #[test]
-fn a_killed_daemon_leaves_nothing_that_the_next_does_not_remove() {
-    let Some(host) = Host::new("a_killed_daemon_leaves_nothing_that_the_next_does_not_remove") else {
-        return;
-    };
+fn a_killed_daemons_vms_are_its_successors() {
+    let Some(host) = Host::new("a_killed_daemons_vms_are_its_successors") else { return };
     let daemon = Daemon::start(&host);
     let second = host.dev_box(["serve"]).expect_code(1);
     assert!(second.stderr.contains("a daemon is running already"), "{}", second.stderr);
-    host.dev_box(["start", "--name", "a", "--net", "isolated"]).expect_code(0);
+    host.dev_box(["start", "--name", "dies", "--net", "isolated"]).expect_code(0);
+    let dies = host.qemu_pids()[0];
+    host.dev_box(["start", "--name", "lives"]).expect_code(0);
     // Somebody else's: a run beside the daemon, which goes on whatever becomes of it.
     let mut beside =
-        host.start(["run", "--net", "isolated", "--", "sh", "-c", "echo on; sleep 12; echo still"]);
+        host.start(["run", "-i", "--net", "isolated", "--", "sh", "-c", "echo on; read line; echo still"]);
+    let stays = beside.stdin();
     beside.wait_for_output("on");
-    let mut client = host.start(["exec", "a", "--", "sh", "-c", "echo on; sleep 100"]);
+    let background = "echo begun; while :; do sleep 1; done";
+    let job = host.dev_box(["exec", "--detach", "lives", "--", "sh", "-c", background]).expect_code(0).text();
+    let mut client = host.start(["exec", "lives", "--", "sh", "-c", "echo on; exec sleep 54321"]);
     client.wait_for_output("on");
+    let address = |host: &Host| host.dev_box(["exec", "lives", "--", "hostname", "-I"]).expect_code(0).text();
+    let before = address(&host);
     daemon.kill();
     // The client is told at once; it does not hang.
     client.finish().expect_code(125);
-    assert_eq!(host.qemu_pids().len(), 2, "what a killed daemon leaves behind");
+    assert_eq!(host.qemu_pids().len(), 3, "what a killed daemon leaves behind");
+    kill(dies);
+
     let next = Daemon::start(&host);
-    assert_eq!(host.qemu_pids().len(), 1, "the run beside, and nothing else");
-    assert_eq!(host.dev_box(["ps"]).expect_code(0).text(), "");
+    let listed = host.dev_box(["ps", "--json"]).expect_code(0).text();
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+    assert_eq!((&listed[0]["name"], &listed[0]["state"]), (&"lives".into(), &"ready".into()));
+    assert_eq!(host.qemu_pids().len(), 2, "this one and the run beside");
+    assert_eq!(address(&host), before);
+    // What went on in the background goes on; what had a client has ended with it.
+    let jobs = host.dev_box(["ps", "lives", "--json"]).expect_code(0).text();
+    assert!(jobs.contains(job.trim()), "{jobs}");
+    assert_eq!(host.dev_box(["logs", "lives", job.trim()]).expect_code(0).text(), "begun\n");
+    wait_until("the client's command is gone", Duration::from_secs(30), || {
+        !host.dev_box(["ps", "lives", "--json"]).expect_code(0).text().contains("54321")
+    });
+    let audit = host.dev_box(["audit", "query", "--action", "vm.adopt"]).expect_code(0).text();
+    assert_eq!(audit.lines().count(), 1, "{audit}");
+
+    std::io::Write::write_all(&mut { stays }, b"go on\n").unwrap();
     assert!(beside.finish().expect_code(0).text().contains("still"));
     next.stop().expect_code(0);
+    host.assert_clean();
+}
+
+fn kill(pid: u32) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
 }

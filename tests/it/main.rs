@@ -11,6 +11,7 @@ mod hostile;
 mod in_process;
 mod libvirtd;
 mod monitoring;
+mod mounts;
 mod nested;
 mod net;
 mod observe;

@@ -1,6 +1,7 @@
 //! The command line, as clap reads it.
 
 mod job;
+mod mounts;
 mod net;
 mod vm;
 
@@ -13,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueHint};
 use crate::commands;
 
 pub(crate) use job::JobOptions;
+pub(crate) use mounts::{MountArgs, NotYours};
 pub(crate) use net::NetArgs;
 pub(crate) use vm::VmOptions;
 
@@ -42,7 +44,7 @@ Examples:
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a command in a fresh VM, and remove the VM.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Own VMs that live longer than a command, and serve the other commands, until stopped.
     Serve(commands::serve::ServeArgs),
     /// Make a VM that the daemon keeps.
@@ -116,6 +118,7 @@ Examples:
   dev-box run --workspace . --output /tmp/out --timeout 10m -- sh ./job.sh
   dev-box run --policy only-github.toml --workspace . -- git fetch
   dev-box run --profile claude --workspace . --write-back -- claude -p 'fix the tests'
+  dev-box run --mount ~/src:/src:rw --cwd /src -- make
   dev-box run --net isolated --memory 512MiB --cpus 1 -- python3 untrusted.py";
 
 #[derive(Debug, Args)]

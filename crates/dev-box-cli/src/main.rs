@@ -57,7 +57,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::new)?;
     let outcome = runtime.block_on(async {
         match cli.command {
-            Command::Run(args) => Box::pin(commands::run::run(config, args)).await,
+            Command::Run(args) => Box::pin(commands::run::run(config, *args)).await,
             Command::Serve(args) => Box::pin(commands::serve::run(config, args)).await,
             Command::Start(args) => commands::start::run(config, args).await,
             Command::Exec(args) => Box::pin(commands::exec::run(config, args)).await,

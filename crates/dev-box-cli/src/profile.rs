@@ -149,7 +149,7 @@ mod tests {
     fn run(args: &[&str]) -> Box<RunArgs> {
         let line = [&["dev-box", "run"], args, &["--", "agent"]].concat();
         let Command::Run(args) = Cli::try_parse_from(line).unwrap().command else { panic!("not run") };
-        Box::new(args)
+        args
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! | module | what | IO |
 //! |---|---|---|
 //! | [`job`], [`outcome`] | what is to be run, and what came of it | none |
+//! | [`mount`] | directories of the host that a VM sees live | none |
 //! | [`provisioner`] | the seam: `Provisioner`, and the `ReadyVm` it gives | none |
 //! | [`pool`] | [`VmPool`](pool::VmPool): VMs that are ready before they are asked for | none of its own |
 //! | [`executor`] | [`AgentExecutor`]: a job through all its phases | the VM's session |
@@ -24,6 +25,7 @@ pub mod executor;
 pub mod forward;
 pub mod gateway;
 pub mod job;
+pub mod mount;
 pub mod outcome;
 pub mod pool;
 pub mod provisioner;
@@ -40,6 +42,7 @@ pub use dev_box_comm::message::{Limits as JobLimits, PtySize};
 pub use executor::AgentExecutor;
 pub use gateway::Gateway;
 pub use job::{Job, OutputCaps, Stdin, Terminal};
+pub use mount::{LiveMount, Mounts};
 pub use outcome::{Captured, ExecutionResult, Outcome, Phase, Timings, Usage};
 pub use provisioner::{
     NetworkFacts, NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice, VmFacts,

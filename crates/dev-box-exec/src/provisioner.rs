@@ -10,8 +10,9 @@ use dev_box_core::accel::{Accelerator, AcceleratorPolicy};
 use dev_box_core::id::VmName;
 use dev_box_core::size::ByteSize;
 pub use dev_box_core::spec::NetworkMode;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::mount::Mounts;
 use crate::sink::BoxFuture;
 use crate::workspace::Owner;
 
@@ -30,7 +31,7 @@ pub struct Resources {
 }
 
 /// The control channel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TransportChoice {
     /// vsock where the host has it, else virtio-serial.
@@ -55,12 +56,14 @@ pub struct VmRequest {
     pub accelerator: AcceleratorPolicy,
     /// How it is reached.
     pub transport: TransportChoice,
+    /// Directories of the host that it sees live.
+    pub mounts: Mounts,
     /// What it is for, in a word: `run`, `pool`. Ends up in the domain's metadata and the audit.
     pub purpose: String,
 }
 
 /// What is known of a VM that is ready. Host-observed, save the agent's version.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmFacts {
     /// How its code runs.
     pub accelerator: Accelerator,
@@ -81,7 +84,7 @@ pub struct VmFacts {
 }
 
 /// A VM's interface, and what holds it in.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkFacts {
     /// The policy's name.
     pub policy: String,

@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -122,6 +123,12 @@ impl WatchedProvisioner {
         Self { actor, ..self.clone() }
     }
 
+    /// Takes a VM into its care that another process had made and this one has taken over.
+    pub fn adopt(&self, vm: &ReadyVm, request: &VmRequest) {
+        self.shared.audit.note(self.entry(Entry::fact(AuditEvent::VmAdopt {}), &vm.name));
+        self.keep(vm, request);
+    }
+
     /// Waits until every VM that was given back is gone and its end on record. The provisioner behind has to be there until
     /// then: drain that one afterwards.
     pub async fn drain(&self) {
@@ -193,6 +200,15 @@ impl WatchedProvisioner {
             TransportChoice::Vsock => Transport::Vsock,
             TransportChoice::Serial | TransportChoice::Auto => Transport::Serial,
         };
+        for mount in &request.mounts.list {
+            let mounted = AuditEvent::FilesMount {
+                root: Text::lossy(mount.source.as_os_str().as_bytes()),
+                target: Text::lossy(mount.target.as_os_str().as_bytes()),
+                writable: mount.writable,
+                uid: vm.share_owner.map(|owner| owner.uid),
+            };
+            self.shared.audit.note(self.entry(Entry::fact(mounted), &vm.name));
+        }
         let ready = AuditEvent::VmReady { transport, took_ms: millis(took) };
         self.shared.audit.note(self.entry(Entry::fact(ready), &vm.name));
         if let Some(network) = &vm.facts.network {

@@ -28,7 +28,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 mod apply;
 pub mod archive;
@@ -53,7 +53,7 @@ pub use scan::{HostileShare, Scan, scan};
 pub use stage::{StageError, Staged, precheck, stage};
 
 /// A user and group, by number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Owner {
     /// User id.
     pub uid: u32,

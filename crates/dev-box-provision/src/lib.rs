@@ -10,6 +10,7 @@
 //! | [`reach`] | the way to the agent of a VM that may still be starting |
 //! | [`vm_dir`] | a VM's directory on the host, and who owns it |
 //! | [`blocking`] | calls that block, where they do no harm |
+//! | [`kept`] | VMs that outlive their owner, and how another takes them over |
 //! | [`sweep`] | what owners that died have left |
 //! | [`respond`] | what is done to a VM about a finding |
 //! | [`forensics`] | a VM's memory, disk and traces in one archive |
@@ -22,10 +23,13 @@ mod console;
 pub mod doctor;
 pub mod forensics;
 mod identity;
+pub mod kept;
 mod machine;
+mod mounts;
 mod network_watch;
 pub mod provisioner;
 pub mod reach;
+mod record_file;
 pub mod respond;
 pub mod rewind;
 mod stopwatch;

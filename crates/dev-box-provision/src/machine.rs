@@ -23,6 +23,8 @@ pub(crate) struct Machine {
     pub(crate) lease: Option<NetLease>,
     /// What its network sees is taken down.
     pub(crate) events: Option<EventsTask>,
+    /// Its vsock address.
+    pub(crate) cid: Option<u32>,
     /// Whether libvirt may know it.
     pub(crate) started: bool,
     /// What it is a clone of, once it runs.
@@ -72,6 +74,7 @@ impl Machine {
             overlay: None,
             lease: None,
             events: None,
+            cid: None,
             started: false,
             clone: None,
             _promise: Some(promise),
@@ -80,7 +83,16 @@ impl Machine {
 
     /// What a dead owner left: it may have been anywhere in the making.
     pub(crate) fn abandoned(dir: VmDir) -> Self {
-        Self { dir, overlay: None, lease: None, events: None, started: true, clone: None, _promise: None }
+        Self {
+            dir,
+            overlay: None,
+            lease: None,
+            events: None,
+            cid: None,
+            started: true,
+            clone: None,
+            _promise: None,
+        }
     }
 
     /// Takes it down, in the reverse order of its making: the guest first, then what held it in. The files stay while

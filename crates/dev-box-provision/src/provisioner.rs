@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use dev_box_comm::session::Session;
-use dev_box_comm::transport::{self, Preference, Probes, TransportKind};
+use dev_box_comm::transport::{self, Dial, Preference, Probes, TransportKind};
 use dev_box_core::accel::{self, Accelerator};
 use dev_box_core::clock::{Clock, EasternTime};
 use dev_box_core::connection::LibvirtConnection;
@@ -47,6 +47,7 @@ use crate::admission::{HostMemory, MemoryLimits, Promises};
 use crate::blocking::{self, BlockingError};
 use crate::console;
 use crate::machine::Machine;
+use crate::mounts;
 use crate::network_watch::{self, NetworkNews};
 use crate::reach::{self, Address, Reach, ReachError};
 use crate::stopwatch::Stopwatch;
@@ -74,7 +75,7 @@ pub struct Settings {
 
 /// Makes VMs, by cloning a template where one serves, else by booting. A clone of it is another handle to the same one.
 #[derive(Debug, Clone)]
-pub struct LibvirtProvisioner(Arc<Inner>, TemplateUse);
+pub struct LibvirtProvisioner(pub(crate) Arc<Inner>, TemplateUse);
 
 /// What a VM comes from.
 #[derive(Debug)]
@@ -207,9 +208,14 @@ impl LibvirtProvisioner {
         &self.0.connection
     }
 
+    /// Where VMs have their directories.
+    pub(crate) fn vms(&self) -> PathBuf {
+        self.0.settings.state_root.join("vms")
+    }
+
     /// Where the disk of a VM of ours lies.
     pub(crate) fn overlay_of(&self, name: &VmName) -> PathBuf {
-        VmDir::overlay_in(&self.0.settings.state_root.join("vms"), name)
+        VmDir::overlay_in(&self.vms(), name)
     }
 
     /// Boots a VM whose memory lies in `ram`.
@@ -348,12 +354,23 @@ struct Plan {
     transport: TransportKind,
     cid: Option<u32>,
     policy: EgressPolicy,
+    /// As whom its QEMU runs.
+    qemu: QemuUser,
 }
 
 impl Inner {
-    fn machines(&self) -> MutexGuard<'_, HashMap<VmName, Machine>> {
+    pub(crate) fn machines(&self) -> MutexGuard<'_, HashMap<VmName, Machine>> {
         // A map of owned values is whole whatever panicked beside it.
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn dial(&self, address: Address<'_>) -> Box<dyn Dial> {
+        self.reach.dial(address)
+    }
+
+    /// The vsock address of a VM that is ready.
+    pub(crate) fn cid_of(&self, name: &VmName) -> Option<u32> {
+        self.machines().get(name)?.cid
     }
 
     /// VMs that are ready and have a network.
@@ -363,7 +380,7 @@ impl Inner {
     }
 
     /// Has the networks of all VMs looked after, from the first one on.
-    fn watch_networks(self: &Arc<Self>) {
+    pub(crate) fn watch_networks(self: &Arc<Self>) {
         self.watching.call_once(|| {
             tokio::spawn(network_watch::watch_over(Arc::downgrade(self), self.watch.clone()));
         });
@@ -413,7 +430,7 @@ impl Inner {
         let promise = self.promises.make(host, request.resources.memory, self.settings.memory);
         let promise =
             promise.map_err(|why| ProvisionError::Exhausted { resource: "memory", what: why.to_string() })?;
-        let dir = VmDir::create(&self.settings.state_root.join("vms"), &plan.name, self.settings.qemu)
+        let dir = VmDir::create(&self.settings.state_root.join("vms"), &plan.name, plan.qemu)
             .map_err(step("making the VM's directory"))?;
         watch.step("claim");
         Ok((Machine::new(dir, promise), plan, origin))
@@ -433,7 +450,15 @@ impl Inner {
         request: &VmRequest,
         wanted: Wanted,
     ) -> Result<Origin, ProvisionError> {
+        let mounts = !request.mounts.is_empty();
         let templates = match wanted {
+            // A 9p device cannot be plugged in later, and a state with one mounted cannot be saved.
+            Wanted::Recorded(_) | Wanted::Ready(TemplateUse::Named(_)) if mounts => {
+                return Err(unsatisfiable(
+                    "a VM with live mounts is booted: it cannot be made from a template, or be one",
+                ));
+            }
+            Wanted::Ready(_) if mounts => return Ok(Origin::Boot),
             Wanted::Recorded(ram) => return Ok(Origin::Recorded(ram)),
             Wanted::Ready(TemplateUse::Never) => return Ok(Origin::Boot),
             Wanted::Ready(templates) => templates,
@@ -486,6 +511,7 @@ impl Inner {
                 .policies()
                 .get(&request.network)
                 .map_err(step("finding the network policy"))?,
+            qemu: mounts::user(&request.mounts, self.settings.qemu).map_err(unsatisfiable)?,
         })
     }
 

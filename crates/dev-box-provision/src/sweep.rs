@@ -26,6 +26,15 @@ pub struct Leftover {
     pub error: Option<String>,
 }
 
+/// What becomes of VMs whose dead owner had them kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Orphans {
+    /// They wait for their next owner.
+    Stay,
+    /// They go like the others.
+    Go,
+}
+
 /// The VMs under `state_root` whose owners are gone.
 ///
 /// # Errors
@@ -46,10 +55,14 @@ pub async fn sweep(
     state_root: &Path,
     connection: &LibvirtConnection,
     network: &VmNetwork,
+    orphans: Orphans,
 ) -> Result<Vec<Leftover>, VmDirError> {
     let root = state_root.join("vms");
     let mut swept = Vec::new();
     for name in vm_dir::list(&root)? {
+        if orphans == Orphans::Stay && VmDir::kept_in(&root, &name).exists() {
+            continue;
+        }
         let dir = match VmDir::adopt(&root, &name) {
             Ok(dir) => dir,
             // Alive, or gone in the meantime.

@@ -7,6 +7,7 @@
 //!   share/         what the guest sees by 9p; belongs to QEMU's user
 //!   channel.sock   the control channel's host end (virtio-serial)
 //!   console.log    what the guest's kernel and init print
+//!   kept.json      what the next owner needs to know, see [`crate::kept`]
 //! <state root>/user-vms/NAME/                                    see [`crate::user_vm`]; besides:
 //!   vm.json        what the VM is
 //!   console.sock   where its console can be attached to
@@ -31,6 +32,7 @@ const NEW: &str = ".new-";
 const OVERLAY: &str = "overlay.qcow2";
 const CONSOLE_LOG: &str = "console.log";
 const CONSOLE_SOCKET: &str = "console.sock";
+const KEPT: &str = "kept.json";
 /// The record of a user's VM.
 pub(crate) const RECORD: &str = "vm.json";
 
@@ -194,6 +196,11 @@ impl VmDir {
     /// The same, of the VM of that name beneath `root`, whoever owns it.
     pub(crate) fn console_socket_in(root: &Path, name: &VmName) -> PathBuf {
         root.join(name.as_str()).join(CONSOLE_SOCKET)
+    }
+
+    /// What is on record of a VM that is to outlive its owner, beneath `root`, whoever owns it.
+    pub(crate) fn kept_in(root: &Path, name: &VmName) -> PathBuf {
+        root.join(name.as_str()).join(KEPT)
     }
 
     /// What a user's VM is.

@@ -43,7 +43,7 @@ use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{Libvirt, LibvirtError};
 use dev_box_exec::{
-    AgentExecutor, Cancel, ExecutionResult, Job, NetworkMode, OutputSink, Provisioner, Resources,
+    AgentExecutor, Cancel, ExecutionResult, Job, Mounts, NetworkMode, OutputSink, Provisioner, Resources,
     TransportChoice, VmRequest, WatchedProvisioner,
 };
 use dev_box_image::{ImageStore, SpaceLimits, StoreError, Template};
@@ -56,7 +56,7 @@ use dev_box_observe::{Act, AuditError, AuditEvent, AuditSink, Entry, Outcome};
 use dev_box_provision::admission::MemoryLimits;
 use dev_box_provision::blocking::{self, BlockingError};
 use dev_box_provision::forensics::{self, ForensicsError, ForensicsRequest};
-use dev_box_provision::sweep::{self, Leftover};
+use dev_box_provision::sweep::{self, Leftover, Orphans};
 use dev_box_provision::vm_dir::{QemuUser, VmDirError};
 use dev_box_provision::{
     CreateError, LibvirtProvisioner, NewTemplate, Settings, TemplateUse, UserVms, reach::Transports,
@@ -268,6 +268,7 @@ impl DevBox {
             network: NetworkMode::NatFiltered,
             accelerator: vm.accelerator,
             transport: TransportChoice::Auto,
+            mounts: Mounts::default(),
             purpose: purpose.to_owned(),
         }
     }
@@ -353,8 +354,8 @@ impl DevBox {
     ///
     /// # Errors
     /// The state root cannot be read. What could not be removed is in the list, with the reason.
-    pub async fn sweep(&self) -> Result<Vec<Leftover>, OpenError> {
-        Ok(sweep::sweep(self.images.root(), &self.connection, &self.network).await?)
+    pub async fn sweep(&self, orphans: Orphans) -> Result<Vec<Leftover>, OpenError> {
+        Ok(sweep::sweep(self.images.root(), &self.connection, &self.network, orphans).await?)
     }
 
     /// Waits until every VM given up is gone and every audit record is on disk. Call it before the process ends.

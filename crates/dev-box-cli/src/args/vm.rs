@@ -10,7 +10,7 @@ use dev_box::net::policy::PolicyStoreError;
 use dev_box::provision::TemplateUse;
 use serde::{Deserialize, Serialize};
 
-use super::NetArgs;
+use super::{MountArgs, NetArgs};
 
 /// What is not given is the configuration's choice.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args, Serialize, Deserialize)]
@@ -18,6 +18,9 @@ use super::NetArgs;
 pub(crate) struct VmOptions {
     #[command(flatten)]
     pub(crate) net: NetArgs,
+
+    #[command(flatten)]
+    pub(crate) mount: MountArgs,
 
     /// Virtual CPUs.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
@@ -61,6 +64,7 @@ impl VmOptions {
         request.resources.cpus = self.cpus.unwrap_or(request.resources.cpus);
         request.resources.memory = self.memory.unwrap_or(request.resources.memory);
         request.network = self.net.mode(dev_box)?;
+        request.mounts = self.mount.mounts();
         request.transport = match self.channel {
             ChannelChoice::Auto => TransportChoice::Auto,
             ChannelChoice::Serial => TransportChoice::Serial,

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use dev_box::provision::sweep::{self, Leftover};
+use dev_box::provision::sweep::{self, Leftover, Orphans};
 use dev_box::{Config, DevBox};
 
 use crate::args::GcArgs;
@@ -15,7 +15,7 @@ pub(crate) async fn run(config: Config, args: GcArgs) -> Result<ExitCode, Failur
         found.into_iter().map(|name| Leftover { name, error: None }).collect()
     } else {
         let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
-        let swept = dev_box.sweep().await.map_err(Failure::new)?;
+        let swept = dev_box.sweep(Orphans::Go).await.map_err(Failure::new)?;
         dev_box.close().await;
         swept
     };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use dev_box::core::accel::{self, Accelerator};
 use dev_box::exec::{CollectTo, DiscardSink, ExecutionResult, Job, OutputSink, Owner, WorkspaceIn};
+use dev_box::provision::sweep::Orphans;
 use dev_box::{Config, DevBox};
 
 use crate::args::RunArgs;
@@ -20,13 +21,14 @@ pub(crate) async fn run(config: Config, mut args: RunArgs) -> Result<ExitCode, F
         let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         profile.apply(&name, &mut args, is_set).map_err(Failure::new)?;
     }
+    args.vm.mount = args.vm.mount.for_invoker();
     let cancel = interrupt::listen().map_err(Failure::new)?;
     let mut job = job(&config, &args)?;
     if !args.quiet {
         warn_of_emulation(&config, &args);
     }
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
-    for leftover in dev_box.sweep().await.map_err(Failure::new)? {
+    for leftover in dev_box.sweep(Orphans::Stay).await.map_err(Failure::new)? {
         match leftover.error {
             None => tracing::info!(vm = %leftover.name, "removed what a killed run had left"),
             Some(error) => {

@@ -17,6 +17,7 @@ Needs a daemon (`dev-box serve`). Prints the VM's name when its agent answers.
 
 Examples:
   dev-box start --name work --memory 4GiB
+  dev-box start --name src --mount ~/src:rw
   dev-box exec work -- uname -a
   dev-box rm work";
 
@@ -35,7 +36,8 @@ pub(crate) struct StartArgs {
     json: bool,
 }
 
-pub(crate) async fn run(config: Config, args: StartArgs) -> Result<ExitCode, Failure> {
+pub(crate) async fn run(config: Config, mut args: StartArgs) -> Result<ExitCode, Failure> {
+    args.vm.mount = args.vm.mount.for_invoker();
     let new = NewVm { name: args.name, vm: args.vm };
     let info = Client::new(&config).create(&new).await.map_err(Failure::new)?;
     if args.json {

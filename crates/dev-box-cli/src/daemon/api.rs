@@ -134,6 +134,12 @@ pub(crate) enum Happening {
         /// How long it took.
         took_ms: u64,
     },
+    /// A VM of a killed daemon is this one's now.
+    #[serde(rename = "vm.adopted")]
+    VmAdopted {
+        /// Which.
+        vm: VmName,
+    },
     /// A VM could not be made.
     #[serde(rename = "vm.failed")]
     VmFailed {

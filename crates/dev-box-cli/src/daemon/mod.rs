@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`api`] | what goes over the socket, for both sides |
 //! | [`state`] | everything the daemon holds, and what it does with it |
+//! | [`adopt`] | what becomes of the VMs of a daemon that was killed |
 //! | [`vms`] | the VMs it owns: who is there, in which state |
 //! | [`metrics`] | `/metrics`, for Prometheus |
 //! | [`events`] | what happens, to whoever listens |
@@ -18,6 +19,7 @@
 //! | [`server`] | from start to end |
 //! | [`client`] | the other side: what the commands use |
 
+mod adopt;
 pub(crate) mod api;
 pub(crate) mod client;
 pub(crate) mod events;

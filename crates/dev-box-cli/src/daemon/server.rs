@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dev_box::observe::metrics::Exporter;
+use dev_box::provision::sweep::Orphans;
 use dev_box::{Config, DevBox};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
@@ -28,7 +29,10 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
     let exporter = Exporter::install().map_err(Failure::new)?;
     let metrics_listen = config.observe.metrics_listen;
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
-    for leftover in dev_box.sweep().await.map_err(Failure::new)? {
+    let daemon = Arc::new(Daemon::new(dev_box).await);
+    // What a predecessor left: first what can be taken over, then the rest is removed.
+    daemon.adopt_all().await.map_err(Failure::new)?;
+    for leftover in daemon.dev_box.sweep(Orphans::Go).await.map_err(Failure::new)? {
         match leftover.error {
             None => tracing::info!(vm = %leftover.name, "removed what a dead owner had left"),
             Some(error) => {
@@ -36,7 +40,6 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
             }
         }
     }
-    let daemon = Arc::new(Daemon::new(dev_box).await);
     let stopping = daemon.stopping.clone();
     metrics::start(exporter, metrics_listen, stopping.clone()).await?;
     let service = routes::all(Arc::clone(&daemon)).into_make_service_with_connect_info::<Peer>();

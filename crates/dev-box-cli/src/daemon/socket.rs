@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use axum::extract::connect_info::Connected;
 use axum::serve::{IncomingStream, Listener};
+use dev_box::exec::Owner;
 use dev_box::observe::Actor;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Gid, Group, Uid, User};
@@ -46,10 +47,16 @@ pub(crate) enum SocketError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Peer {
     uid: u32,
+    gid: u32,
     name: Option<String>,
 }
 
 impl Peer {
+    /// Its user and group.
+    pub(crate) fn ids(&self) -> Owner {
+        Owner { uid: self.uid, gid: self.gid }
+    }
+
     /// For the audit.
     pub(crate) fn actor(&self) -> Actor {
         Actor::user(self.uid, self.name.as_deref())
@@ -139,7 +146,7 @@ impl DaemonSocket {
                 format!("uid {uid} may not use this daemon"),
             ));
         }
-        Ok(Peer { uid: uid.as_raw(), name: user.map(|user| user.name) })
+        Ok(Peer { uid: uid.as_raw(), gid: credentials.gid(), name: user.map(|user| user.name) })
     }
 }
 
@@ -189,7 +196,7 @@ impl Listener for DaemonSocket {
     }
 
     fn local_addr(&self) -> io::Result<Peer> {
-        Ok(Peer { uid: Uid::effective().as_raw(), name: None })
+        Ok(Peer { uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw(), name: None })
     }
 }
 

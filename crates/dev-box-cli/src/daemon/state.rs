@@ -22,7 +22,8 @@ use super::api::{Happening, NewVm, Usage, VmInfo, VmState, VmUse};
 use super::events::Events;
 use super::pools::Pools;
 use super::socket::Peer;
-use super::vms::{Vms, VmsError};
+use super::vms::{Reservation, Vms, VmsError};
+use crate::args::NotYours;
 use crate::exit::Failure;
 
 /// The daemon. What another subject needs (a pool, metrics) is a field more.
@@ -50,6 +51,8 @@ pub(crate) enum CreateError {
     Name(#[source] IdError),
     #[error(transparent)]
     Policy(#[from] PolicyStoreError),
+    #[error(transparent)]
+    Mounts(#[from] NotYours),
     #[error("the VM could not be made")]
     Provision(#[source] ProvisionError),
     #[error("nothing is done that the audit log would not show")]
@@ -98,10 +101,11 @@ impl Daemon {
     }
 
     /// Makes a VM and keeps it. Dropping the future leaves nothing behind.
-    pub(crate) async fn create(self: &Arc<Self>, new: NewVm, peer: &Peer) -> Result<VmInfo, CreateError> {
+    pub(crate) async fn create(self: &Arc<Self>, mut new: NewVm, peer: &Peer) -> Result<VmInfo, CreateError> {
         if self.stopping.is_cancelled() {
             return Err(CreateError::Stopping);
         }
+        new.vm.mount = new.vm.mount.for_peer(peer.ids())?;
         let name = match new.name {
             Some(name) => name,
             None => VmName::generate("vm").map_err(CreateError::Name)?,
@@ -128,11 +132,21 @@ impl Daemon {
                 return Err(error);
             }
         };
-        let session = machine.session.clone();
-        let domain = machine.name.clone();
-        let info = reservation.fill(machine);
+        let info = self.settle(reservation, machine).await;
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.events.say(Happening::VmReady { vm: name.clone(), took_ms });
+        Ok(info)
+    }
+
+    /// Has a VM that is ready under its name, on record for a successor, and looked after.
+    pub(super) async fn settle(self: &Arc<Self>, reservation: Reservation, machine: ReadyVm) -> VmInfo {
+        let (name, domain, session) =
+            (reservation.name().clone(), machine.name.clone(), machine.session.clone());
+        let note = reservation.note(&domain);
+        if let Err(error) = self.dev_box.provisioner().keep(&machine, note).await {
+            tracing::warn!(vm = %name, error = %Failure::new(error), "a VM will not outlive this daemon if that is killed");
+        }
+        let info = reservation.fill(machine);
         let daemon = Arc::clone(self);
         self.tasks.spawn(async move {
             let reason = session.closed().await.to_string();
@@ -144,7 +158,7 @@ impl Daemon {
                 daemon.retire(machine).await;
             }
         });
-        Ok(info)
+        info
     }
 
     /// A VM in that client's hands: one that was ready has nothing else in the audit that names them.
@@ -204,7 +218,7 @@ impl Daemon {
         Usage { at: self.clock.now(), vms, findings: self.findings.load(Ordering::Relaxed) }
     }
 
-    async fn retire(&self, machine: ReadyVm) {
+    pub(super) async fn retire(&self, machine: ReadyVm) {
         let name = machine.name.clone();
         self.dev_box.audit().note(Entry::fact(AuditEvent::LeaseRelease {}).vm(&name));
         // Whoever used it may have done anything: it is not used again.

@@ -147,6 +147,16 @@ impl Reservation {
         &self.info.options
     }
 
+    pub(crate) fn name(&self) -> &VmName {
+        &self.info.name
+    }
+
+    /// What a successor of this daemon has to know of the VM, besides what whoever made it does.
+    pub(crate) fn note(&self, domain: &VmName) -> serde_json::Value {
+        let info = VmInfo { state: VmState::Ready, domain: Some(domain.clone()), ..self.info.clone() };
+        serde_json::to_value(info).unwrap_or_default()
+    }
+
     /// The VM is there.
     pub(crate) fn fill(mut self, machine: ReadyVm) -> VmInfo {
         let info = VmInfo { state: VmState::Ready, domain: Some(machine.name.clone()), ..self.info.clone() };

@@ -17,6 +17,7 @@ use dev_box_core::size::ByteSize;
 use tokio::task::AbortHandle;
 
 use super::guest::{Guest, Script, Violations};
+use crate::mount::Mounts;
 use crate::provisioner::{
     NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice, VmFacts, VmRequest,
 };
@@ -31,6 +32,7 @@ pub fn request() -> VmRequest {
         network: NetworkMode::Isolated,
         accelerator: AcceleratorPolicy::Auto,
         transport: TransportChoice::Auto,
+        mounts: Mounts::default(),
         purpose: "test".to_owned(),
     }
 }

@@ -136,6 +136,8 @@ events! {
         /// Time from the start of making it.
         took_ms: u64,
     }
+    /// A VM whose owner had died has another.
+    VmAdopt = "vm.adopt" {}
     /// A defined VM is started.
     VmStart = "vm.start" {}
     /// A VM is asked to shut down.
@@ -223,6 +225,18 @@ events! {
     ExecSignal = "exec.signal" {
         /// Its number.
         signal: i32,
+    }
+    /// A directory of the host is there in the VM, live.
+    FilesMount = "files.mount" {
+        /// Which, on the host.
+        root: Text,
+        /// Where, in the guest.
+        target: Text,
+        /// Whether the guest may change it.
+        writable: bool,
+        /// As whom, on the host: the user QEMU runs as.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        uid: Option<u32>,
     }
     /// Files go into the VM.
     FilesIn = "files.in" {
@@ -448,6 +462,7 @@ impl AuditEvent {
                 | Self::VmConsole {}
                 | Self::LeaseAcquire { .. }
                 | Self::Exec { .. }
+                | Self::FilesMount { .. }
                 | Self::FilesIn { .. }
                 | Self::NetAttach { .. }
                 | Self::PolicyChange { .. }

@@ -36,7 +36,7 @@ fn class(record: &Record) -> ((u64, u64), u64) {
         "exec.run" => (PROCESS, 1),
         "exec.end" => (PROCESS, 2),
         "exec.signal" => (PROCESS, OTHER),
-        "files.in" => (FILES, 1),
+        "files.in" | "files.mount" => (FILES, 1),
         "files.out" => (FILES, 2),
         "files.refused" => (FILES, OTHER),
         "net.flow" => (NETWORK, 6),
@@ -150,7 +150,7 @@ fn about(record: &Record, put: &mut impl FnMut(&str, Value)) {
                 put("exit_code", code.clone());
             }
         }
-        "files.in" | "files.out" => {
+        "files.in" | "files.out" | "files.mount" => {
             // Type 2: folder.
             put("file", json!({ "name": detail("root"), "type_id": 2, "hashes": hashes(&detail("digest")) }));
         }
@@ -202,7 +202,7 @@ mod tests {
     fn every_event() -> Vec<AuditEvent> {
         let details: Value = serde_json::from_str(
             r#"{
-            "archive": "x", "image": "x", "digest": "x", "accelerator": "tcg", "vcpus": 1, "memory_mib": 1, "transport": "serial",
+            "archive": "x", "target": "x", "writable": true, "uid": 1, "image": "x", "digest": "x", "accelerator": "tcg", "vcpus": 1, "memory_mib": 1, "transport": "serial",
             "took_ms": 1, "reason": "x", "how": "x", "what": "x", "method": "rewind", "argv": { "args": ["a"], "count": 1 },
             "env": ["A"], "pty": false, "exit": { "code": 0 }, "stdout_bytes": 1, "stderr_bytes": 1, "truncated": false,
             "signal": 9, "root": "/x", "totals": { "files": 1, "bytes": 1 }, "path": "x", "policy": "x", "mac": "x",

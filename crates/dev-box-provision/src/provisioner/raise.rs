@@ -24,6 +24,7 @@ use super::{DiskError, Inner, Origin, Plan, step, unsatisfiable, word};
 use crate::blocking;
 use crate::identity::{self, network_config};
 use crate::machine::{CloneOf, Machine};
+use crate::mounts;
 use crate::network_watch::EventsTask;
 use crate::rewind;
 use crate::stopwatch::Stopwatch;
@@ -56,7 +57,7 @@ impl Inner {
             Origin::Boot | Origin::Recorded(_) => (plan.image.disk(), None),
         };
         let path = machine.dir.overlay();
-        let (size, limits, qemu) = (request.resources.disk, self.settings.space, self.settings.qemu);
+        let (size, limits, qemu) = (request.resources.disk, self.settings.space, plan.qemu);
         let overlay = blocking::run(move || {
             let overlay = match point {
                 None => Overlay::create_within(&base, &path, Some(size), &limits),
@@ -68,6 +69,7 @@ impl Inner {
             chown(overlay.path(), Some(qemu.uid), Some(qemu.gid)).map_err(DiskError::Owner)?;
             Ok::<_, DiskError>(overlay)
         });
+        machine.cid = plan.cid;
         machine.overlay = Some(overlay.await.map_err(step("making the disk"))?);
         watch.step("disk");
         self.wanted(gone)?;
@@ -153,7 +155,8 @@ impl Inner {
         watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
         self.introduce(machine.lease.as_ref(), &session, &plan.name, vm.id()).await?;
         watch.step("configure");
-        Ok(self.ready(machine, plan, request, (session, agent), watch))
+        mounts::mount(&session, &request.mounts).await.map_err(step("mounting"))?;
+        Ok(Self::ready(machine, plan, request, (session, agent), watch))
     }
 
     /// Tells the guest who it is, while its network is looked at a last time before somebody has it.
@@ -178,14 +181,13 @@ impl Inner {
     }
 
     fn ready(
-        &self,
         machine: &Machine,
         plan: Plan,
         request: &VmRequest,
         (session, agent_version): (Session, String),
         watch: Stopwatch,
     ) -> ReadyVm {
-        let QemuUser { uid, gid } = self.settings.qemu;
+        let QemuUser { uid, gid } = plan.qemu;
         ReadyVm {
             name: plan.name,
             session,
@@ -241,10 +243,11 @@ impl Inner {
         // The disk goes with the VM: nobody needs it flushed.
         spec.disks = vec![Disk { cache: DiskCache::Unsafe, ..Disk::qcow2(dir.overlay(), "vda") }];
         spec.shares = vec![Share { tag: share::TAG.to_owned(), path: dir.share(), read_only: false }];
+        spec.shares.extend(mounts::shares(&request.mounts));
         spec.channels =
             vec![Channel { name: dev_box_comm::SERIAL_PORT_NAME.to_owned(), socket: dir.channel() }];
         // No file is given to QEMU's user: the image's are every VM's, and an owner may change what is read-only.
-        let QemuUser { uid, gid } = self.settings.qemu;
+        let QemuUser { uid, gid } = plan.qemu;
         spec.run_as = (uid != 0).then_some(RunAs { uid, gid });
         spec.vsock_cid = plan.cid;
         spec.console_log = Some(dir.console());

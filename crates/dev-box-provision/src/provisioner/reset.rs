@@ -1,5 +1,8 @@
 //! A used clone made as good as new, or taken away.
 
+use std::fs;
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +17,7 @@ use crate::machine::{CloneOf, Machine};
 use crate::rewind::{self, ProcessError, QemuProcess, RewindError};
 use crate::stopwatch::Stopwatch;
 use crate::template::monitor;
+use crate::vm_dir::VmDir;
 
 /// For the old conversation's last words, to a guest that may not listen.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -48,6 +52,9 @@ impl Inner {
         if let Some(reason) = vm.session.close_reason() {
             return Err(refused(format!("its last use ended abnormally: {reason}")));
         }
+        // Whoever had it before is not whom a successor of ours is to find on its record.
+        let kept = VmDir::kept_in(&self.settings.state_root.join("vms"), &vm.name);
+        blocking::run(move || remove(&kept)).await.map_err(step("rewinding the VM"))?;
         let Some(clone) = machine.clone.as_mut() else {
             return Err(refused("it was booted, and only a clone can be rewound".to_owned()));
         };
@@ -82,6 +89,14 @@ impl Inner {
         let before = after.drain(..1).collect::<Vec<_>>();
         vm.facts.timings = before.into_iter().chain(rewound.steps).chain(after).collect();
         Ok(vm)
+    }
+}
+
+/// One that is not there is as good.
+fn remove(record: &Path) -> io::Result<()> {
+    match fs::remove_file(record) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -101,7 +101,7 @@ pub enum UserVmError {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: serde_json::Error,
+        source: std::io::Error,
     },
     /// Libvirt.
     #[error(transparent)]

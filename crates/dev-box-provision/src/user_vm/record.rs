@@ -1,9 +1,7 @@
 //! What is on record of a user's VM: `vm.json` in its directory.
 
-use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::net::Ipv4Addr;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use dev_box_core::accel::Accelerator;
@@ -15,10 +13,8 @@ use dev_box_net::EgressPolicy;
 use serde::{Deserialize, Serialize};
 
 use super::UserVmError;
+use crate::record_file;
 use crate::vm_dir::RECORD;
-
-/// Larger records are not read, in bytes.
-const MAX: u64 = 1 << 20;
 
 /// What a VM is, from its making on. Times are Eastern.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,35 +59,22 @@ impl VmRecord {
     /// Reads the record in a VM's directory.
     pub(super) fn read(dir: &Path) -> Result<Self, UserVmError> {
         let path = dir.join(RECORD);
-        let text = read_bounded(&path).map_err(|source| UserVmError::Record {
-            action: "read",
-            path: path.clone(),
-            source,
-        })?;
-        serde_json::from_str(&text).map_err(|source| UserVmError::RecordDamaged { path, source })
+        record_file::read(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                UserVmError::RecordDamaged { path, source }
+            }
+            _ => UserVmError::Record { action: "read", path, source },
+        })
     }
 
     /// Replaces a record: whoever reads meanwhile sees the old one or the new one.
     pub(super) fn write(&self, path: &Path) -> Result<(), UserVmError> {
-        let failed = |source| UserVmError::Record { action: "write", path: path.to_owned(), source };
-        let text = serde_json::to_vec_pretty(self).map_err(|error| failed(error.into()))?;
-        let new = path.with_extension("new");
-        let written = || -> io::Result<()> {
-            let mut file = fs::OpenOptions::new();
-            let mut file = file.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            file.write_all(&text)?;
-            file.sync_all()?;
-            fs::rename(&new, path)
-        };
-        written().map_err(failed)
+        record_file::replace(path, self).map_err(|source| UserVmError::Record {
+            action: "write",
+            path: path.to_owned(),
+            source,
+        })
     }
-}
-
-fn read_bounded(path: &Path) -> io::Result<String> {
-    if fs::metadata(path)?.len() > MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "too long for a record"));
-    }
-    fs::read_to_string(path)
 }
 
 impl UserVmError {

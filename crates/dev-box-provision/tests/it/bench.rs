@@ -67,6 +67,7 @@ pub(crate) struct Bench {
     pub(crate) connection: LibvirtConnection,
     pub(crate) network: VmNetwork,
     pub(crate) provisioner: LibvirtProvisioner,
+    another: Box<dyn Fn() -> LibvirtProvisioner>,
     pub(crate) user_vms: UserVms,
     pub(crate) audit: Arc<RecordingSink>,
     /// What the agent was told.
@@ -117,8 +118,15 @@ impl Bench {
             Arc::clone(&audit) as _,
             Actor::user(1000, Some("tester")),
         );
-        let provisioner =
-            LibvirtProvisioner::new(settings, connection.clone(), images, network.clone(), reach, clock);
+        let another = {
+            let (connection, network) = (connection.clone(), network.clone());
+            Box::new(move || {
+                let (connection, images, network) = (connection.clone(), images.clone(), network.clone());
+                let (reach, clock) = (Arc::clone(&reach), clock.clone());
+                LibvirtProvisioner::new(settings.clone(), connection, images, network, reach, clock)
+            })
+        };
+        let provisioner = another();
         Self {
             root,
             libvirt,
@@ -126,11 +134,17 @@ impl Bench {
             connection,
             network,
             provisioner,
+            another,
             user_vms,
             audit,
             configured,
             addresses,
         }
+    }
+
+    /// The process that owned the VMs is gone, with its locks, and there is another.
+    pub(crate) fn succeed(&mut self) {
+        self.provisioner = (self.another)();
     }
 
     /// The host has this interface from now on, as it has a running VM's tap.
@@ -159,6 +173,7 @@ pub(crate) fn request() -> VmRequest {
         network: NetworkMode::NatFiltered,
         accelerator: AcceleratorPolicy::Tcg,
         transport: TransportChoice::Serial,
+        mounts: dev_box_exec::Mounts::default(),
         purpose: "test".to_owned(),
     }
 }

@@ -5,6 +5,7 @@
 
 mod apparmor;
 mod bench;
+mod kept;
 mod layers;
 mod provisioner;
 mod sweep;

@@ -51,6 +51,7 @@ impl From<CreateError> for Refusal {
         let (status, code) = match error {
             CreateError::Vms(error) => return error.into(),
             CreateError::Policy(_) => (StatusCode::INSUFFICIENT_STORAGE, "too-many-policies"),
+            CreateError::Mounts(_) => (StatusCode::FORBIDDEN, "forbidden"),
             CreateError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
             CreateError::Provision(ProvisionError::Unsatisfiable { .. }) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unsatisfiable")
