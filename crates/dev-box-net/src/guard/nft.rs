@@ -21,7 +21,6 @@ const MAX_MESSAGE: usize = 1000;
 pub struct NftFirewall {
     program: OsString,
     arguments: Vec<OsString>,
-    ebtables: OsString,
 }
 
 impl Default for NftFirewall {
@@ -34,7 +33,7 @@ impl NftFirewall {
     /// Runs another command that takes nft's arguments after `arguments`, as `ip netns exec NAME nft`.
     pub fn with_command<const N: usize>(program: &str, arguments: [&str; N]) -> Self {
         let arguments = arguments.into_iter().map(OsString::from).collect();
-        Self { program: program.into(), arguments, ebtables: "ebtables".into() }
+        Self { program: program.into(), arguments }
     }
 
     fn run(&self, what: &str, arguments: &[&str], input: &str) -> Result<String, FirewallError> {
@@ -114,9 +113,13 @@ impl Firewall for NftFirewall {
     }
 
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
-        let mut command = Command::new(&self.ebtables);
-        command.args(["-t", "nat", "-L"]);
-        Ok(filters::read(&run(command, "to list libvirt's filters", "")?))
+        match self.run("to list libvirt's filters", &["-j", "list", "table", "bridge", "nat"], "") {
+            Ok(text) => filters::read(&text),
+            Err(FirewallError::Refused { message, .. }) if message.contains("No such file or directory") => {
+                Ok(BTreeMap::new())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn clear(&self) -> Result<(), FirewallError> {
@@ -189,21 +192,15 @@ mod tests {
     }
 
     #[test]
-    fn filters_are_what_ebtables_lists() {
-        let firewall = |ebtables: &str| NftFirewall { ebtables: ebtables.into(), ..NftFirewall::default() };
-        assert!(firewall("echo").filters().unwrap().is_empty());
-        assert!(matches!(firewall("false").filters(), Err(FirewallError::Refused { .. })));
-        let error = firewall("/nonexistent/ebtables").filters().unwrap_err();
-        assert!(error.to_string().contains("/nonexistent/ebtables"), "{error}");
-    }
-
-    #[test]
     fn absent_tables_are_empty_and_garbage_is_refused() {
         let absent = script("echo 'Error: No such file or directory' >&2; exit 1");
         assert!(absent.list().unwrap().is_empty());
         assert!(absent.traffic().unwrap().is_empty());
+        assert!(absent.filters().unwrap().is_empty());
         assert!(absent.inspect(&[Ipv4Addr::LOCALHOST]).unwrap().is_empty());
         assert!(matches!(script("echo nonsense").list(), Err(FirewallError::Listing(_))));
+        assert!(matches!(script("echo nonsense").filters(), Err(FirewallError::Listing(_))));
+        assert!(matches!(script("exit 1").filters(), Err(FirewallError::Refused { .. })));
         assert!(matches!(script("printf '\\377'").list(), Err(FirewallError::Listing(_))));
     }
 }
