@@ -14,7 +14,8 @@ use crate::in_process::InProcess;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 /// What an allocator may keep of memory that it was given back.
-const SLACK_KIB: u64 = 16 << 10;
+const SLACK_KIB: u64 = 8 << 10;
+const ROUNDS: usize = 3;
 
 /// What this process and its VMs hold on the host.
 #[derive(Debug, PartialEq, Eq)]
@@ -56,12 +57,12 @@ async fn cycles(name: &str, times: usize) {
     let with = InProcess::with_template(&host, NetworkMode::NatFiltered).await;
     let mut resident = Vec::new();
     let mut before = None;
-    // The first round is what stays for good: threads, connections, caches.
-    for round in 0..2 {
+    // The first rounds show what stays for good: threads, connections, caches.
+    for _ in 0..ROUNDS {
         for reset in [ResetPolicy::Replace, ResetPolicy::Rewind] {
             let settings = PoolSettings { reset, ..PoolSettings::new(1, 2) };
             let pool = VmPool::new(settings, Arc::new(with.clones()), with.request.clone());
-            for _ in 0..(if round == 0 { 1 } else { times / 2 }) {
+            for _ in 0..times / ROUNDS / 2 {
                 let lease = pool.acquire(PATIENCE).await.unwrap();
                 with.sh(lease.vm(), "true").await;
                 lease.release();
@@ -75,18 +76,19 @@ async fn cycles(name: &str, times: usize) {
         before = Some(held(&host));
         resident.push(resident_kib());
     }
-    assert!(resident[1] <= resident[0] + SLACK_KIB, "{resident:?} KiB");
+    let [.., last_but_one, last] = resident[..] else { panic!("{resident:?}") };
+    assert!(last <= last_but_one + SLACK_KIB, "{resident:?} KiB");
     with.close().await;
     host.assert_clean();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_leases_leave_nothing() {
-    cycles("ten_leases_leave_nothing", 10).await;
+async fn a_dozen_leases_leave_nothing() {
+    cycles("a_dozen_leases_leave_nothing", 12).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "minutes: run by the gate with --full"]
 async fn two_hundred_leases_leave_nothing() {
-    cycles("two_hundred_leases_leave_nothing", 200).await;
+    cycles("two_hundred_leases_leave_nothing", 204).await;
 }
