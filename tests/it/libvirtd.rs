@@ -19,9 +19,12 @@ fn restart(pid: i32) {
     }
     let there = || Path::new(&format!("/proc/{pid}")).exists();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).unwrap();
-    wait_until("libvirtd ends", Duration::from_secs(30), || !there() || zombie(pid));
+    wait_until("libvirtd ends", SHUTDOWN, || !there() || zombie(pid));
     assert!(Command::new("libvirtd").arg("-d").status().unwrap().success());
 }
+
+/// It gives calls under way half a minute, and then ends all the same.
+const SHUTDOWN: Duration = Duration::from_secs(60);
 
 /// Where pid 1 does not reap.
 fn zombie(pid: i32) -> bool {
