@@ -57,7 +57,18 @@ pub(crate) fn boot_cold() -> Result<Vec<Figure>, NotRun> {
     })
 }
 
-/// From sending the request for /bin/true to its exit.
+/// The same program in the same guest with nothing between it and the kernel: posix_spawn and wait, a line of milliseconds for each.
+const SPAWN_AND_WAIT: &str = "
+import os, sys, time
+warm_up, rounds = map(int, sys.argv[1:])
+for number in range(warm_up + rounds):
+    began = time.perf_counter()
+    os.waitpid(os.posix_spawn('/bin/true', ['/bin/true'], {}), 0)
+    if number >= warm_up:
+        print((time.perf_counter() - began) * 1e3)
+";
+
+/// From sending the request for /bin/true to its exit, and what the guest needs for it by itself.
 pub(crate) fn exec_true() -> Result<Vec<Figure>, NotRun> {
     block_on(async {
         let dev_box = DevBox::open(Config::load(None)?).await?;
@@ -84,7 +95,21 @@ async fn measure(session: &Session) -> Result<Vec<Figure>, NotRun> {
     Ok(vec![
         Figure::of("exec.true", Unit::Milliseconds, whole),
         Figure::of("exec.true.ping", Unit::Milliseconds, pings),
+        Figure::of("baseline.spawn_and_wait", Unit::Milliseconds, spawn_and_wait(session).await?),
     ])
+}
+
+async fn spawn_and_wait(session: &Session) -> Result<Vec<f64>, NotRun> {
+    let (warm_up, rounds) = (WARM_UP.to_string(), COMMANDS.to_string());
+    let argv = ["python3", "-c", SPAWN_AND_WAIT, warm_up.as_str(), rounds.as_str()];
+    let mut parts = session.open(Request::Exec(ExecRequest::new(argv))).await?.split();
+    let mut text = Vec::new();
+    while let Some(bytes) = parts.output.next().await {
+        text.extend_from_slice(&bytes);
+    }
+    let samples: Vec<f64> =
+        String::from_utf8_lossy(&text).lines().filter_map(|line| line.parse().ok()).collect();
+    if samples.len() == COMMANDS { Ok(samples) } else { Err("the guest's own spawns failed".into()) }
 }
 
 pub(crate) async fn exec(session: &Session) -> Result<(), NotRun> {

@@ -32,6 +32,7 @@ fn terminals_jobs_files_and_limits() {
     background_jobs(&host);
     files(&host);
     limits(&host);
+    jobs_leave_each_other_nothing(&host);
     if has_editor {
         the_terminal_comes_back_when_the_vm_dies(&host);
     }
@@ -246,6 +247,26 @@ fn limits(host: &Host) {
     let used = exec(&["--json"], "python3 -c 'x = bytearray(30 << 20)'").expect_code(0);
     let result: serde_json::Value = serde_json::from_str(&used.text()).unwrap();
     assert!(result["usage"]["max_rss_kib"].as_u64().unwrap() > 30 << 10, "{result}");
+}
+
+/// One init serves one job after the other, until one changes what it cannot take back.
+fn jobs_leave_each_other_nothing(host: &Host) {
+    let script = "readlink /proc/self/ns/mnt; tail -n +2 /proc/sysvipc/shm | wc -l; grep -c ' /mnt ' /proc/mounts; echo $$";
+    let look = || {
+        let text = host.dev_box(["exec", "work", "--", "sh", "-c", script]).expect_code(0).text();
+        text.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let leave = |script: &str| drop(host.dev_box(["exec", "work", "--", "sh", "-c", script]).expect_code(0));
+    let before = look();
+    assert_eq!(before[1..3], ["0", "0"]);
+    leave("ipcmk -M 4096; setsid sleep 1000 & exit 0");
+    let after = look();
+    assert_eq!(after[..3], before[..3], "the same mounts, and no segment");
+    assert!(after[3].parse::<u32>().unwrap() > before[3].parse::<u32>().unwrap(), "the same process numbers");
+    leave("mount -t tmpfs none /mnt && echo 1 > /mnt/there");
+    let after = look();
+    assert_ne!(after[0], before[0], "other mounts");
+    assert_eq!(after[1..3], ["0", "0"]);
 }
 
 fn contains(bytes: &[u8], text: &str) -> bool {

@@ -192,13 +192,20 @@ impl JobGroup {
         Self { path, directory, cpu_stat, memory_events, before: GroupUsage::default(), limited: false }
     }
 
-    /// Makes an empty group ready for another job. False when it is not as a new one would be: it had limits of its own, or a job has
+    /// Makes a group ready for another job whose init, if there is one already, is its only process. False when it is not as a new one would be: it had limits of its own, or a job has
     /// made groups in it or frozen it.
-    pub fn renew(&mut self) -> bool {
+    pub fn renew(&mut self, init: Option<i32>) -> bool {
         let read = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
         let events = read("cgroup.events");
-        let empty = events.contains("populated 0") && !events.contains("frozen 1");
-        if self.limited || !empty || keyed(&read("cgroup.stat"), "nr_descendants") != 0 {
+        let alone = match init {
+            Some(pid) => read("cgroup.procs").trim_end() == pid.to_string(),
+            None => events.contains("populated 0"),
+        };
+        if self.limited
+            || !alone
+            || events.contains("frozen 1")
+            || keyed(&read("cgroup.stat"), "nr_descendants") != 0
+        {
             return false;
         }
         self.before = self.counters();
@@ -436,24 +443,30 @@ mod tests {
         let (root, cgroups) = hierarchy();
         let mut group = cgroups.create("9", &GroupLimits::default()).unwrap();
         let write = |file: &str, text: &str| fs::write(root.path().join("jobs/9").join(file), text).unwrap();
-        assert!(!group.renew(), "who knows what is in it");
+        assert!(!group.renew(None), "who knows what is in it");
         write("cgroup.events", "populated 0\nfrozen 0\n");
         write("cpu.stat", "user_usec 10\nsystem_usec 20\n");
         let mut group = cgroups.create("9", &GroupLimits::default()).unwrap();
-        assert!(group.renew());
+        assert!(group.renew(None));
         assert_eq!(group.usage(), GroupUsage::default());
         write("cpu.stat", "user_usec 15\nsystem_usec 26\n");
         assert_eq!(group.usage(), GroupUsage { user_micros: 5, system_micros: 6, oom_kills: 0 });
         write("cgroup.events", "populated 0\nfrozen 1\n");
-        assert!(!group.renew());
+        assert!(!group.renew(None));
         write("cgroup.events", "populated 0\nfrozen 0\n");
         write("cgroup.stat", "nr_descendants 1\n");
-        assert!(!group.renew());
+        assert!(!group.renew(None));
         write("cgroup.stat", "nr_descendants 0\n");
-        assert!(group.renew());
+        assert!(group.renew(None));
+        assert!(!group.renew(Some(7)), "its init is not there");
+        write("cgroup.procs", "7\n");
+        assert!(group.renew(Some(7)));
+        write("cgroup.procs", "7\n12\n");
+        assert!(!group.renew(Some(7)), "something else is");
+        write("cgroup.procs", "7\n");
         write("pids.max", "");
         group.limit(&GroupLimits { pids: Some(5), ..GroupLimits::default() }).unwrap();
-        assert!(!group.renew());
+        assert!(!group.renew(None) && !group.renew(Some(7)));
     }
 
     #[test]

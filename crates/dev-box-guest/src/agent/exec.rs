@@ -29,13 +29,13 @@ use super::answers::conclude;
 use super::jobs::{COMMANDS, Job};
 use super::spares::Spare;
 use super::{Agent, Containment, lanes};
-use crate::cgroup::{GroupLimits, JobGroup};
+use crate::cgroup::GroupLimits;
 use crate::descriptor::{watch as watch_descriptor, watch_nonblocking};
 use crate::job::plan::{Launch, Plan, ResourceLimit};
 use crate::job::pty::{self, Pty, Size};
 use crate::job::report::Step;
 use crate::job::run::{Command, Outcome, Rules, supervise};
-use crate::job::spawn::{Process, SpawnError};
+use crate::job::spawn::SpawnError;
 use crate::passwd::{Accounts, Identity};
 
 /// How long output may take to get out before the rest of a job is cleared away without waiting for it.
@@ -75,8 +75,7 @@ impl Theirs {
 /// A job that runs.
 struct Running {
     job: Arc<Job>,
-    process: Process,
-    group: Option<JobGroup>,
+    spare: Spare,
     ends: Ends,
     commands: mpsc::Receiver<Command>,
     exit: watch::Sender<Option<Exited>>,
@@ -128,25 +127,25 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
     let (ends, theirs) =
         streams(request, &plan).map_err(|error| GuestError::from_io("open streams", &error))?;
     let limits = limits_of(&agent.surroundings.containment, request)?;
-    let Spare { mut process, mut group } = agent.take_spare()?;
-    let limited = match group.as_mut().filter(|_| limits != GroupLimits::default()) {
+    let mut spare = agent.take_spare()?;
+    let limited = match spare.group.as_mut().filter(|_| limits != GroupLimits::default()) {
         Some(group) => group.limit(&limits),
         None => Ok(()),
     };
     let refused = match limited {
         Err(error) => Some(GuestError::new(GuestErrorKind::Other, error.to_string())),
         Ok(()) => {
-            let launched = process.launch(&plan, theirs.streams());
+            let launched = spare.process.launch(&plan, theirs.streams());
             drop(theirs);
             let started = match launched {
-                Ok(()) => process.started().await,
+                Ok(()) => spare.process.started().await,
                 Err(error) => Err(error),
             };
             started.err().map(|error| refusal(&error, request))
         }
     };
     if let Some(error) = refused {
-        discard(agent, process, group).await;
+        discard(agent, spare).await;
         return Err(error);
     }
     let (sender, commands) = mpsc::channel(COMMANDS);
@@ -154,7 +153,7 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
     let job = Arc::new(Job {
         id,
         argv: request.argv.clone(),
-        pid: u32::try_from(process.pid()).unwrap_or(0),
+        pid: u32::try_from(spare.process.pid()).unwrap_or(0),
         background: request.background,
         started: Instant::now(),
         commands: sender,
@@ -165,7 +164,7 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
         errors: Arc::default(),
     });
     if let Err(error) = agent.jobs.add(job.clone()) {
-        discard(agent, process, group).await;
+        discard(agent, spare).await;
         return Err(error);
     }
     let rules = Rules {
@@ -173,7 +172,7 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
         grace: Duration::from_millis(request.grace_ms).min(MAX_GRACE),
         cpu_time: request.limits.cpu_time_ms.map(Duration::from_millis),
     };
-    Ok(Running { job, process, group, ends, commands, exit, rules })
+    Ok(Running { job, spare, ends, commands, exit, rules })
 }
 
 fn identity(root: &Path, user: Option<&str>) -> Result<Identity, GuestError> {
@@ -300,14 +299,14 @@ fn refusal(error: &SpawnError, request: &ExecRequest) -> GuestError {
 
 /// Runs a job whose output goes straight to the host, at the host's pace.
 async fn in_front(agent: &Agent, running: Running, stream: GuestStream) {
-    let Running { job, process, group, ends, mut commands, exit, rules } = running;
+    let Running { job, spare, ends, mut commands, exit, rules } = running;
     let parts = stream.split();
     let mut sender: MessageSender = parts.sender;
     let listening = tokio::spawn(listen(parts.receiver, job.clone(), rules.grace));
     let feeding = ends.input.map(|input| tokio::spawn(feed(parts.input, input, ends.terminal)));
     let output = tokio::spawn(lanes::drain_to_lane(ends.output, parts.output));
     let errors = errors_to_lane(ends.errors, parts.errors);
-    let outcome = supervise(&process, group.as_ref(), &mut commands, rules).await;
+    let outcome = supervise(&spare.process, spare.group.as_ref(), &mut commands, rules).await;
     let exited = exited(&outcome);
     let _ = exit.send(Some(exited.clone()));
     if let Some(feeding) = feeding {
@@ -325,8 +324,7 @@ async fn in_front(agent: &Agent, running: Running, stream: GuestStream) {
     if waited.is_ok() {
         let _ = sender.send(Message::Exited(exited.clone())).await;
     }
-    process.reap().await;
-    clear(agent, group).await;
+    clear(agent, spare).await;
     agent.jobs.ended(&job);
     if waited.is_err() {
         drained.await;
@@ -344,7 +342,7 @@ fn errors_to_lane(errors: Option<Arc<AsyncFd<OwnedFd>>>, mut lane: LaneWriter) -
 
 /// Runs a job whose output is remembered, whoever listens.
 async fn in_background(agent: Agent, running: Running) {
-    let Running { job, process, group, ends, mut commands, exit, rules } = running;
+    let Running { job, spare, ends, mut commands, exit, rules } = running;
     // Only the job's own copy is left, which an attached stream may take and close.
     drop(ends.input);
     let output = tokio::spawn(lanes::drain_to_replay(ends.output, job.output.clone()));
@@ -355,7 +353,7 @@ async fn in_background(agent: Agent, running: Running) {
             None
         }
     };
-    let outcome = supervise(&process, group.as_ref(), &mut commands, rules).await;
+    let outcome = supervise(&spare.process, spare.group.as_ref(), &mut commands, rules).await;
     let _ = output.await;
     if let Some(errors) = errors {
         let _ = errors.await;
@@ -364,8 +362,7 @@ async fn in_background(agent: Agent, running: Running) {
         *stdin = None;
     }
     let _ = exit.send(Some(exited(&outcome)));
-    process.reap().await;
-    clear(&agent, group).await;
+    clear(&agent, spare).await;
     agent.jobs.ended(&job);
 }
 
@@ -476,14 +473,16 @@ fn exited(outcome: &Outcome) -> Exited {
     }
 }
 
-/// Ends a job that is not to be.
-async fn discard(agent: &Agent, process: Process, group: Option<JobGroup>) {
-    process.reap().await;
-    clear(agent, group).await;
+/// Keeps what a job was in for another, or does away with it.
+async fn clear(agent: &Agent, spare: Spare) {
+    if let Some(spare) = agent.spares.keep(spare).await {
+        discard(agent, spare).await;
+    }
 }
 
-/// Keeps a group for another job, or removes it as soon as the kernel lets go of it.
-async fn clear(agent: &Agent, group: Option<JobGroup>) {
+/// Ends an init; keeps its group for another, or removes it as soon as the kernel lets go of it.
+async fn discard(agent: &Agent, Spare { process, group, .. }: Spare) {
+    process.reap().await;
     let Some(group) = group.and_then(|group| agent.spares.keep_group(group)) else { return };
     let deadline = Instant::now() + GROUP_PATIENCE;
     while !group.remove(Duration::ZERO) && Instant::now() < deadline {

@@ -1,13 +1,15 @@
 //! Inits of jobs nobody has asked for yet: made while the agent has nothing to do, so that a command waits only for its own program.
 //!
 //! ```text
-//!            idle for a moment            a command            the job ended, its group is as it was
-//!  (none) ---------------------> Waiting ----------> in use ------------------------------------------> its group waits
-//!                                  | a mount changes: it has the old mounts
-//!                                  v
-//!                               killed
+//!            idle for a moment           a command          the job ended
+//!  (none) ---------------------> waiting ----------> in use ---------------> as it was made?
+//!                                  | ^                                        | |
+//!          a mount of the agent's  | '----------------- yes ------------------' | no: limits, mounts or groups of its own,
+//!          changes: it has the old v                                            v     killed, or older than a mount
+//!                               killed                                        killed; its group waits, if that is as it was
 //! ```
-//! A spare has its namespaces, `/proc` and control group already. When there is none, a command makes its own.
+//! A spare has its namespaces, `/proc` and control group already: making and taking down those costs more than most commands. When none
+//! waits, a command makes its own.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,8 +25,8 @@ use crate::memory;
 
 /// Spares kept.
 const SPARES: usize = 2;
-/// Control groups kept for further jobs.
-const GROUPS: usize = 4;
+/// Spares, and control groups without one, that are kept when jobs give them back.
+const KEPT: usize = 4;
 /// Without a command for this long the agent has time to make one.
 const IDLE: Duration = Duration::from_millis(10);
 /// After one could not be made.
@@ -37,6 +39,16 @@ pub struct Spare {
     pub process: Process,
     /// Its control group, where there are any.
     pub group: Option<JobGroup>,
+    /// Which of the agent's mounts it has a copy of.
+    generation: u64,
+}
+
+impl Spare {
+    /// Makes it as a new one; false when it cannot be. Without a control group nothing says that the init is alone.
+    async fn renew(&mut self) -> bool {
+        let init = Some(self.process.pid());
+        self.group.as_mut().is_some_and(|group| group.renew(init)) && self.process.renew().await
+    }
 }
 
 /// Those that wait.
@@ -52,6 +64,8 @@ struct Waiting {
     spares: Vec<Spare>,
     groups: Vec<JobGroup>,
     last_used: Option<Instant>,
+    /// Counts suspensions.
+    generation: u64,
 }
 
 /// While it lives no spare is made.
@@ -86,14 +100,28 @@ impl Spares {
         taken
     }
 
+    /// Keeps the init and the group of a job that has ended for another, or gives them back when they are not as they were or enough are kept.
+    pub async fn keep(&self, mut spare: Spare) -> Option<Spare> {
+        if !spare.renew().await {
+            return Some(spare);
+        }
+        let mut waiting = self.waiting();
+        waiting.last_used = Some(Instant::now());
+        if spare.generation != waiting.generation || waiting.spares.len() >= KEPT {
+            return Some(spare);
+        }
+        waiting.spares.push(spare);
+        None
+    }
+
     /// Keeps a group for another job, or gives it back when it is not as it was or enough are kept.
     pub fn keep_group(&self, mut group: JobGroup) -> Option<JobGroup> {
-        if !group.renew() {
+        if !group.renew(None) {
             return Some(group);
         }
         let mut waiting = self.waiting();
         waiting.last_used = Some(Instant::now());
-        if waiting.groups.len() >= GROUPS {
+        if waiting.groups.len() >= KEPT {
             return Some(group);
         }
         waiting.groups.push(group);
@@ -104,8 +132,12 @@ impl Spares {
     pub async fn suspend(&self) -> Suspension<'_> {
         self.suspended.fetch_add(1, Ordering::SeqCst);
         let guard = Suspension { spares: self };
-        let spares = std::mem::take(&mut self.waiting().spares);
-        for Spare { process, group } in spares {
+        let spares = {
+            let mut waiting = self.waiting();
+            waiting.generation += 1;
+            std::mem::take(&mut waiting.spares)
+        };
+        for Spare { process, group, .. } in spares {
             // Its mounts are gone when it is.
             process.reap().await;
             if let Some(group) = group.and_then(|group| self.keep_group(group)) {
@@ -137,6 +169,7 @@ impl Agent {
     }
 
     fn make_spare(&self) -> Result<Spare, GuestError> {
+        let generation = self.spares.waiting().generation;
         let failed = |text: String| GuestError::new(GuestErrorKind::Other, text);
         let group = match &self.surroundings.containment {
             Containment::Full(cgroups) => Some(match self.spares.waiting().groups.pop() {
@@ -152,7 +185,7 @@ impl Agent {
             _ => Isolation::Namespaces(group.as_ref().map(JobGroup::directory)),
         };
         match Process::prepare(isolation) {
-            Ok(process) => Ok(Spare { process, group }),
+            Ok(process) => Ok(Spare { process, group, generation }),
             Err(error) => {
                 if let Some(group) = group {
                     group.remove(Duration::ZERO);

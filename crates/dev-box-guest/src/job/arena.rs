@@ -107,6 +107,13 @@ impl Arena {
         Ok(())
     }
 
+    /// Takes back what was written, once the other process has read it: an environment has secrets in it.
+    pub(super) fn clear(&mut self) {
+        // SAFETY: what was written lies in the mapping, below the stack.
+        unsafe { self.start.as_ptr().cast::<u8>().write_bytes(0, self.used) };
+        self.used = 0;
+    }
+
     fn strings(&mut self, strings: &[CString]) -> io::Result<*const *const c_char> {
         let mut pointers: Vec<*const c_char> = Vec::with_capacity(strings.len() + 1);
         for string in strings {
@@ -181,6 +188,11 @@ mod tests {
                 assert_eq!(std::slice::from_raw_parts(plan.groups, plan.group_count), [1, 2, 3]);
                 assert_eq!((*plan.limits).hard, 9);
                 assert_eq!((plan.umask, plan.terminal, plan.cwd_optional), (0o27, true, false));
+                let used = arena.used;
+                arena.clear();
+                assert!(
+                    std::slice::from_raw_parts(arena.plan().cast::<u8>(), used).iter().all(|byte| *byte == 0)
+                );
             }
         }
         assert_eq!(arena.stack_top() as usize % 16, 0);

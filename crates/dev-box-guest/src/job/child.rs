@@ -5,6 +5,8 @@
 //!                                                                        | vfork
 //!  agent <-- Started / Failed / Ended over a socket pair --------------- |----> the user's program (pid 2)
 //!  agent --- signal numbers, or end of file: the agent is gone --------> |      and all it starts
+//!  agent --- renew --> (mounts untouched, another IPC namespace) ------- |
+//!  agent <-- Ready ----------------------------------------------------- |----> the next program
 //! ```
 //! Pid 1 of a namespace ignores TERM and must reap, so that the user's program must not be it. Everything here runs in a copy of a
 //! process that may have had other threads: no allocation, no lock, no library function but thin system calls, nothing that can
@@ -19,6 +21,8 @@ use super::report::{Ended, Report, Step};
 
 /// Where the socket to the agent is in a job's init.
 const CONTROL: c_int = 3;
+/// Where its list of mounts is, which polls as exceptional once one of them has changed (proc_pid_mounts(5)).
+const MOUNTS: c_int = 4;
 
 /// All a job's init needs, made by the agent before the split.
 pub(super) struct Child {
@@ -84,10 +88,25 @@ pub(super) fn job_init(child: &Child) -> ! {
         )
     } as c_int;
     // Up to here nobody needs to know what is to be executed.
+    loop {
+        run_program(child, signals);
+        keep_coverage();
+        // Taking the namespaces down takes longer than telling the host, and would come first: wait until the agent says so, or is gone.
+        if !renewal_asked() || !renew() {
+            // SAFETY: as in `leave`.
+            unsafe { libc::_exit(0) }
+        }
+        tell(CONTROL, Report::Ready);
+    }
+}
+
+/// One program, from the coming of its streams to the end of all it started.
+fn run_program(child: &Child, signals: c_int) {
     if let Err((step, errno)) = receive_streams() {
         tell(CONTROL, Report::Failed { step, errno });
         leave();
     }
+    child.failure.store(0, Ordering::SeqCst);
     // SAFETY: the stack belongs to nobody else; the process shares memory with this one, which sleeps until it has executed
     // the program or is gone (CLONE_VFORK), so that `child` outlives it.
     let main = unsafe {
@@ -125,14 +144,27 @@ pub(super) fn job_init(child: &Child) -> ! {
         unsafe { libc::kill(-main, libc::SIGKILL) };
     }
     tell(CONTROL, Report::Ended(ended));
-    // Taking the namespaces down takes longer than telling the host, and would come first: wait until the agent says so, or is gone.
-    keep_coverage();
-    let mut nothing = 0_u8;
-    // SAFETY: one byte of our own; then as in `leave`.
-    unsafe {
-        libc::recv(CONTROL, (&raw mut nothing).cast(), 1, 0);
-        libc::_exit(0)
+}
+
+/// Waits until the agent asks for the init to serve another program; false when it is gone. Signals that came too late are passed over.
+fn renewal_asked() -> bool {
+    let mut packet = [0_u8; 4];
+    loop {
+        // SAFETY: four bytes of our own.
+        match unsafe { libc::recv(CONTROL, packet.as_mut_ptr().cast(), packet.len(), 0) } {
+            1 => return true,
+            4 => {}
+            _ => return false,
+        }
     }
+}
+
+/// Makes the namespaces as new ones are; false when a program has changed the mounts, which nothing takes back. Segments, semaphores and
+/// queues go with the IPC namespace they are in.
+fn renew() -> bool {
+    let mut mounts = libc::pollfd { fd: MOUNTS, events: libc::POLLPRI, revents: 0 };
+    // SAFETY: one structure, as said; the flag takes this process alone to a new namespace.
+    unsafe { libc::poll(&raw mut mounts, 1, 0) == 0 && libc::unshare(libc::CLONE_NEWIPC) == 0 }
 }
 
 fn prepare(child: &Child) -> Result<(), (Step, c_int)> {
@@ -148,6 +180,10 @@ fn prepare(child: &Child) -> Result<(), (Step, c_int)> {
             let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
             let kind = c"proc".as_ptr();
             if libc::mount(kind, c"/proc".as_ptr(), kind, flags, std::ptr::null()) != 0 {
+                return Err((Step::Proc, errno()));
+            }
+            let mounts = libc::open(c"/proc/self/mounts".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+            if mounts != MOUNTS {
                 return Err((Step::Proc, errno()));
             }
         } else {
@@ -186,6 +222,11 @@ fn receive_streams() -> Result<(), (Step, c_int)> {
         let descriptors = libc::CMSG_DATA(header).cast::<c_int>();
         for target in 0..3 {
             let source = descriptors.add(target as usize).read_unaligned();
+            // Those of the program before are closed, and the kernel gives the lowest numbers first.
+            if source == target {
+                libc::fcntl(target, libc::F_SETFD, 0);
+                continue;
+            }
             if libc::dup2(source, target) < 0 {
                 return Err((Step::Streams, errno()));
             }

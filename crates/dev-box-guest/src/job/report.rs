@@ -90,6 +90,8 @@ pub enum Report {
     },
     /// It has ended and nothing of its tree is left.
     Ended(Ended),
+    /// The init serves another program, in namespaces that are as new ones.
+    Ready,
 }
 
 /// Bytes of a packet.
@@ -102,6 +104,7 @@ impl Report {
         let numbers = match self {
             Self::Started => [1, 0, 0, 0, 0],
             Self::Failed { step, errno } => [2, step as u64, u64::from(errno.unsigned_abs()), 0, 0],
+            Self::Ready => [4, 0, 0, 0, 0],
             Self::Ended(ended) => {
                 let status = u64::from(u32::from_ne_bytes(ended.status.to_ne_bytes()));
                 [3, status, ended.user_micros, ended.system_micros, ended.max_rss_kib]
@@ -135,6 +138,7 @@ impl Report {
                 system_micros: third,
                 max_rss_kib: fourth,
             })),
+            4 => Some(Self::Ready),
             _ => None,
         }
     }
@@ -153,7 +157,9 @@ mod tests {
             assert_eq!(Report::decode(&report.encode()), Some(report));
             assert!(!step.words().is_empty());
         }
-        assert_eq!(Report::decode(&Report::Started.encode()), Some(Report::Started));
+        for report in [Report::Started, Report::Ready] {
+            assert_eq!(Report::decode(&report.encode()), Some(report));
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -17,6 +18,8 @@ use crate::descriptor::watch;
 /// Flags of clone3(2) that do not fit the C library crate's 32-bit constants.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+/// How long an init may take to say that it serves another job.
+const RENEWAL: Duration = Duration::from_secs(1);
 
 /// What a job is separated from the rest of the machine by.
 #[derive(Debug, Clone, Copy)]
@@ -50,14 +53,14 @@ pub enum SpawnError {
 ///
 /// ```text
 ///  prepare --> (its init waits in its namespaces) --launch--> started --> ended --> reap
+///                       ^------------------------ renew --------------------'
 /// ```
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
     control: AsyncFd<OwnedFd>,
-    /// Until the program has started, or will not.
-    arena: Option<Arena>,
+    arena: Arena,
     reaped: bool,
 }
 
@@ -82,7 +85,7 @@ impl Process {
         let (pid, pidfd) = clone_init(&child, isolation).map_err(SpawnError::Clone)?;
         drop(theirs);
         let pidfd = watch(pidfd, Interest::READABLE).map_err(SpawnError::Clone)?;
-        Ok(Self { pid, pidfd, control, arena: Some(arena), reaped: false })
+        Ok(Self { pid, pidfd, control, arena, reaped: false })
     }
 
     /// Has the waiting init execute a program with these standard streams (input, output, error; they may be the same).
@@ -91,8 +94,7 @@ impl Process {
     /// [`SpawnError::Clone`] when it cannot be told, having died for instance.
     pub fn launch(&mut self, plan: &Plan, streams: [BorrowedFd<'_>; 3]) -> Result<(), SpawnError> {
         use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-        let arena = self.arena.as_mut().ok_or(SpawnError::Silent)?;
-        arena.write(plan).map_err(SpawnError::Clone)?;
+        self.arena.write(plan).map_err(SpawnError::Clone)?;
         let streams = streams.map(|stream| stream.as_raw_fd());
         let rights = [ControlMessage::ScmRights(&streams)];
         let byte = [io::IoSlice::new(b"!")];
@@ -127,7 +129,7 @@ impl Process {
     /// [`SpawnError`] with the step that failed.
     pub async fn started(&mut self) -> Result<(), SpawnError> {
         let report = self.report().await;
-        self.arena = None;
+        self.arena.clear();
         match report {
             Some(Report::Started) => Ok(()),
             Some(Report::Failed { step, errno }) => {
@@ -144,6 +146,13 @@ impl Process {
             Some(Report::Ended(ended)) => ended,
             _ => Ended { status: libc::SIGKILL, ..Ended::default() },
         }
+    }
+
+    /// Has the init of a job that has ended serve another, in the same PID and mount namespaces and a new IPC namespace. False when its mounts
+    /// are not what they were, or it does not answer: only [`reap`](Self::reap) is left then.
+    pub async fn renew(&mut self) -> bool {
+        self.send(b"?").is_ok()
+            && matches!(tokio::time::timeout(RENEWAL, self.report()).await, Ok(Some(Report::Ready)))
     }
 
     /// The next packet, none at the end of file.
@@ -173,12 +182,15 @@ impl Process {
     ///
     /// # Errors
     /// `EINVAL` for a number that is no signal; what send(2) said when the job is gone.
-    #[expect(unsafe_code, reason = "send of our own buffer")]
     pub fn signal(&self, number: i32) -> io::Result<()> {
         if !(1..=64).contains(&number) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        let packet = number.to_ne_bytes();
+        self.send(&number.to_ne_bytes())
+    }
+
+    #[expect(unsafe_code, reason = "send of our own buffer")]
+    fn send(&self, packet: &[u8]) -> io::Result<()> {
         let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
         // SAFETY: the packet outlives the call.
         let sent =

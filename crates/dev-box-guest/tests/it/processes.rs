@@ -185,6 +185,56 @@ async fn a_job_sees_only_itself_and_leaves_nothing() {
     );
 }
 
+/// Has a waiting init execute a shell's script; its output, and the init.
+async fn run_in(process: &mut Process, script: &str) -> String {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+    let null = null();
+    let plan = Plan::new(&launch(&["sh", "-c", script])).unwrap();
+    process.launch(&plan, [null.as_fd(), writer.as_fd(), writer.as_fd()]).unwrap();
+    drop(writer);
+    process.started().await.unwrap();
+    assert_eq!(process.ended().await.code(), Some(0));
+    let mut text = String::new();
+    std::fs::File::from(reader).read_to_string(&mut text).unwrap();
+    text
+}
+
+#[tokio::test]
+async fn an_init_serves_one_job_after_the_other() {
+    if !root("an_init_serves_one_job_after_the_other") {
+        return;
+    }
+    let mut process = Process::prepare(Isolation::Namespaces(None)).unwrap();
+    let segment = "ipcmk -M 4096 >/dev/null; setsid sleep 1000 & tail -n +2 /proc/sysvipc/shm | wc -l";
+    for round in 0..3 {
+        assert_eq!(run_in(&mut process, segment).await, "1\n", "the segment of round {round} alone");
+        // Late, and nobody's.
+        let _ = process.signal(libc::SIGTERM);
+        assert!(process.renew().await);
+        let files = run_in(&mut process, "ls /proc/self/fd; ls -d /proc/[0-9]* | wc -l").await;
+        assert!(files.starts_with("0\n1\n2\n3\n"), "{files}");
+        assert!(files.lines().nth(4).unwrap().parse::<u32>().unwrap() <= 4, "{files}");
+        assert!(process.renew().await);
+    }
+    process.reap().await;
+}
+
+#[tokio::test]
+async fn an_init_whose_mounts_a_job_has_changed_serves_no_other() {
+    if !root("an_init_whose_mounts_a_job_has_changed_serves_no_other") {
+        return;
+    }
+    for change in
+        ["mount -t tmpfs none /mnt", "mount -o remount,nosuid,nodev,noexec,ro /proc", "umount -l /proc"]
+    {
+        let mut process = Process::prepare(Isolation::Namespaces(None)).unwrap();
+        // Whether mounts of this machine are shared is not the test's to know.
+        run_in(&mut process, &format!("mount --make-rprivate / && {change}")).await;
+        assert!(!process.renew().await, "{change}");
+        process.reap().await;
+    }
+}
+
 /// The command lines of all processes there are.
 fn everything_running() -> String {
     let mut all = String::new();
