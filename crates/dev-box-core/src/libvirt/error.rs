@@ -220,7 +220,10 @@ impl LibvirtError {
             }
             code::OPERATION_DENIED => Self::ReadOnly { message },
             code::INVALID_CONN | code::RPC => Self::ConnectionLost { message },
-            _ if has("client socket is closed") || has("End of file while reading data") => {
+            _ if has("client socket is closed")
+                || has("End of file while reading data")
+                || has("Cannot write data") =>
+            {
                 Self::ConnectionLost { message }
             }
             code::NO_DOMAIN => Self::NoSuchDomain { message },
@@ -289,7 +292,7 @@ mod tests {
     #[test]
     fn sorted_by_code_and_text() {
         let sort = LibvirtError::from_libvirt;
-        let cases: [(LibvirtError, &str); 31] = [
+        let cases: [(LibvirtError, &str); 32] = [
             (
                 sort(9, "snapshot-save job failed: Error while writing VM state: Input/output error"),
                 "StateNotWritten",
@@ -311,6 +314,7 @@ mod tests {
             ),
             (sort(38, "Cannot recv data: Connection reset by peer"), "ConnectionLost"),
             (sort(1, "internal error: client socket is closed"), "ConnectionLost"),
+            (sort(38, "Cannot write data: Broken pipe"), "ConnectionLost"),
             (sort(38, "End of file while reading data: Input/output error"), "ConnectionLost"),
             (sort(5, "no connection driver available for nope:///"), "BadUri"),
             (sort(29, "operation virDomainCreate forbidden for read only access"), "ReadOnly"),

@@ -65,8 +65,12 @@ async fn another_host_by_ssh() {
     connection.domains().await.unwrap();
     connection.close().await;
     let refused = OpenOptions::new("qemu+ssh://elsewhere/system?command=/nonexistent/ssh").open().await;
-    let refused = refused.unwrap_err().to_string();
-    assert!(refused.contains("/nonexistent/ssh"), "{refused}");
+    // libvirt's words depend on what it sees first: the program that is not there, its pipe, or its end.
+    let refused = refused.unwrap_err();
+    assert!(
+        refused.is_connection_lost() || refused.to_string().contains("/nonexistent/ssh"),
+        "{refused}: {refused:?}"
+    );
 }
 
 /// No daemon: QEMU's driver in this process, with a state of its own.
