@@ -172,7 +172,12 @@ fn one_interrupt_stops_the_job_and_removes_the_vm() {
 #[test]
 fn two_interrupts_end_it_at_once() {
     let Some(host) = Host::new("two_interrupts_end_it_at_once") else { return };
-    let mut running = host.start(["run", "--", "sh", "-c", "trap '' TERM; echo up; sleep 100"]);
+    // Longer than removing a VM takes on the busiest machine.
+    let config = host.root().join("patient.toml");
+    fs::write(&config, "[timeouts]\ngrace_s = 90\n").unwrap();
+    let config = config.to_str().unwrap();
+    let mut running =
+        host.start(["run", "--config", config, "--", "sh", "-c", "trap '' TERM; echo up; sleep 100"]);
     running.wait_for_output("up");
     running.signal(Signal::SIGINT);
     std::thread::sleep(Duration::from_millis(300));
@@ -180,7 +185,7 @@ fn two_interrupts_end_it_at_once() {
     let interrupted = std::time::Instant::now();
     running.finish().expect_code(130);
     assert!(
-        interrupted.elapsed() < Duration::from_secs(4),
+        interrupted.elapsed() < Duration::from_secs(45),
         "it waited for the job: {:?}",
         interrupted.elapsed()
     );
