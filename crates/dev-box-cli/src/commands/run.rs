@@ -115,7 +115,10 @@ fn report(args: &RunArgs, result: &ExecutionResult) -> Result<(), Failure> {
         return Ok(());
     }
     if result.truncated && !args.json {
-        output::note("the command's output was truncated (limits.output in the configuration)");
+        output::note(match result.exit_code {
+            Some(_) => "the command's output was truncated (limits.output in the configuration)",
+            None => "the command's output did not come to its end",
+        });
     }
     for warning in &result.warnings {
         output::note(format_args!("warning: {warning}"));
