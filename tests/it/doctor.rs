@@ -88,10 +88,31 @@ fn with_a_layer_taken_off_a_running_vm_exactly_its_check_fails() {
     virsh(&["memtune", vm, "--live", "--hard-limit", "2097152"]);
     assert_eq!(failing(), [] as [&str; 0]);
 
+    // libvirt's filter, off for this VM alone, the guard being there.
+    let nft = |args: &[&str]| {
+        let done = Command::new("nft").args(args).output().unwrap();
+        assert!(done.status.success(), "nft {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    let interfaces =
+        Command::new("virsh").args(["-q", "-c", "qemu:///system", "domiflist", vm]).output().unwrap();
+    let interfaces = String::from_utf8(interfaces.stdout).unwrap();
+    let tap = format!("\"{}\"", interfaces.split_whitespace().next().unwrap());
+    let chains = nft(&["-a", "list", "chain", "bridge", "nat", "PREROUTING"]);
+    let jump =
+        chains.lines().find(|line| line.contains(&tap)).unwrap_or_else(|| panic!("no {tap} in {chains}"));
+    let handle = jump.rsplit(' ').next().unwrap();
+    nft(&["delete", "rule", "bridge", "nat", "PREROUTING", "handle", handle]);
+    let failed = failing();
+    assert!(
+        failed.len() == 1 && failed[0].starts_with("layer.network: guard intact, nwfilter not in force"),
+        "{failed:?}"
+    );
+
     let address = made["address"].as_str().unwrap().parse().unwrap();
     NftFirewall::default().remove(address).unwrap();
     let failed = failing();
-    assert!(failed.len() == 1 && failed[0].starts_with("layer.network: guard Missing"), "{failed:?}");
+    assert!(failed.len() == 1 && failed[0].starts_with("layer.network: guard missing"), "{failed:?}");
     host.dev_box(["vm", "rm", "--force", vm]).expect_code(0);
 }
 

@@ -6,6 +6,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use dev_box_tests::{Host, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn daemon() -> Option<i32> {
     fs::read_to_string("/run/libvirtd.pid").ok()?.trim().parse().ok()
@@ -17,19 +19,33 @@ fn restart(pid: i32) {
         assert!(Command::new("systemctl").args(["restart", "libvirtd"]).status().unwrap().success());
         return;
     }
-    let there = || Path::new(&format!("/proc/{pid}")).exists();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).unwrap();
-    wait_until("libvirtd ends", SHUTDOWN, || !there() || zombie(pid));
-    assert!(Command::new("libvirtd").arg("-d").status().unwrap().success());
+    let going = Going(pid);
+    kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+    wait_until("libvirtd ends", SHUTDOWN, || !going.runs());
+}
+
+/// A libvirtd that has been told to end; another takes its place whatever becomes of the test, since all others need one.
+struct Going(i32);
+
+impl Going {
+    /// Where pid 1 does not reap, its entry stays.
+    fn runs(&self) -> bool {
+        fs::read_to_string(format!("/proc/{}/stat", self.0)).is_ok_and(|stat| !stat.contains(") Z "))
+    }
+}
+
+impl Drop for Going {
+    fn drop(&mut self) {
+        if self.runs() {
+            let _ = kill(Pid::from_raw(self.0), Signal::SIGKILL);
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        let _ = Command::new("libvirtd").arg("-d").status();
+    }
 }
 
 /// It gives calls under way half a minute, and then ends all the same.
 const SHUTDOWN: Duration = Duration::from_secs(60);
-
-/// Where pid 1 does not reap.
-fn zombie(pid: i32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
-}
 
 #[test]
 fn jobs_and_kept_vms_outlive_libvirtd() {

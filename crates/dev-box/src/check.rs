@@ -6,6 +6,7 @@ use dev_box_core::id::VmName;
 use dev_box_core::libvirt::LibvirtError;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_image::ImageStore;
+use dev_box_net::GuardState;
 use dev_box_provision::blocking;
 use dev_box_provision::doctor::{
     Check, HostFacts, LayerError, LayerFacts, LibvirtFacts, evaluate, evaluate_layers,
@@ -86,8 +87,12 @@ async fn verify(config: &Config, connection: &LibvirtConnection, vm: VmName) -> 
             Ok("guard intact, nwfilter in force, network active".to_owned())
         }
         Ok(Some(found)) => Err(format!(
-            "guard {:?}, nwfilter {}, network {}, forwarding {}",
-            found.guard,
+            "guard {}, nwfilter {}, network {}, forwarding {}",
+            match found.guard {
+                GuardState::Intact => "intact",
+                GuardState::Changed => "changed",
+                GuardState::Missing => "missing",
+            },
             match (found.filter_defined, found.filter_in_force) {
                 (false, _) => "missing",
                 (true, Some(false)) => "not in force",
