@@ -1,0 +1,131 @@
+//! Any policy that we take, as libvirt's filter and network: the XML is one that libvirt takes too, and says what we meant.
+#![no_main]
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+
+use dev_box_net::EgressPolicy;
+use dev_box_net::Subnet;
+use dev_box_net::guard::FilterRules;
+use dev_box_net::network::NetworkShape;
+use dev_box_net::xml::network::{FoundNetwork, network_xml};
+use dev_box_net::xml::nwfilter::nwfilter;
+use libfuzzer_sys::fuzz_target;
+use quick_xml::Reader;
+use quick_xml::events::{BytesStart, Event};
+
+/// What a policy and a network are made of, most of which is refused.
+#[derive(Debug, arbitrary::Arbitrary)]
+struct Input<'a> {
+    name: &'a str,
+    bridge: &'a str,
+    subnet: [u8; 2],
+    ports: Vec<(bool, u16, u8)>,
+    allow: Vec<(u32, u8)>,
+    deny: Vec<(u32, u8)>,
+    domains: Vec<&'a str>,
+    rest: &'a str,
+}
+
+impl Input<'_> {
+    /// A policy as its author writes it.
+    fn policy(&self) -> Option<EgressPolicy> {
+        let port = |(tcp, first, more): &(bool, u16, u8)| {
+            let protocol = if *tcp { "tcp" } else { "udp" };
+            format!("{protocol}/{first}-{}", first.saturating_add((*more).into()))
+        };
+        let range = |(address, bits): &(u32, u8)| {
+            let bits = bits % 33;
+            let mask = u32::MAX.checked_shl((32 - bits).into()).unwrap_or(0);
+            format!("{}/{bits}", Ipv4Addr::from(address & mask))
+        };
+        let ports: Vec<String> = self.ports.iter().map(port).collect();
+        let ranges = |list: &[(u32, u8)]| list.iter().map(range).collect::<Vec<_>>();
+        let (allow, deny, domains) = (ranges(&self.allow), ranges(&self.deny), &self.domains);
+        let toml = format!(
+            "mode = 'custom'\nports = {ports:?}\nallow = {allow:?}\ndeny = {deny:?}\ndomains = {domains:?}\n{}",
+            self.rest
+        );
+        EgressPolicy::from_toml(&toml).or_else(|_| EgressPolicy::from_toml(self.rest)).ok()
+    }
+}
+
+fuzz_target!(|input: Input<'_>| {
+    let [a, b] = input.subnet;
+    let Ok(subnet) = format!("10.{a}.{b}.0/24").parse::<Subnet>() else { return };
+    let named = NetworkShape::new(input.name, input.bridge, subnet);
+    let shape = named.unwrap_or_else(|_| NetworkShape::new("dev-box", "devbox0", subnet).expect("good names"));
+    let network = FoundNetwork::read(&network_xml(&shape)).expect("a network");
+    assert_eq!(network.bridge.as_deref(), Some(shape.bridge()));
+    assert_eq!(network.subnet(), Ok(subnet));
+    let Some(policy) = input.policy() else { return };
+    let filter = nwfilter(&shape, &policy);
+    assert_eq!(read(&filter.xml, &filter.name), filter.rules);
+});
+
+/// What libvirt reads of a filter: <https://libvirt.org/formatnwfilter.html>.
+fn read(xml: &str, name: &str) -> FilterRules {
+    let mut reader = Reader::from_str(xml);
+    let mut rules = FilterRules::default();
+    let (mut priorities, mut depth, mut last) = (BTreeSet::new(), 0, i64::MIN);
+    loop {
+        match reader.read_event().expect("well-formed") {
+            Event::Start(element) if depth == 0 => {
+                depth += 1;
+                assert_eq!(element.name().as_ref(), "filter");
+                assert_eq!(value(&element, "name"), name);
+                assert_eq!(value(&element, "chain"), "root");
+            }
+            Event::Start(element) => {
+                depth += 1;
+                assert_eq!(element.name().as_ref(), "rule");
+                let priority: i64 = value(&element, "priority").parse().expect("a number");
+                assert!((-1000..=1000).contains(&priority) && priority >= last, "{priority} after {last}");
+                assert!(priorities.insert(priority), "rules of one priority have no order: {priority}");
+                last = priority;
+                let side = match value(&element, "direction").as_str() {
+                    "out" => &mut rules.out,
+                    "in" => &mut rules.inward,
+                    other => panic!("direction {other}"),
+                };
+                match value(&element, "action").as_str() {
+                    "accept" => side.accepts += 1,
+                    "drop" => side.drops += 1,
+                    other => panic!("action {other}"),
+                }
+            }
+            Event::Empty(element) => {
+                assert_eq!(depth, 2, "a protocol stands in a rule");
+                assert!(["mac", "arp", "ip"].contains(&element.name().as_ref()));
+                for attribute in element.attributes() {
+                    let attribute = attribute.expect("well-formed");
+                    check(attribute.key.as_ref(), &attribute.value);
+                }
+            }
+            Event::End(_) => depth -= 1,
+            Event::Eof => return rules,
+            Event::Text(text) => assert!(text.trim().is_empty()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn value(element: &BytesStart<'_>, name: &str) -> String {
+    let attribute = element.attributes().flatten().find(|attribute| attribute.key.as_ref() == name);
+    attribute.map(|attribute| attribute.value.into_owned()).expect(name)
+}
+
+fn check(key: &str, value: &str) {
+    let fits = match key {
+        "match" => value == "no",
+        "protocol" => ["tcp", "udp"].contains(&value),
+        "srcmacaddr" | "arpsrcmacaddr" => value == "$MAC" || value.split(':').count() == 6,
+        "srcipaddr" | "dstipaddr" | "arpsrcipaddr" | "arpdstipaddr" => {
+            value == "$IP" || value.parse::<Ipv4Addr>().is_ok()
+        }
+        "srcipmask" | "dstipmask" => value.parse().is_ok_and(|bits: u8| bits <= 32),
+        "srcportstart" | "srcportend" | "dstportstart" | "dstportend" => value.parse::<u16>().is_ok(),
+        _ => false,
+    };
+    assert!(fits, "{key}={value}");
+}
