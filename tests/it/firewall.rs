@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use dev_box::net::identity::tap_of;
 use dev_box_tests::{Daemon, Host, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -93,8 +94,23 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
     wait_until("the network stands", LIMIT, || host.dev_box(["net", "verify", &vm]).code() == 0);
 
     let others = Others::save();
-    let ways: [(&str, &dyn Fn()); 3] = [
-        ("the rules of libvirt's filter are gone", &|| run("ebtables", &["-t", "nat", "-F"])),
+    let tap = {
+        let shown: serde_json::Value =
+            serde_json::from_str(&host.dev_box(["net", "show", &vm, "--json"]).text()).unwrap();
+        tap_of(shown["address"].as_str().unwrap().parse().unwrap())
+    };
+    let in_filter = |how: &str, port: &str| {
+        let chain = format!("libvirt-I-{tap}");
+        let rule = ["-p", "IPv4", "--ip-proto", "tcp", "--ip-dport", port, "-j", "ACCEPT"];
+        run("ebtables", &[&["-t", "nat", how, &chain], &rule[..]].concat());
+    };
+    let ways: [(&str, &dyn Fn()); 4] = [
+        ("the rules of libvirt's filter are not in force", &|| run("ebtables", &["-t", "nat", "-F"])),
+        // As many as before, with the same verdicts.
+        ("the rules of libvirt's filter are not in force", &|| {
+            in_filter("-I", "25");
+            in_filter("-D", "9418");
+        }),
         ("the guard's rules were changed", &|| run("nft", &["delete", "table", "inet", "dev_box"])),
         ("the guard's rules are gone", &|| run("nft", &["flush", "ruleset"])),
     ];

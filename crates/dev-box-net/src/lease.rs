@@ -38,8 +38,26 @@ pub struct LeaseRecord {
     pub policy: EgressPolicy,
     /// The nwfilter its interface refers to.
     pub filter: String,
+    /// The policy that this filter is of, where that is another by now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter_policy: Option<EgressPolicy>,
     /// The rules that were put in place; `None` before that.
     pub fingerprint: Option<Fingerprint>,
+}
+
+impl LeaseRecord {
+    /// The same VM under another policy. Its filter stays that of the policy under which it started.
+    #[must_use]
+    pub fn under(self, policy: EgressPolicy) -> Self {
+        let started = self.filter_policy.unwrap_or(self.policy);
+        let filter_policy = (started != policy).then_some(started);
+        Self { policy, filter_policy, fingerprint: None, ..self }
+    }
+
+    /// The policy that its filter is of.
+    pub fn filter_policy(&self) -> &EgressPolicy {
+        self.filter_policy.as_ref().unwrap_or(&self.policy)
+    }
 }
 
 /// The addresses of a subnet, leased.

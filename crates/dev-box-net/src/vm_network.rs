@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use dev_box_core::id::VmName;
-use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
+use dev_box_core::libvirt::{LibvirtError, NetworkSummary, Networks, NwFilters};
 use dev_box_core::spec::{FilterRef, Interface, LinkState, MacAddress};
 
 use crate::events::RecordFile;
@@ -103,6 +103,7 @@ pub struct NetLease {
     pub filter: String,
     /// The policy that holds.
     pub policy: EgressPolicy,
+    filter_policy: EgressPolicy,
     shape: NetworkShape,
     lock: AddressLease,
 }
@@ -259,6 +260,7 @@ impl VmNetwork {
             vm: vm.clone(),
             policy: policy.clone(),
             filter: filter.name.clone(),
+            filter_policy: None,
             fingerprint: None,
         };
         let leases = self.leases(&shape)?;
@@ -294,6 +296,7 @@ impl VmNetwork {
                 bridge: shape.bridge().to_owned(),
                 filter: filter.name,
                 policy: policy.clone(),
+                filter_policy: policy.clone(),
                 shape,
                 lock: lease,
             })),
@@ -315,10 +318,12 @@ impl VmNetwork {
     pub fn change_policy(&self, lease: &mut NetLease, policy: &EgressPolicy) -> Result<(), NetError> {
         let record = LeaseRecord {
             vm: lease.vm.clone(),
-            policy: policy.clone(),
+            policy: lease.filter_policy.clone(),
             filter: lease.filter.clone(),
+            filter_policy: None,
             fingerprint: None,
         };
+        let record = record.under(policy.clone());
         let other_names = policy.domains() != lease.policy.domains();
         if other_names {
             // Before the set is emptied: an answer in between would open an old name's address.
@@ -554,10 +559,17 @@ impl VmNetwork {
 
     /// The network as it is, when there is one.
     fn find<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<Option<NetworkShape>, NetError> {
+        Ok(self.find_active(libvirt)?.map(|(shape, _)| shape))
+    }
+
+    /// The same, and whether it runs.
+    fn find_active<L: Networks + ?Sized>(
+        &self,
+        libvirt: &L,
+    ) -> Result<Option<(NetworkShape, bool)>, NetError> {
         let name = &self.settings.name;
-        if libvirt.find_network(name).map_err(libvirt_failed("look for the network"))?.is_none() {
-            return Ok(None);
-        }
+        let found = libvirt.find_network(name).map_err(libvirt_failed("look for the network"))?;
+        let Some(NetworkSummary { active, .. }) = found else { return Ok(None) };
         let xml =
             libvirt.network_xml(name).map_err(libvirt_failed(format!("describe the network {name}")))?;
         let found = FoundNetwork::read(&xml)?;
@@ -580,19 +592,18 @@ impl VmNetwork {
             Some(wanted) if wanted != subnet => {
                 Err(foreign(format!("its subnet is {subnet}, and {wanted} is configured")))
             }
-            _ => Ok(Some(shape)),
+            _ => Ok(Some((shape, active))),
         }
     }
 
     fn ensure_locked<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<NetworkShape, NetError> {
-        let shape = match self.find(libvirt)? {
-            Some(shape) => shape,
-            None => self.define(libvirt)?,
+        let (shape, active) = match self.find_active(libvirt)? {
+            Some(found) => found,
+            None => (self.define(libvirt)?, false),
         };
-        let name = shape.name();
-        let active = libvirt.find_network(name).map_err(libvirt_failed("look for the network"))?;
-        if !active.is_some_and(|network| network.active) {
-            libvirt.start_network(name).map_err(libvirt_failed(format!("start the network {shape}")))?;
+        if !active {
+            let what = format!("start the network {shape}");
+            libvirt.start_network(shape.name()).map_err(libvirt_failed(what))?;
         }
         Ok(shape)
     }

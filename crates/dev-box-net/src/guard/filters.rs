@@ -5,215 +5,311 @@
 //!   POSTROUTING  -o TAP -j libvirt-O-TAP    what comes to it
 //! ```
 //!
-//! Read by nft, which sees what the ebtables of nf_tables writes, and only as far as a filter of [`crate::xml::nwfilter`] makes
-//! it. Not by `ebtables -L`: to list, it takes the last rule of each chain out and puts it back, and whoever changes a chain
-//! at that moment, as libvirt does for every VM, is refused.
+//! Read from `ebtables-save`, which only reads, and tells every field of a rule. (`ebtables -L` takes the last rule of each
+//! chain out and puts it back, so that whoever changes a chain at that moment is refused; nft knows no fields of the rules
+//! that ebtables writes.)
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use serde_json::Value;
+use dev_box_core::spec::MacAddress;
+use ipnet::Ipv4Net;
 
 use super::FirewallError;
 use crate::identity::address_of_tap;
 
-/// How many rules there are of a kind, in one direction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Verdicts {
-    /// Rules that accept.
-    pub accepts: usize,
-    /// Rules that drop.
-    pub drops: usize,
-}
+/// How many chains are followed from one to the next before a way is taken to lead anywhere.
+const MAX_JUMPS: usize = 8;
 
-/// The rules of a VM's filter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// The rules of a VM's filter, in the order of their chain.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct FilterRules {
     /// Of what the VM sends.
-    pub out: Verdicts,
+    pub out: Vec<FilterRule>,
     /// Of what comes to it.
-    pub inward: Verdicts,
+    pub inward: Vec<FilterRule>,
 }
 
-/// A rule, as far as it is read.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Rule {
-    /// The interface that it is for, where it is for one.
-    interface: Option<String>,
-    /// Whether it asks for anything else.
-    conditional: bool,
-    verdict: Option<Verdict>,
-}
-
+/// A rule as ebtables has it. Two that mean the same are equal, however their fields are written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Verdict {
-    Accept,
-    Drop,
-    Jump(String),
+pub struct FilterRule {
+    conditions: BTreeSet<Condition>,
+    target: String,
 }
 
-impl Rule {
-    fn read(value: &Value) -> Self {
-        let mut rule = Self::default();
-        for (kind, part) in
-            value["expr"].as_array().into_iter().flatten().filter_map(Value::as_object).flatten()
-        {
-            let key = part["left"]["meta"]["key"].as_str();
-            match kind.as_str() {
-                "counter" => {}
-                "accept" => rule.verdict = Some(Verdict::Accept),
-                "drop" => rule.verdict = Some(Verdict::Drop),
-                "jump" => {
-                    rule.verdict = part["target"].as_str().map(|target| Verdict::Jump(target.to_owned()));
+/// An option of ebtables, as `--ip-dst ! 10.0.0.0/8`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Condition {
+    option: String,
+    negated: bool,
+    value: String,
+}
+
+impl FilterRule {
+    /// Reads what `ebtables-save` writes after a chain's name.
+    pub(crate) fn read(text: &str) -> Self {
+        let mut options: Vec<Condition> = Vec::new();
+        let mut negated = false;
+        for word in text.split_whitespace() {
+            match options.last_mut() {
+                _ if word == "!" => negated = true,
+                _ if word.starts_with('-') => {
+                    // Before the option or after it: versions differ.
+                    let negated = std::mem::take(&mut negated);
+                    options.push(Condition { option: word.to_owned(), negated, value: String::new() });
                 }
-                "match" if part["op"] == "==" && matches!(key, Some("iifname" | "oifname")) => {
-                    rule.interface = part["right"].as_str().map(str::to_owned);
-                    rule.conditional |= rule.interface.is_none();
+                Some(option) => {
+                    option.negated |= std::mem::take(&mut negated);
+                    option.value += &normal(&option.option, word);
                 }
-                _ => rule.conditional = true,
+                None => options.push(Condition { option: String::new(), negated, value: word.to_owned() }),
             }
         }
-        rule
+        let (targets, conditions): (Vec<_>, Vec<_>) =
+            options.into_iter().partition(|option| option.option == "-j");
+        let target = targets.into_iter().next().map(|option| option.value).unwrap_or_default();
+        let always = |condition: &Condition| !condition.negated && condition.value == "0.0.0.0/0";
+        Self { conditions: conditions.into_iter().filter(|condition| !always(condition)).collect(), target }
+    }
+
+    /// Whether it may be for frames of this interface; `option` is `-i` or `-o`.
+    fn concerns(&self, option: &str, tap: &str) -> bool {
+        let others = |condition: &Condition| {
+            let matches = match condition.value.strip_suffix('+') {
+                Some(prefix) => tap.starts_with(prefix),
+                None => condition.value == tap,
+            };
+            condition.option == option && !condition.negated && !matches
+        };
+        !self.conditions.iter().any(others)
     }
 }
 
-type Chains = BTreeMap<String, Vec<Rule>>;
+/// One spelling for what has several.
+fn normal(option: &str, value: &str) -> String {
+    let address = || Some(value.parse::<Ipv4Net>().ok()?.trunc().to_string());
+    let single = || Some(Ipv4Net::from(value.parse::<Ipv4Addr>().ok()?).to_string());
+    let masked = || {
+        let (address, mask) = value.split_once('/')?;
+        let network = Ipv4Net::with_netmask(address.parse().ok()?, mask.parse().ok()?).ok()?;
+        Some(network.trunc().to_string())
+    };
+    let mac = || {
+        Some(
+            value.strip_suffix("/ff:ff:ff:ff:ff:ff").unwrap_or(value).parse::<MacAddress>().ok()?.to_string(),
+        )
+    };
+    let known = match (option, value) {
+        ("-p", "IPv4" | "0x800" | "0x0800") => Some("IPv4".to_owned()),
+        ("-p", "ARP" | "0x806" | "0x0806") => Some("ARP".to_owned()),
+        ("--ip-proto", "tcp" | "6") => Some("tcp".to_owned()),
+        ("--ip-proto", "udp" | "17") => Some("udp".to_owned()),
+        ("--ip-sport" | "--ip-dport", _) => {
+            value.split_once(':').and_then(|(first, last)| (first == last).then(|| first.to_owned()))
+        }
+        _ => address().or_else(single).or_else(masked).or_else(mac),
+    };
+    known.unwrap_or_else(|| value.to_owned())
+}
+
+type Chains<'a> = BTreeMap<&'a str, Vec<FilterRule>>;
 
 /// The VMs whose filter is in force, by address: both chains are there, packets are led to them, and they end with
 /// dropping what is left. One whose filter is anything less is not among them.
 pub(super) fn read(listing: &str) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
-    let document: Value =
-        serde_json::from_str(listing).map_err(|error| FirewallError::Listing(error.to_string()))?;
-    let items = document["nftables"].as_array();
-    let items = items.ok_or_else(|| FirewallError::Listing("no \"nftables\"".to_owned()))?;
     let mut chains = Chains::new();
-    for rule in items.iter().map(|item| &item["rule"]).filter(|rule| rule.is_object()) {
-        let chain = rule["chain"].as_str().unwrap_or_default();
-        chains.entry(chain.to_owned()).or_default().push(Rule::read(rule));
+    let mut nat = true;
+    for line in listing.lines() {
+        if let Some(table) = line.strip_prefix('*') {
+            // The older one lists all tables.
+            nat = table == "nat";
+        } else if let Some(rule) = line.strip_prefix("-A ") {
+            if !nat {
+                continue;
+            }
+            let (chain, rule) = rule.split_once(' ').unwrap_or((rule, ""));
+            chains.entry(chain).or_default().push(FilterRule::read(rule));
+        } else if !line.is_empty() && !line.starts_with(['#', ':']) {
+            let line: String = line.chars().take(100).collect();
+            return Err(FirewallError::Listing(format!("\"{line}\" is no line of ebtables-save")));
+        }
     }
     let taps = chains.keys().filter_map(|name| name.strip_prefix("libvirt-I-"));
     let found = taps.filter_map(|tap| {
         let address = address_of_tap(tap)?;
-        let out = in_force(&chains, "PREROUTING", "libvirt-I-", tap)?;
-        let inward = in_force(&chains, "POSTROUTING", "libvirt-O-", tap)?;
+        let out = in_force(&chains, "PREROUTING", "-i", "libvirt-I-", tap)?;
+        let inward = in_force(&chains, "POSTROUTING", "-o", "libvirt-O-", tap)?;
         Some((address, FilterRules { out, inward }))
     });
     Ok(found.collect())
 }
 
-fn in_force(chains: &Chains, base: &str, prefix: &str, tap: &str) -> Option<Verdicts> {
+fn in_force(
+    chains: &Chains<'_>,
+    base: &str,
+    option: &str,
+    prefix: &str,
+    tap: &str,
+) -> Option<Vec<FilterRule>> {
     let chain = format!("{prefix}{tap}");
-    let leads = |rule: &Rule| {
-        !rule.conditional
-            && rule.interface.as_deref() == Some(tap)
-            && rule.verdict == Some(Verdict::Jump(chain.clone()))
-    };
+    let leads = FilterRule::read(&format!("{option} {tap} -j {chain}"));
     let ways = chains.get(base)?;
-    let place = ways.iter().position(leads)?;
-    let concerns = |rule: &&Rule| rule.interface.as_deref().is_none_or(|interface| interface == tap);
-    let accepts = |rule: &&Rule| rule.verdict == Some(Verdict::Accept);
-    if let Some(rule) = ways.iter().take(place).filter(concerns).find(accepts) {
-        tracing::warn!(?rule, chain = base, tap, "packets are led past libvirt's filter");
+    let place = ways.iter().position(|rule| *rule == leads)?;
+    let past = |rule: &&FilterRule| rule.concerns(option, tap) && leads_past(chains, rule, 0);
+    if let Some(rule) = ways.iter().take(place).find(past) {
+        tracing::warn!(?rule, chain = base, tap, "packets may be led past libvirt's filter");
         return None;
     }
-    let rules = chains.get(&chain)?;
+    let rules = chains.get(chain.as_str())?;
     // What comes after the first that is for all packets is never reached: a chain's policy, for one.
-    let last = rules.iter().position(|rule| !rule.conditional && rule.interface.is_none())?;
+    let last = rules.iter().position(|rule| rule.conditions.is_empty())?;
     let reached = rules.get(..=last)?;
-    let count =
-        |verdict: Verdict| reached.iter().filter(|rule| rule.verdict.as_ref() == Some(&verdict)).count();
-    (reached.last()?.verdict == Some(Verdict::Drop))
-        .then(|| Verdicts { accepts: count(Verdict::Accept), drops: count(Verdict::Drop) })
+    (reached.last()?.target == "DROP").then(|| reached.to_vec())
+}
+
+/// Whether a packet that a rule is for may be accepted by it, or by a chain that it leads to.
+fn leads_past(chains: &Chains<'_>, rule: &FilterRule, jumps: usize) -> bool {
+    match rule.target.as_str() {
+        "DROP" | "CONTINUE" => false,
+        // To the chain's own policy, or back to where the packet came from.
+        "RETURN" => jumps == 0,
+        chain => match chains.get(chain) {
+            Some(rules) if jumps < MAX_JUMPS => rules.iter().any(|rule| leads_past(chains, rule, jumps + 1)),
+            _ => true,
+        },
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
 
     use super::*;
 
-    const COUNTER: &str = r#"{"counter":{"packets":0,"bytes":0}}"#;
-
-    /// A line a rule: its chain, its interface or `-`, its condition or `-`, its verdict.
-    const RULES: &str = "\
-PREROUTING vnet7 - libvirt-I-vnet7
-PREROUTING dbt0ad50002 - libvirt-I-dbt0ad50002
-POSTROUTING dbt0ad50002 - libvirt-O-dbt0ad50002
-libvirt-I-dbt0ad50002 - mac drop
-libvirt-I-dbt0ad50002 - 22 accept
-libvirt-I-dbt0ad50002 - 80 accept
-libvirt-I-dbt0ad50002 - - drop
-libvirt-I-dbt0ad50002 - - accept
-libvirt-O-dbt0ad50002 - 22 accept
-libvirt-O-dbt0ad50002 - - drop
+    const VM: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 2);
+    const LISTING: &str = "\
+# Generated by ebtables-save v1.8.9 (nf_tables) on Fri Nov 27 01:32:28 2026
+*nat
+:PREROUTING ACCEPT
+:libvirt-I-dbt0ad50002 ACCEPT
+-A PREROUTING -i vnet7 -j libvirt-I-vnet7
+-A PREROUTING -i dbt0ad50002 -j libvirt-I-dbt0ad50002
+-A POSTROUTING -o dbt0ad50002 -j libvirt-O-dbt0ad50002
+-A libvirt-I-dbt0ad50002 -s ! 02:db:0a:d5:00:02 -j DROP
+-A libvirt-I-dbt0ad50002 -p IPv4 --ip-dst 10.0.0.0/8 -j DROP
+-A libvirt-I-dbt0ad50002 -p IPv4 --ip-proto tcp --ip-dport 80 -j ACCEPT
+-A libvirt-I-dbt0ad50002 -j DROP
+-A libvirt-I-dbt0ad50002 -j ACCEPT
+-A libvirt-O-dbt0ad50002 -p IPv4 --ip-proto tcp --ip-sport 80 -j ACCEPT
+-A libvirt-O-dbt0ad50002 -j DROP
+# Completed on Fri Nov 27 01:32:28 2026
 ";
 
-    fn listing(rules: &str) -> String {
-        let mut items = vec![json!({"metainfo": {"json_schema_version": 1}})];
-        for rule in rules.lines() {
-            let [chain, interface, condition, verdict] =
-                rule.split(' ').collect::<Vec<_>>().try_into().unwrap();
-            let mut parts = Vec::new();
-            if interface != "-" {
-                let key = if chain == "PREROUTING" { "iifname" } else { "oifname" };
-                let left = json!({"meta": {"key": key}});
-                parts.push(json!({"match": {"op": "==", "left": left, "right": interface}}));
-            }
-            if condition != "-" {
-                parts.push(json!({"xt": {"type": "match", "name": condition}}));
-            }
-            parts.push(serde_json::from_str(COUNTER).unwrap());
-            parts.push(match verdict {
-                "accept" | "drop" => json!({verdict: null}),
-                chain => json!({"jump": {"target": chain}}),
-            });
-            items.push(json!({"rule": {"family": "bridge", "table": "nat", "chain": chain, "expr": parts}}));
-        }
-        json!({"nftables": items}).to_string()
+    fn found(listing: &str) -> Option<FilterRules> {
+        read(listing).unwrap().remove(&VM)
     }
 
     #[test]
-    fn rules_in_force_are_counted() {
-        let found = read(&listing(RULES)).unwrap();
-        let expected =
-            FilterRules { out: Verdicts { accepts: 2, drops: 2 }, inward: Verdicts { accepts: 1, drops: 1 } };
-        assert_eq!(found, BTreeMap::from([(Ipv4Addr::new(10, 213, 0, 2), expected)]));
+    fn rules_in_force_are_read() {
+        let rules = |texts: &[&str]| texts.iter().map(|text| FilterRule::read(text)).collect();
+        let out = rules(&[
+            "-s ! 02:db:0a:d5:00:02 -j DROP",
+            "-p IPv4 --ip-dst 10.0.0.0/8 -j DROP",
+            "-p IPv4 --ip-proto tcp --ip-dport 80 -j ACCEPT",
+            "-j DROP",
+        ]);
+        let inward = rules(&["-p IPv4 --ip-proto tcp --ip-sport 80 -j ACCEPT", "-j DROP"]);
+        assert_eq!(found(LISTING), Some(FilterRules { out, inward }));
+        assert_eq!(found(&LISTING.replace("*nat", "*filter")), None);
+    }
+
+    #[test]
+    fn one_rule_has_several_spellings() {
+        for (one, other) in [
+            ("-s ! 02:db:0a:d5:00:02 -j DROP", "! -s 02:db:0a:d5:00:02/ff:ff:ff:ff:ff:ff -j DROP"),
+            ("-s 02:db:0a:d5:00:02 -j DROP", "-s 02:DB:0A:D5:00:02 -j DROP"),
+            ("-p IPv4 --ip-src ! 10.0.0.1 -j DROP", "-p 0x0800 ! --ip-src 10.0.0.1/32 -j DROP"),
+            (
+                "-p ARP --arp-ip-src 10.0.0.1 -j ACCEPT",
+                "--arp-ip-src 10.0.0.1/255.255.255.255 -p 0x806 -j ACCEPT",
+            ),
+            ("--ip-dst 10.0.0.0/8 -j DROP", "--ip-dst 10.0.0.0/255.0.0.0 -j DROP"),
+            ("--ip-proto udp --ip-dport 53 -j ACCEPT", "--ip-proto 17 --ip-dport 53:53 -j ACCEPT"),
+            ("-p IPv4 --ip-dst 0.0.0.0/0 -j DROP", "-p IPv4 -j DROP"),
+        ] {
+            assert_eq!(FilterRule::read(one), FilterRule::read(other), "{one}");
+        }
+        for (one, other) in [
+            ("-s ! 02:db:0a:d5:00:02 -j DROP", "-s 02:db:0a:d5:00:02 -j DROP"),
+            ("--ip-dst 10.0.0.0/8 -j DROP", "--ip-dst 10.0.0.0/9 -j DROP"),
+            ("--ip-dst 10.0.0.0/8 -j DROP", "--ip-src 10.0.0.0/8 -j DROP"),
+            ("--ip-dport 80 -j ACCEPT", "--ip-dport 80:81 -j ACCEPT"),
+            ("--ip-dport 80 -j ACCEPT", "--ip-dport 80 -j DROP"),
+            ("--ip-dst ! 0.0.0.0/0 -j DROP", "-j DROP"),
+            ("--log -j DROP", "-j DROP"),
+            ("stray -j DROP", "-j DROP"),
+        ] {
+            assert_ne!(FilterRule::read(one), FilterRule::read(other), "{one}");
+        }
     }
 
     #[test]
     fn what_is_taken_away_or_led_past_is_not_in_force() {
         for (whole, part) in [
-            ("PREROUTING dbt0ad50002 - libvirt-I-dbt0ad50002\n", ""),
-            ("POSTROUTING dbt0ad50002 - libvirt-O-dbt0ad50002", "POSTROUTING dbt0ad50002 - accept"),
-            ("PREROUTING dbt0ad50002 -", "PREROUTING dbt0ad50002 vlan"),
-            ("PREROUTING vnet7 - libvirt-I-vnet7", "PREROUTING - - accept"),
-            ("PREROUTING vnet7 - libvirt-I-vnet7", "PREROUTING dbt0ad50002 - accept"),
-            ("libvirt-I-dbt0ad50002 - - drop\n", ""),
-            ("libvirt-I-dbt0ad50002 - mac drop", "libvirt-I-dbt0ad50002 - - accept"),
-            ("libvirt-O-dbt0ad50002 - 22 accept\nlibvirt-O-dbt0ad50002 - - drop\n", ""),
+            ("-A PREROUTING -i dbt0ad50002 -j libvirt-I-dbt0ad50002\n", ""),
+            ("-o dbt0ad50002 -j libvirt-O-dbt0ad50002", "-o dbt0ad50002 -j ACCEPT"),
+            ("-i dbt0ad50002 -j", "-i dbt0ad50002 -p IPv4 -j"),
+            ("-i vnet7 -j libvirt-I-vnet7", "-j ACCEPT"),
+            ("-i vnet7 -j libvirt-I-vnet7", "-j RETURN"),
+            ("-i vnet7 -j libvirt-I-vnet7", "-i dbt+ -p IPv4 -j ACCEPT"),
+            ("-i vnet7 -j libvirt-I-vnet7", "-i ! vnet7 -j ACCEPT"),
+            ("-i vnet7 -j libvirt-I-vnet7", "-j mark --mark-set 1"),
+            ("-i vnet7 -j libvirt-I-vnet7\n", "-j other\n-A other -p ARP -j ACCEPT\n"),
+            ("-i vnet7 -j libvirt-I-vnet7\n", "-j other\n-A other -j other\n"),
+            ("-A libvirt-I-dbt0ad50002 -j DROP\n", ""),
+            ("-s ! 02:db:0a:d5:00:02 -j DROP", "-j ACCEPT"),
+            ("-A libvirt-O-dbt0ad50002 -j DROP\n", ""),
         ] {
-            let changed = RULES.replace(whole, part);
-            assert_ne!(changed, RULES);
-            assert!(read(&listing(&changed)).unwrap().is_empty(), "{whole}");
+            let changed = LISTING.replace(whole, part);
+            assert_ne!(changed, LISTING);
+            assert_eq!(found(&changed), None, "{part}");
         }
-        let others = RULES.replace("vnet7 - libvirt-I-vnet7", "vnet7 - accept");
-        assert_eq!(read(&listing(&others)).unwrap().len(), 1, "another's packets");
-        let fewer = RULES.replace("libvirt-I-dbt0ad50002 - mac drop\n", "");
-        assert_ne!(read(&listing(&fewer)).unwrap(), read(&listing(RULES)).unwrap());
+        for others in [
+            "-i vnet7 -j ACCEPT",
+            "-i vnet+ -j ACCEPT",
+            "-j DROP",
+            "-p ARP --log -j CONTINUE",
+            "-j other\n-A other -j RETURN",
+        ] {
+            let changed = LISTING.replace("-i vnet7 -j libvirt-I-vnet7", others);
+            assert_eq!(found(&changed), found(LISTING), "{others}");
+        }
+    }
+
+    #[test]
+    fn a_rule_for_another_of_the_same_verdict_is_another() {
+        for (one, other) in [
+            ("--ip-dst 10.0.0.0/8 -j DROP", "--ip-dst 10.0.0.0/9 -j DROP"),
+            ("--ip-dport 80", "--ip-dport 25"),
+            ("-s ! 02:db:0a:d5:00:02", "-s ! 02:db:0a:d5:00:03"),
+        ] {
+            let changed = found(&LISTING.replace(one, other)).unwrap();
+            assert_ne!(Some(changed), found(LISTING), "{one}");
+        }
     }
 
     #[test]
     fn what_is_no_listing_is_refused() {
-        for text in ["", "{}", "nonsense"] {
+        assert!(read("").unwrap().is_empty());
+        for text in ["{}", "nonsense", "Bridge table: nat"] {
             assert!(matches!(read(text), Err(FirewallError::Listing(_))), "{text}");
         }
     }
 
     proptest! {
         #[test]
-        fn any_rules_are_read(rules in "((PREROUTING|libvirt-I-dbt0ad50002|x) (-|dbt0ad50002) (-|y) (accept|drop|z)\n){0,30}") {
-            read(&listing(&rules)).unwrap();
+        fn any_rules_are_read(rules in "(-A (PREROUTING|libvirt-I-dbt0ad50002|x)( (!|-i|-j|--ip-dst|dbt0ad50002|x|1.2.3.4/5|DROP)){0,6}\n){0,30}") {
+            read(&rules).unwrap();
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Reading what nft lists (libnftables-json(5)): which VMs have rules, what the rules are, what they counted.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::{Count, DropReason, Fingerprint, FirewallError, Traffic};
-use crate::identity::{address_of_tap, tap_of};
+use crate::identity::address_of_tap;
 
 /// Objects of both tables, in listed order, with what varies without anyone's doing (handles, counts) left out.
 #[derive(Debug, Default)]
@@ -61,37 +61,37 @@ impl Tables {
         Ok(())
     }
 
-    /// Addresses that any chain belongs to.
-    pub(super) fn addresses(&self) -> Vec<Ipv4Addr> {
-        let owners: BTreeSet<Ipv4Addr> =
-            self.objects.iter().filter_map(|object| owner(&object.name)).collect();
-        owners.into_iter().collect()
-    }
-
-    /// Everything that decides over a VM's packets: the base chains, its own chains, and its entries in the maps.
-    pub(super) fn fingerprint(&self, address: Ipv4Addr) -> Option<Fingerprint> {
-        let (tap, ip) = (tap_of(address), address.to_string());
-        let mut hasher = Sha256::new();
-        let mut own = false;
+    /// Of each address that any chain belongs to: everything that decides over its packets, which is the base chains, its own
+    /// chains, and its entries in the maps.
+    pub(super) fn fingerprints(&self) -> BTreeMap<Ipv4Addr, Fingerprint> {
+        let mut base = Sha256::new();
+        let mut own: BTreeMap<Ipv4Addr, Sha256> =
+            self.objects.iter().filter_map(|object| Some((owner(&object.name)?, Sha256::new()))).collect();
         for object in &self.objects {
-            match (object.kind.as_str(), owner(&object.name)) {
-                ("map", _) => {
-                    let entries = object.value.get("elem").and_then(Value::as_array);
-                    for entry in entries.into_iter().flatten() {
-                        let key = entry.get(0).and_then(Value::as_str);
-                        if key == Some(tap.as_str()) || key == Some(ip.as_str()) {
-                            hasher.update(format!("{} {} {entry}\n", object.family, object.name));
-                        }
+            if object.kind == "map" {
+                let entries = object.value.get("elem").and_then(Value::as_array);
+                for entry in entries.into_iter().flatten() {
+                    let key = entry.get(0).and_then(Value::as_str).unwrap_or_default();
+                    let address = address_of_tap(key).or_else(|| key.parse().ok());
+                    if let Some(hasher) = address.and_then(|address| own.get_mut(&address)) {
+                        hasher.update(format!("{} {} {entry}\n", object.family, object.name));
                     }
                 }
-                (_, Some(other)) if other != address => {}
-                (_, mine) => {
-                    own |= mine.is_some();
-                    hasher.update(format!("{} {}\n", object.kind, object.value));
-                }
+                continue;
+            }
+            let hasher = match owner(&object.name) {
+                Some(address) => own.get_mut(&address),
+                None => Some(&mut base),
+            };
+            if let Some(hasher) = hasher {
+                hasher.update(format!("{} {}\n", object.kind, object.value));
             }
         }
-        own.then(|| Fingerprint(format!("sha256:{}", hex::encode(hasher.finalize()))))
+        let base = base.finalize();
+        let whole = |hasher: Sha256| {
+            Fingerprint(format!("sha256:{}", hex::encode(hasher.chain_update(base).finalize())))
+        };
+        own.into_iter().map(|(address, hasher)| (address, whole(hasher))).collect()
     }
 
     pub(super) fn traffic(&self) -> BTreeMap<Ipv4Addr, Traffic> {
@@ -163,20 +163,20 @@ mod tests {
 
     #[test]
     fn a_fingerprint_changes_with_the_rules_and_with_nothing_else() {
-        let print = |text: &str| read(text).fingerprint(VM).unwrap();
+        let print = |text: &str| read(text).fingerprints().remove(&VM).unwrap();
         let first = print(&listing(1, 1, "a", "b", "dbt0ad50002"));
         assert_eq!(first, print(&listing(7, 99, "a", "b", "dbt0ad50002")), "handles, counts, another VM");
         assert_ne!(first, print(&listing(1, 1, "x", "b", "dbt0ad50002")), "a base rule");
         assert_ne!(first, print(&listing(1, 1, "a", "x", "dbt0ad50002")), "an own rule");
         assert_ne!(first, print(&listing(1, 1, "a", "b", "dbt0ad50003")), "the map's entry");
         assert!(first.to_string().starts_with("sha256:"));
-        assert!(read(&listing(1, 1, "a", "b", "c")).fingerprint(Ipv4Addr::LOCALHOST).is_none());
+        let addresses: Vec<_> = read(&listing(1, 1, "a", "b", "c")).fingerprints().into_keys().collect();
+        assert_eq!(addresses, [VM, Ipv4Addr::new(10, 213, 0, 3)]);
     }
 
     #[test]
     fn owners_and_counts_are_read() {
         let tables = read(&listing(1, 5, "a", "b", "c"));
-        assert_eq!(tables.addresses(), [VM, Ipv4Addr::new(10, 213, 0, 3)]);
         let traffic = tables.traffic().remove(&VM).unwrap();
         assert_eq!((traffic.sent.packets, traffic.received.bytes, traffic.connections), (5, 80, 3));
         assert_eq!(traffic.dropped.len(), 1, "{traffic:?}");

@@ -23,6 +23,7 @@
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 mod filters;
+mod generation;
 mod listing;
 mod nft;
 mod render;
@@ -39,7 +40,7 @@ use crate::identity::{mac_of, tap_of};
 use crate::network::NetworkShape;
 use crate::policy::EgressPolicy;
 
-pub use filters::{FilterRules, Verdicts};
+pub use filters::{FilterRule, FilterRules};
 pub use nft::NftFirewall;
 pub use render::{render_apply, render_clear, render_remove};
 

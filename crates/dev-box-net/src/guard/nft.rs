@@ -5,41 +5,52 @@ use std::ffi::OsString;
 use std::io::{self, ErrorKind, Write as _};
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use super::render::{FAMILIES, TABLE, render_entries};
 use super::{
-    FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, filters, listing, render_apply,
-    render_clear, render_remove,
+    FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, filters, generation, listing,
+    render_apply, render_clear, render_remove,
 };
 
 /// How much of nft's complaint is kept, in characters.
 const MAX_MESSAGE: usize = 1000;
 
-/// Runs `nft`, one process a call.
+/// What of the rules is known, and the kernel's count of changes at which it was so.
+type Known = (u32, BTreeMap<Ipv4Addr, Fingerprint>);
+
+/// Runs `nft`, and `ebtables-save`.
 #[derive(Debug, Clone)]
 pub struct NftFirewall {
-    program: OsString,
-    arguments: Vec<OsString>,
+    nft: Vec<OsString>,
+    ebtables_save: Vec<OsString>,
+    /// `None` where the programs may see another network namespace than we do.
+    known: Option<Arc<Mutex<Option<Known>>>>,
 }
 
 impl Default for NftFirewall {
     fn default() -> Self {
-        Self::with_command("nft", [])
+        Self::with_commands(&["nft"], &["ebtables-save"]).here()
     }
 }
 
 impl NftFirewall {
-    /// Runs another command that takes nft's arguments after `arguments`, as `ip netns exec NAME nft`.
-    pub fn with_command<const N: usize>(program: &str, arguments: [&str; N]) -> Self {
-        let arguments = arguments.into_iter().map(OsString::from).collect();
-        Self { program: program.into(), arguments }
+    /// Runs other commands, to which the programs' arguments are added, as `ip netns exec NAME nft`.
+    pub fn with_commands(nft: &[&str], ebtables_save: &[&str]) -> Self {
+        let words = |command: &[&str]| command.iter().map(OsString::from).collect();
+        Self { nft: words(nft), ebtables_save: words(ebtables_save), known: None }
+    }
+
+    /// The same, for programs that see the network namespace of the thread that asks: rules are not listed again while the
+    /// kernel's have not changed.
+    #[must_use]
+    pub fn here(self) -> Self {
+        Self { known: Some(Arc::default()), ..self }
     }
 
     fn run(&self, what: &str, arguments: &[&str], input: &str) -> Result<String, FirewallError> {
-        let mut command = Command::new(&self.program);
-        command.args(&self.arguments).args(arguments);
-        run(command, what, input)
+        run(&self.nft, what, arguments, input)
     }
 
     fn change(&self, what: &str, script: &str) -> Result<(), FirewallError> {
@@ -81,6 +92,25 @@ impl NftFirewall {
         }
         Ok(tables)
     }
+
+    /// What stands for every address that has rules.
+    fn fingerprints(&self) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
+        let Some(known) = &self.known else { return Ok(self.tables()?.fingerprints()) };
+        // Held while listing, so that whoever asks meanwhile need not.
+        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        // Asked before, so that what changes meanwhile is found the next time.
+        let generation = generation::current()
+            .inspect_err(|error| tracing::debug!(%error, "changes of nftables cannot be counted"))
+            .ok();
+        if let (Some(now), Some((then, fingerprints))) = (generation, known.as_ref())
+            && now == *then
+        {
+            return Ok(fingerprints.clone());
+        }
+        let fingerprints = self.tables()?.fingerprints();
+        *known = generation.map(|generation| (generation, fingerprints.clone()));
+        Ok(fingerprints)
+    }
 }
 
 impl Firewall for NftFirewall {
@@ -97,15 +127,13 @@ impl Firewall for NftFirewall {
     }
 
     fn list(&self) -> Result<Vec<Ipv4Addr>, FirewallError> {
-        Ok(self.tables()?.addresses())
+        Ok(self.fingerprints()?.into_keys().collect())
     }
 
     fn inspect(&self, addresses: &[Ipv4Addr]) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
-        let tables = self.tables()?;
-        Ok(addresses
-            .iter()
-            .filter_map(|address| tables.fingerprint(*address).map(|fingerprint| (*address, fingerprint)))
-            .collect())
+        let mut found = self.fingerprints()?;
+        found.retain(|address, _| addresses.contains(address));
+        Ok(found)
     }
 
     fn traffic(&self) -> Result<BTreeMap<Ipv4Addr, Traffic>, FirewallError> {
@@ -113,13 +141,8 @@ impl Firewall for NftFirewall {
     }
 
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
-        match self.run("to list libvirt's filters", &["-j", "list", "table", "bridge", "nat"], "") {
-            Ok(text) => filters::read(&text),
-            Err(FirewallError::Refused { message, .. }) if message.contains("No such file or directory") => {
-                Ok(BTreeMap::new())
-            }
-            Err(error) => Err(error),
-        }
+        // Each time: what the older ebtables changes is not among what nftables counts.
+        filters::read(&run(&self.ebtables_save, "to list libvirt's filters", &["-t", "nat"], "")?)
     }
 
     fn clear(&self) -> Result<(), FirewallError> {
@@ -128,18 +151,21 @@ impl Firewall for NftFirewall {
 }
 
 /// Runs a command to its end; what it prints.
-fn run(mut command: Command, what: &str, input: &str) -> Result<String, FirewallError> {
+fn run(command: &[OsString], what: &str, arguments: &[&str], input: &str) -> Result<String, FirewallError> {
+    let (program, first) = command.split_first().ok_or_else(|| io::Error::from(ErrorKind::InvalidInput))?;
+    let mut command = Command::new(program);
     let mut child = command
+        .args(first)
+        .args(arguments)
         .env("LC_ALL", "C")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|source| match source.kind() {
-            ErrorKind::NotFound => FirewallError::NotInstalled {
-                program: command.get_program().to_string_lossy().into_owned(),
-                source,
-            },
+            ErrorKind::NotFound => {
+                FirewallError::NotInstalled { program: program.to_string_lossy().into_owned(), source }
+            }
             _ => FirewallError::Io(source),
         })?;
     if let Some(mut stdin) = child.stdin.take()
@@ -165,19 +191,24 @@ mod tests {
     use super::*;
 
     fn script(text: &str) -> NftFirewall {
-        NftFirewall::with_command("sh", ["-c", text, "nft"])
+        let command = ["sh", "-c", text, "nft"];
+        NftFirewall::with_commands(&command, &command)
     }
 
     #[test]
     fn a_missing_program_names_the_package() {
-        let error = NftFirewall::with_command("/nonexistent/nft", []).clear().unwrap_err();
+        let error = NftFirewall::with_commands(&["/nonexistent/nft"], &[]).clear().unwrap_err();
         assert!(matches!(&error, FirewallError::NotInstalled { .. }), "{error:?}");
         assert!(error.to_string().contains("install the packages nftables"));
     }
 
     #[test]
     fn a_program_that_cannot_be_run_is_an_error_of_io() {
-        assert!(matches!(NftFirewall::with_command("/", []).clear(), Err(FirewallError::Io(_))));
+        for command in [&["/"][..], &[]] {
+            let firewall = NftFirewall::with_commands(command, command);
+            assert!(matches!(firewall.clear(), Err(FirewallError::Io(_))));
+            assert!(matches!(firewall.filters(), Err(FirewallError::Io(_))));
+        }
     }
 
     #[test]
@@ -196,7 +227,7 @@ mod tests {
         let absent = script("echo 'Error: No such file or directory' >&2; exit 1");
         assert!(absent.list().unwrap().is_empty());
         assert!(absent.traffic().unwrap().is_empty());
-        assert!(absent.filters().unwrap().is_empty());
+        assert!(script("exit 0").filters().unwrap().is_empty());
         assert!(absent.inspect(&[Ipv4Addr::LOCALHOST]).unwrap().is_empty());
         assert!(matches!(script("echo nonsense").list(), Err(FirewallError::Listing(_))));
         assert!(matches!(script("echo nonsense").filters(), Err(FirewallError::Listing(_))));

@@ -11,8 +11,19 @@ fn record(vm: &str) -> LeaseRecord {
         vm: VmName::new(vm).unwrap(),
         policy: EgressPolicy::NatFiltered,
         filter: "f".to_owned(),
+        filter_policy: None,
         fingerprint: None,
     }
+}
+
+#[test]
+fn a_filter_stays_that_of_the_first_policy() {
+    let narrow = |port| EgressPolicy::from_toml(&format!("mode='custom'\nports=['tcp/{port}']")).unwrap();
+    let first = record("a");
+    assert_eq!(first.filter_policy(), &EgressPolicy::NatFiltered);
+    let other = first.clone().under(narrow(1)).under(narrow(2));
+    assert_eq!((&other.policy, other.filter_policy()), (&narrow(2), &EgressPolicy::NatFiltered));
+    assert_eq!(other.under(EgressPolicy::NatFiltered), first);
 }
 
 fn leases(dir: &Path, subnet: &str) -> AddressLeases {

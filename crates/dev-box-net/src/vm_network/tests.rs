@@ -6,7 +6,7 @@ use dev_box_core::libvirt::{Libvirt, NetworkSummary};
 
 use super::*;
 use crate::guard::fake::{Call, FakeFirewall};
-use crate::guard::{FilterRules, GuardError, Verdicts};
+use crate::guard::{FilterRules, GuardError};
 use crate::resolver::fake::FakeResolver;
 use crate::subnet::SubnetError;
 
@@ -354,17 +354,21 @@ fn verification_finds_what_is_gone() {
     world.make_tap(lease.address);
     assert_eq!(verify(&lease).filter_in_force, Some(false));
     let shape = world.network.ensure(&world.libvirt).unwrap();
-    let rules = nwfilter(&shape, &lease.policy).rules;
-    world.firewall.put_filter(lease.address, rules);
+    let rules = nwfilter(&shape, &lease.policy).in_force(lease.mac, lease.address);
+    world.firewall.put_filter(lease.address, rules.clone());
     assert!(verify(&lease).is_sound());
-    let fewer = Verdicts { drops: rules.out.drops - 1, ..rules.out };
-    world.firewall.put_filter(lease.address, FilterRules { out: fewer, ..rules });
+    let exchanged = FilterRules { out: rules.out.iter().rev().cloned().collect(), ..rules.clone() };
+    world.firewall.put_filter(lease.address, exchanged);
     assert!(!verify(&lease).is_sound());
-    assert_eq!(verify(&lease).finding().as_deref(), Some("the rules of libvirt's filter are gone"));
-    world.firewall.put_filter(lease.address, rules);
+    let finding = verify(&lease).finding();
+    assert_eq!(finding.as_deref(), Some("the rules of libvirt's filter are not in force"));
+    world.firewall.put_filter(lease.address, rules.clone());
     let narrower = EgressPolicy::from_toml("mode='custom'\nports=['tcp/443']").unwrap();
     world.network.change_policy(&mut lease, &narrower).unwrap();
     assert!(verify(&lease).is_sound(), "the filter stays that of the policy before");
+    let now = nwfilter(&shape, &narrower).in_force(lease.mac, lease.address);
+    world.firewall.put_filter(lease.address, now);
+    assert!(!verify(&lease).is_sound(), "and no other");
     world.firewall.flush_filters();
     assert!(!verify(&lease).is_sound());
     world.network.change_policy(&mut lease, &EgressPolicy::NatFiltered).unwrap();

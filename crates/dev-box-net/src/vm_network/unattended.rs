@@ -33,6 +33,7 @@ impl VmNetwork {
         // Somebody else may have had it, and gone, between the look and the lock.
         let Some(record) = lock.record().filter(|record| record.vm == *vm) else { return Ok(None) };
         let (policy, filter, address) = (record.policy.clone(), record.filter.clone(), lock.address());
+        let filter_policy = record.filter_policy().clone();
         if record.fingerprint.is_none() {
             // Its owner died before the rules stood, or before that was written down.
             self.apply(&shape, record, &mut lock, true)?;
@@ -49,6 +50,7 @@ impl VmNetwork {
             bridge: shape.bridge().to_owned(),
             filter,
             policy,
+            filter_policy,
             shape,
             lock,
         }))

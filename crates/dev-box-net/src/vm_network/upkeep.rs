@@ -11,7 +11,7 @@ use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{Networks, NwFilters};
 
 use super::{GuardState, LeaseSummary, NetError, Verification, VmNetwork, ensure_filter, libvirt_failed};
-use crate::identity::tap_of;
+use crate::identity::{mac_of, tap_of};
 use crate::lease::LeaseRecord;
 use crate::network::NetworkShape;
 use crate::policy::EgressPolicy;
@@ -39,7 +39,7 @@ impl Verification {
             wrong.push("libvirt has lost the VM's filter");
         }
         if self.filter_in_force == Some(false) {
-            wrong.push("the rules of libvirt's filter are gone");
+            wrong.push("the rules of libvirt's filter are not in force");
         }
         if self.names_served == Some(false) {
             wrong.push("the VM's resolver does not run");
@@ -61,16 +61,13 @@ impl VmNetwork {
         &self,
         libvirt: &L,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
-        let Some(shape) = self.find(libvirt)? else { return Ok(BTreeMap::new()) };
+        let Some((shape, network_active)) = self.find_active(libvirt)? else { return Ok(BTreeMap::new()) };
         let records = self.leases(&shape)?.records()?;
         if records.is_empty() {
             return Ok(BTreeMap::new());
         }
         let addresses: Vec<Ipv4Addr> = records.keys().copied().collect();
         let rules = self.firewall.inspect(&addresses)?;
-        let network =
-            libvirt.find_network(&self.settings.name).map_err(libvirt_failed("look for the network"))?;
-        let network_active = network.is_some_and(|network| network.active);
         let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
         let serving = self.resolver.serving()?;
         let in_force = self.filters_in_force(&shape, &records)?;
@@ -110,9 +107,15 @@ impl VmNetwork {
             let found = self.firewall.filters()?;
             let in_force = |address: Ipv4Addr, record: &LeaseRecord| {
                 let Some(rules) = found.get(&address) else { return false };
-                let filter = nwfilter(shape, &record.policy);
-                // After a change of policy the filter is that of the policy before.
-                filter.name != record.filter || filter.rules == *rules
+                let filter = nwfilter(shape, record.filter_policy());
+                // Another name: another version of this program made it, and its rules cannot be told from here.
+                let sound =
+                    filter.name != record.filter || filter.in_force(mac_of(address), address) == *rules;
+                if !sound {
+                    let (vm, expected) = (&record.vm, filter.name);
+                    tracing::debug!(%vm, ?rules, expected, "the rules of libvirt's filter are others");
+                }
+                sound
             };
             let states: BTreeMap<Ipv4Addr, bool> =
                 plugged.iter().map(|(address, record)| (**address, in_force(**address, record))).collect();
@@ -137,8 +140,7 @@ impl VmNetwork {
         let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
         let _lock = self.lock()?;
         self.ensure_locked(libvirt)?;
-        let filter = nwfilter(&shape, &record.policy);
-        // After a change of policy the interface refers to the filter it started with, which nobody can make anew.
+        let filter = nwfilter(&shape, record.filter_policy());
         if filter.name == record.filter {
             ensure_filter(libvirt, &filter.name, &filter.xml)?;
         }
@@ -163,7 +165,7 @@ impl VmNetwork {
             // Before the set is emptied: an answer in between would open an old name's address.
             self.resolver.stop(address)?;
         }
-        self.put(&shape, address, LeaseRecord { policy: policy.clone(), ..record }, other_names)?;
+        self.put(&shape, address, record.under(policy.clone()), other_names)?;
         Ok(true)
     }
 

@@ -4,26 +4,43 @@
 //! do nothing while `bridge-nf-call-iptables` is 0. So the filter knows no connections: it holds identity and the ports
 //! in both directions, and the static classes on the way out; [`crate::guard`] holds these too, and the rest.
 
+use std::fmt::Write as _;
 use std::io;
+use std::net::Ipv4Addr;
 
+use dev_box_core::spec::MacAddress;
 use ipnet::Ipv4Net;
 use sha2::{Digest, Sha256};
 
 use super::Xml;
-use crate::guard::FilterRules;
+use crate::guard::{FilterRule, FilterRules};
 use crate::network::NetworkShape;
 use crate::policy::{Destinations, EgressPolicy, Protocol, special_ranges};
 
 /// A filter and its name, which has a digest of its rules in it: a filter of that name is this filter, and a
 /// changed policy has another one.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct FilterDefinition {
     /// libvirt's name for it.
     pub name: String,
     /// `<filter>` XML.
     pub xml: String,
-    /// How many rules are in force where it is.
-    pub rules: FilterRules,
+    rules: Vec<Rule>,
+}
+
+impl FilterDefinition {
+    /// The rules that libvirt makes of it for an interface.
+    pub fn in_force(&self, mac: MacAddress, address: Ipv4Addr) -> FilterRules {
+        let mut found = FilterRules::default();
+        for rule in &self.rules {
+            let side = match rule.direction {
+                Direction::Out => &mut found.out,
+                Direction::In => &mut found.inward,
+            };
+            side.push(FilterRule::read(&rule.in_force(mac, address)));
+        }
+        found
+    }
 }
 
 /// The priorities of rules in libvirt's filters go from minus this to this.
@@ -46,22 +63,7 @@ pub fn nwfilter(network: &NetworkShape, policy: &EgressPolicy) -> FilterDefiniti
             rules.iter().enumerate().try_for_each(|(index, rule)| rule.write(xml, index))
         })
     });
-    FilterDefinition { name, xml, rules: count(&rules) }
-}
-
-fn count(rules: &[Rule]) -> FilterRules {
-    let mut count = FilterRules::default();
-    for rule in rules {
-        let side = match rule.direction {
-            Direction::Out => &mut count.out,
-            Direction::In => &mut count.inward,
-        };
-        match rule.action {
-            Action::Accept => side.accepts += 1,
-            Action::Drop => side.drops += 1,
-        }
-    }
-    count
+    FilterDefinition { name, xml, rules }
 }
 
 /// What the names of a network's filters begin with.
@@ -81,7 +83,7 @@ enum Direction {
     In,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Rule {
     action: Action,
     direction: Direction,
@@ -106,6 +108,45 @@ impl Rule {
         let inner: Vec<(&str, &str)> =
             self.attributes.iter().map(|(key, value)| (*key, value.as_str())).collect();
         xml.element("rule", &attributes, |xml| xml.empty(self.protocol, &inner))
+    }
+
+    /// As ebtables has it.
+    fn in_force(&self, mac: MacAddress, address: Ipv4Addr) -> String {
+        let value = |key: &str| {
+            let found = self.attributes.iter().find(|(name, _)| *name == key);
+            found.map(|(_, value)| {
+                value.replace("$MAC", &mac.to_string()).replace("$IP", &address.to_string())
+            })
+        };
+        let not = if value("match").as_deref() == Some("no") { "! " } else { "" };
+        let mut text = match self.protocol {
+            "arp" => "-p ARP".to_owned(),
+            "ip" => "-p IPv4".to_owned(),
+            _ => String::new(),
+        };
+        for (key, and, option) in [
+            ("srcmacaddr", None, "-s"),
+            ("arpsrcmacaddr", None, "--arp-mac-src"),
+            ("arpsrcipaddr", None, "--arp-ip-src"),
+            ("arpdstipaddr", None, "--arp-ip-dst"),
+            ("srcipaddr", Some(("srcipmask", '/')), "--ip-src"),
+            ("dstipaddr", Some(("dstipmask", '/')), "--ip-dst"),
+            ("protocol", None, "--ip-proto"),
+            ("srcportstart", Some(("srcportend", ':')), "--ip-sport"),
+            ("dstportstart", Some(("dstportend", ':')), "--ip-dport"),
+        ] {
+            let Some(first) = value(key) else { continue };
+            // Writing to a String cannot fail.
+            let _ = write!(text, " {option} {not}{first}");
+            if let Some((second, sign)) = and.and_then(|(key, sign)| Some((value(key)?, sign))) {
+                let _ = write!(text, "{sign}{second}");
+            }
+        }
+        let target = match self.action {
+            Action::Accept => "ACCEPT",
+            Action::Drop => "DROP",
+        };
+        text + " -j " + target
     }
 }
 
@@ -243,6 +284,7 @@ fn ports(policy: &EgressPolicy) -> impl Iterator<Item = (&'static str, String, S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::mac_of;
 
     fn shape() -> NetworkShape {
         NetworkShape::new("dev-box", "devbox0", "10.213.0.0/24".parse().unwrap()).unwrap()
@@ -259,6 +301,16 @@ mod tests {
             "mode='custom'\nports=['tcp/443','udp/5000-5001']\nallow=['10.9.0.0/16']\ndeny=['10.9.9.0/24']",
         );
         insta::assert_snapshot!(nwfilter(&shape(), &policy.unwrap()).xml);
+    }
+
+    #[test]
+    fn golden_in_force() {
+        // As ebtables-save listed it of a VM.
+        let address = Ipv4Addr::new(10, 213, 0, 2);
+        let rules = nwfilter(&shape(), &EgressPolicy::NatFiltered).in_force(mac_of(address), address);
+        let listed = |texts: &str| texts.lines().map(FilterRule::read).collect::<Vec<_>>();
+        assert_eq!(rules.out, listed(include_str!("nwfilter/out.txt")));
+        assert_eq!(rules.inward, listed(include_str!("nwfilter/in.txt")));
     }
 
     #[test]

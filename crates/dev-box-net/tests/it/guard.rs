@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use dev_box_core::spec::MacAddress;
 use dev_box_net::EgressPolicy;
-use dev_box_net::guard::{DropReason, Firewall as _};
+use dev_box_net::guard::{DropReason, Firewall as _, NftFirewall};
 use dev_box_net::identity::mac_of;
 
 use crate::frame::Packet;
@@ -358,7 +358,12 @@ fn an_unclaimed_tap_carries_nothing() {
 #[test]
 fn rules_are_listed_verified_and_removed() {
     let Some(lab) = Lab::new() else { return };
-    let firewall = &lab.firewall;
+    listed_verified_and_removed(&lab, &lab.firewall);
+    // And by one that lists only what has changed.
+    lab.within(Place::Host, || listed_verified_and_removed(&lab, &NftFirewall::default()));
+}
+
+fn listed_verified_and_removed(lab: &Lab, firewall: &NftFirewall) {
     let nft = |command: &str| {
         let host = lab.name(Place::Host);
         let output = Command::new("ip")
@@ -381,7 +386,7 @@ fn rules_are_listed_verified_and_removed() {
     firewall.apply(&crate::lab::guard("dev-box-b", VM_B, &EgressPolicy::NatFiltered)).unwrap();
     assert_eq!(firewall.list().unwrap(), [VM_A, VM_B]);
     assert_eq!(standing()[&VM_A], first, "another VM's rules and repeated base rules change nothing");
-    assert!(Probe::connect(Place::VmA, PUBLIC, 443).arrives(&lab));
+    assert!(Probe::connect(Place::VmA, PUBLIC, 443).arrives(lab));
     assert_eq!(standing()[&VM_A], first, "neither does traffic");
 
     let tap = guard.tap();
@@ -409,6 +414,37 @@ fn rules_are_listed_verified_and_removed() {
     nft("add table inet stranger");
     firewall.clear().unwrap();
     assert_eq!(nft("list tables").trim(), "table inet stranger");
+    nft("delete table inet stranger");
+}
+
+#[test]
+fn rules_are_listed_again_only_when_some_have_changed() {
+    let Some(lab) = Lab::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("runs");
+    let counting = format!("echo \"$*\" >> {}; exec nft \"$@\"", log.display());
+    let firewall = NftFirewall::with_commands(&["sh", "-c", &counting, "nft"], &["false"]).here();
+    let lists = || std::fs::read_to_string(&log).unwrap_or_default().matches("list table").count();
+    lab.within(Place::Host, || {
+        let guard = crate::lab::guard("dev-box-a", VM_A, &EgressPolicy::NatFiltered);
+        let first = firewall.apply(&guard).unwrap();
+        let after_apply = lists();
+        for _ in 0..3 {
+            assert_eq!(firewall.inspect(&[VM_A]).unwrap()[&VM_A], first);
+            assert_eq!(firewall.list().unwrap(), [VM_A]);
+        }
+        assert!(Probe::connect(Place::VmA, PUBLIC, 443).arrives(&lab));
+        firewall.inspect(&[VM_A]).unwrap();
+        assert_eq!(lists(), after_apply, "nothing has changed");
+        assert!(firewall.traffic().unwrap()[&VM_A].connections > 0, "counts are never remembered");
+        let before = lists();
+        let nft = |change: &str| assert!(Command::new("nft").arg(change).status().unwrap().success());
+        nft("add table inet stranger");
+        assert_eq!(firewall.inspect(&[VM_A]).unwrap()[&VM_A], first);
+        assert!(lists() > before, "anybody's change counts");
+        nft("delete table inet dev_box");
+        assert_ne!(firewall.inspect(&[VM_A]).unwrap().get(&VM_A), Some(&first));
+    });
 }
 
 #[test]

@@ -91,7 +91,10 @@ impl Lab {
         let prefix = format!("dbnet{}-{}-", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let host = format!("{prefix}host");
         let mut lab = Self {
-            firewall: NftFirewall::with_command("ip", ["netns", "exec", &host, "nft"]),
+            firewall: NftFirewall::with_commands(
+                &["ip", "netns", "exec", &host, "nft"],
+                &["ip", "netns", "exec", &host, "ebtables-save"],
+            ),
             prefix,
             arrived: Arrived::default(),
             _listeners: Vec::new(),
