@@ -180,6 +180,16 @@ pub trait Provisioner: Debug + Send + Sync {
     /// [`ProvisionError`]; nothing is left behind.
     fn provision<'a>(&'a self, request: &'a VmRequest) -> BoxFuture<'a, Result<ReadyVm, ProvisionError>>;
 
+    /// Whether a VM that was made a while ago may be handed out: what holds it in was found in place lately, or is now. This
+    /// stands between a caller and a ready VM, so it is to cost nothing where somebody looks all the time.
+    ///
+    /// # Errors
+    /// [`ProvisionError`]; nobody is to get the VM then.
+    fn check<'a>(&'a self, vm: &'a ReadyVm) -> BoxFuture<'a, Result<(), ProvisionError>> {
+        let _ = vm;
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Takes a VM down and removes everything it had on the host.
     ///
     /// # Errors

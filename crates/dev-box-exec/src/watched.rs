@@ -321,6 +321,10 @@ impl Provisioner for WatchedProvisioner {
         Box::pin(self.make(request))
     }
 
+    fn check<'a>(&'a self, vm: &'a ReadyVm) -> BoxFuture<'a, Result<(), ProvisionError>> {
+        self.behind.check(vm)
+    }
+
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
         let this = self.clone();
         // On a task: what was begun goes on when this future is dropped.

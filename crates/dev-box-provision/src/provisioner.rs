@@ -290,6 +290,15 @@ impl Provisioner for LibvirtProvisioner {
         self.make(request, Wanted::Ready(self.1.clone()))
     }
 
+    fn check<'a>(&'a self, vm: &'a ReadyVm) -> BoxFuture<'a, Result<(), ProvisionError>> {
+        Box::pin(async move {
+            match vm.facts.network {
+                Some(_) => self.0.verified(&vm.name).await.map_err(step("verifying the VM's network")),
+                None => Ok(()),
+            }
+        })
+    }
+
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {
         let inner = Arc::clone(&self.0);
         let task = self.0.work.spawn(async move {

@@ -7,9 +7,12 @@ use std::time::Duration;
 use dev_box_core::id::VmName;
 use tokio::sync::oneshot;
 
-use super::{Ending, PoolError, PoolSettings, PoolStatus, Returned, VmPool};
+use super::{Ending, Lease, PoolError, PoolSettings, PoolStatus, Returned, VmPool};
 use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
 use crate::sink::BoxFuture;
+
+/// How many ready VMs may turn out not to be fit to be handed out, beyond the first, before a caller is told.
+const CHECKS: usize = 2;
 
 /// A [`Provisioner`] that takes VMs from a pool where there is one for the request, and has others made.
 ///
@@ -53,6 +56,24 @@ impl PooledProvisioner {
         whole(&self.leased).contains_key(vm)
     }
 
+    /// A VM of the pool that may still be handed out. One that may not is taken down, and another takes its place.
+    async fn checked(&self, pool: &VmPool) -> Result<Lease, ProvisionError> {
+        let mut tries = 1..=CHECKS;
+        loop {
+            let lease = pool.acquire(self.patience).await.map_err(refused)?;
+            match self.behind.check(lease.vm()).await {
+                Ok(()) => return Ok(lease),
+                Err(error) => {
+                    tracing::warn!(vm = %lease.vm().name, error = &error as &dyn std::error::Error, "a ready VM is not handed out");
+                    drop(lease);
+                    if tries.next().is_none() {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
     fn hand_back(&self, returned: Returned) -> BoxFuture<'_, Result<(), ProvisionError>> {
         let back = whole(&self.leased).remove(&returned.vm.name);
         let unsent = match back {
@@ -86,6 +107,18 @@ impl PooledProvisioner {
     }
 }
 
+fn refused(error: PoolError) -> ProvisionError {
+    match error {
+        PoolError::ShuttingDown => ProvisionError::ShuttingDown,
+        error @ (PoolError::Timeout { .. } | PoolError::Exhausted { .. }) => {
+            ProvisionError::Exhausted { resource: "VMs", what: error.to_string() }
+        }
+        error @ PoolError::Unhealthy { .. } => {
+            ProvisionError::Step { step: "taking a VM from the pool".to_owned(), source: error.into() }
+        }
+    }
+}
+
 impl Provisioner for PooledProvisioner {
     fn provision<'a>(&'a self, request: &'a VmRequest) -> BoxFuture<'a, Result<ReadyVm, ProvisionError>> {
         Box::pin(async move {
@@ -94,20 +127,15 @@ impl Provisioner for PooledProvisioner {
                 tracing::info!(image = request.image, "no pool has such a VM: it is made");
                 return self.behind.provision(request).await;
             };
-            let lease = pool.acquire(self.patience).await.map_err(|error| match error {
-                PoolError::ShuttingDown => ProvisionError::ShuttingDown,
-                error @ (PoolError::Timeout { .. } | PoolError::Exhausted { .. }) => {
-                    ProvisionError::Exhausted { resource: "VMs", what: error.to_string() }
-                }
-                error @ PoolError::Unhealthy { .. } => ProvisionError::Step {
-                    step: "taking a VM from the pool".to_owned(),
-                    source: error.into(),
-                },
-            })?;
+            let lease = self.checked(&pool).await?;
             let (vm, back) = lease.part().ok_or(ProvisionError::ShuttingDown)?;
             whole(&self.leased).insert(vm.name.clone(), back);
             Ok(vm)
         })
+    }
+
+    fn check<'a>(&'a self, vm: &'a ReadyVm) -> BoxFuture<'a, Result<(), ProvisionError>> {
+        self.behind.check(vm)
     }
 
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {

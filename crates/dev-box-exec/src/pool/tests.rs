@@ -235,6 +235,33 @@ async fn behind_the_provisioners_seam_a_miss_is_made() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_ready_vm_that_is_not_fit_any_more_is_never_handed_out() {
+    let root = tempfile::tempdir().unwrap();
+    let fake = Arc::new(FakeProvisioner::new(root.path()));
+    for _ in 0..20 {
+        fake.next(Script::new());
+    }
+    let pooled = PooledProvisioner::new(Arc::clone(&fake) as _, LONG);
+    let pool = pooled.pool(PoolSettings::new(1, 2), &request());
+    pool.initialize().await.unwrap();
+    let unfit = || crate::ProvisionError::Unsatisfiable { what: "its rules are gone".to_owned() };
+    let first = fake.live_names();
+    fake.fail_check(unfit());
+    let vm = pooled.provision(&request()).await.unwrap();
+    assert!(!first.contains(&vm.name), "another took its place");
+    pooled.check(&vm).await.unwrap();
+    for _ in 0..3 {
+        fake.fail_check(unfit());
+    }
+    let error = pooled.provision(&request()).await.unwrap_err();
+    assert!(error.to_string().contains("its rules are gone"), "{error}");
+    pooled.retire(vm).await.unwrap();
+    pooled.shutdown().await;
+    assert_eq!((fake.live(), fake.violations()), (0, Vec::new()));
+    assert!(first.iter().all(|name| fake.retired().contains(name)), "and it is gone");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_pool_that_rewinds_hands_the_same_vm_out_again_as_good_as_new() {
     let settings = PoolSettings { reset: ResetPolicy::Rewind, ..PoolSettings::new(1, 1) };
     let bench = bench(settings, 3);

@@ -68,6 +68,7 @@ struct State {
     delay: Duration,
     retire_fails: Option<ProvisionError>,
     resets: VecDeque<Next>,
+    unfit: VecDeque<ProvisionError>,
     live: BTreeMap<VmName, Parts>,
     provisioned: Vec<VmRequest>,
     retired: Vec<VmName>,
@@ -131,6 +132,11 @@ impl FakeProvisioner {
     /// The next reset fails, and the VM is gone.
     pub fn fail_reset(&self, error: ProvisionError) {
         self.state().resets.push_back(Next::Fail(error));
+    }
+
+    /// The next VM that is about to be handed out may not be.
+    pub fn fail_check(&self, error: ProvisionError) {
+        self.state().unfit.push_back(error);
     }
 
     /// Which VMs were released, rather than just retired.
@@ -273,6 +279,14 @@ impl Provisioner for FakeProvisioner {
                 }
             }
         })
+    }
+
+    fn check<'a>(&'a self, vm: &'a ReadyVm) -> BoxFuture<'a, Result<(), ProvisionError>> {
+        let mut state = self.state();
+        if !state.live.contains_key(&vm.name) {
+            self.violations.add(format!("{} was checked, but does not exist", vm.name));
+        }
+        Box::pin(std::future::ready(state.unfit.pop_front().map_or(Ok(()), Err)))
     }
 
     fn retire(&self, vm: ReadyVm) -> BoxFuture<'_, Result<(), ProvisionError>> {

@@ -127,6 +127,24 @@ async fn a_round_restores_and_resumes_at_once() {
     assert!(host.state.lock().unwrap().running && handle.is_fresh(&vm("dev-box-a")));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_verification_is_good_for_two_seconds() {
+    let host = Host::default();
+    {
+        let mut state = host.state.lock().unwrap();
+        (state.running, state.sound) = (true, true);
+    }
+    let (handle, a) = (WatchHandle::default(), vm("dev-box-a"));
+    assert!(!handle.is_fresh(&a), "nobody looked yet");
+    round(&host, &handle).await;
+    tokio::time::advance(FRESH).await;
+    assert!(handle.is_fresh(&a));
+    tokio::time::advance(Duration::from_millis(1)).await;
+    assert!(!handle.is_fresh(&a));
+    round(&host, &handle).await;
+    assert!(handle.is_fresh(&a) && !handle.is_fresh(&vm("dev-box-b")));
+}
+
 proptest! {
     /// Whatever is found: paused when first unsound, resumed only when sound, and never resumed twice.
     #[test]
