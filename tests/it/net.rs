@@ -18,6 +18,16 @@ s.sendto(query, (resolver, 53))
 print("answered", s.recv(512)[:2].hex())
 "#;
 
+/// The same over TCP, where a message has its length before it (RFC 1035, 4.2.2).
+const ASK_RESOLVER_BY_TCP: &str = r#"
+import socket
+resolver = [l.split()[1] for l in open("/etc/resolv.conf") if l.startswith("nameserver")][0]
+query = bytes.fromhex("abce01000001000000000000") + b"\7version\4bind\0" + bytes.fromhex("00100003")
+s = socket.create_connection((resolver, 53), 10)
+s.sendall(len(query).to_bytes(2, "big") + query)
+print("answered by TCP", s.recv(512)[2:4].hex())
+"#;
+
 /// Tries to connect to each `address:port` of its arguments, and says how it went.
 const CONNECT: &str = r#"
 import socket, sys
@@ -35,10 +45,11 @@ for target in sys.argv[1:]:
 #[test]
 fn a_filtered_guest_has_its_resolver_and_a_way_out() {
     let Some(host) = Host::new("a_filtered_guest_has_its_resolver_and_a_way_out") else { return };
-    let done = host.run(&["--", "python3", "-c", ASK_RESOLVER]).expect_code(0);
-    assert_eq!(done.text(), "answered abcd\n");
-    let routes = host.run(&["--", "ip", "-4", "route"]).expect_code(0).text();
-    assert!(routes.contains("default via "), "{routes}");
+    let script = "python3 -c \"$1\" && python3 -c \"$2\" && ip -4 route";
+    let done = host.run(&["--", "sh", "-c", script, "sh", ASK_RESOLVER, ASK_RESOLVER_BY_TCP]).expect_code(0);
+    let text = done.text();
+    assert!(text.starts_with("answered abcd\nanswered by TCP abce\n"), "{text}");
+    assert!(text.contains("default via "), "{text}");
 }
 
 #[test]

@@ -4,12 +4,13 @@
 pub(super) const NAMED: &str = "45.33.40.2";
 pub(super) const OTHER: &str = "45.33.40.3";
 /// Where a TCP probe goes, and its name.
-pub(super) const PLACES: [(&str, u16, &str); 15] = [
+pub(super) const PLACES: [(&str, u16, &str); 16] = [
     ("45.33.40.1", 22, "tcp-22"),
     ("45.33.40.1", 80, "tcp-80"),
     ("45.33.40.1", 443, "tcp-443"),
     ("45.33.40.1", 9418, "tcp-9418"),
     ("45.33.40.1", 25, "tcp-25"),
+    ("45.33.40.1", 53, "tcp-53"),
     ("45.33.40.1", 8080, "tcp-8080"),
     (NAMED, 443, "named"),
     (OTHER, 443, "other-name"),
@@ -26,7 +27,7 @@ pub(super) const PLACES: [(&str, u16, &str); 15] = [
 pub(super) const ALLOWED: [&str; 4] = ["tcp-22", "tcp-80", "tcp-443", "tcp-9418"];
 
 /// What libvirt's filter holds by itself: no probe to the host's own addresses and ports is among it.
-pub(super) const STATIC: [&str; 17] = [
+pub(super) const STATIC: [&str; 18] = [
     "metadata",
     "private-10",
     "private-172",
@@ -34,6 +35,7 @@ pub(super) const STATIC: [&str; 17] = [
     "shared",
     "benchmark",
     "tcp-25",
+    "tcp-53",
     "tcp-8080",
     "dns-elsewhere",
     "spoof-mac",
@@ -120,7 +122,7 @@ def again(what, *arguments):
 
 server = socket.create_server(("0.0.0.0", 8080))
 again(frames)
-for address, ports in [(public, [22, 80, 443, 9418, 25, 8080]), (gw, [9418]), ("45.33.32.1", [9418, 22]),
+for address, ports in [(public, [22, 80, 443, 9418, 25, 53, 8080]), (gw, [9418]), ("45.33.32.1", [9418, 22]),
         ("169.254.169.254", [80]), ("10.66.0.1", [443]), ("172.16.5.5", [443]), ("192.168.77.1", [443]),
         ("100.64.0.1", [443]), ("198.18.0.1", [443]), ("45.33.40.4", [443])]:
     for port in ports: again(connect, address, port)
