@@ -9,6 +9,7 @@ mod doctor;
 mod firewall;
 mod hostile;
 mod in_process;
+mod libvirt_xml;
 mod libvirtd;
 mod monitoring;
 mod mounts;
