@@ -21,6 +21,7 @@ mod pooled;
 use std::sync::Arc;
 use std::time::Duration;
 
+use scopeguard::ScopeGuard;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -224,7 +225,7 @@ impl VmPool {
         let command = Command::Acquire { deadline: Instant::now() + timeout, reply, gone };
         self.commands.send(command).await.map_err(|_| PoolError::ShuttingDown)?;
         let mut lease = answer.await.map_err(|_| PoolError::ShuttingDown)??;
-        lease.claimed = true;
+        lease.0.claimed = true;
         Ok(lease)
     }
 
@@ -259,10 +260,22 @@ impl VmPool {
 
 /// A VM in somebody's hands. Dropped, the VM goes back to the pool, which takes it down; see also [`release`](Self::release).
 #[derive(Debug)]
-pub struct Lease {
-    vm: Option<ReadyVm>,
-    back: Option<oneshot::Sender<Returned>>,
+pub struct Lease(ScopeGuard<Held, fn(Held)>);
+
+/// A leased VM, and the way back for it.
+#[derive(Debug)]
+struct Held {
+    vm: ReadyVm,
+    back: oneshot::Sender<Returned>,
     claimed: bool,
+}
+
+impl Held {
+    fn dropped(self) {
+        let Self { vm, back, claimed } = self;
+        // Fails only when the driver is gone with its runtime: then the process ends, and a sweep finds the VM.
+        let _ = back.send(Returned { vm, ending: claimed.then_some(Ending::Abnormal) });
+    }
 }
 
 /// What comes back of a lease.
@@ -282,36 +295,26 @@ impl Returned {
 }
 
 impl Lease {
+    fn new(vm: ReadyVm, back: oneshot::Sender<Returned>) -> Self {
+        Self(scopeguard::guard(Held { vm, back, claimed: false }, Held::dropped))
+    }
+
     /// The VM.
     #[must_use]
     pub fn vm(&self) -> &ReadyVm {
-        match &self.vm {
-            Some(vm) => vm,
-            // Only `drop` and `part` take it, and both end the lease.
-            None => unreachable!("a lease has its VM until it ends"),
-        }
+        &self.0.vm
     }
 
     /// Ends the lease in order: the VM's agent answers, and what was started in it was awaited. A pool that rewinds uses it
     /// again; every other takes it down, as if the lease had been dropped.
     pub fn release(self) {
-        if let Some((vm, back)) = self.part() {
-            let _ = back.send(Returned::released(vm));
-        }
+        let Held { vm, back, .. } = self.part();
+        let _ = back.send(Returned::released(vm));
     }
 
-    /// The VM, and the way back for it.
-    fn part(mut self) -> Option<(ReadyVm, oneshot::Sender<Returned>)> {
-        self.vm.take().zip(self.back.take())
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if let (Some(vm), Some(back)) = (self.vm.take(), self.back.take()) {
-            // Fails only when the driver is gone with its runtime: then the process ends, and a sweep finds the VM.
-            let _ = back.send(Returned { vm, ending: self.claimed.then_some(Ending::Abnormal) });
-        }
+    /// Whoever has the parts sees to the VM's way back.
+    fn part(self) -> Held {
+        ScopeGuard::into_inner(self.0)
     }
 }
 

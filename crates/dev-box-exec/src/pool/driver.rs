@@ -229,7 +229,7 @@ impl Driver {
         look.abort();
         let (back, returned) = oneshot::channel();
         self.tasks.spawn(async move { Note::Returned(number, returned.await.ok()) });
-        let lease = Lease { vm: Some(vm), back: Some(back), claimed: false };
+        let lease = Lease::new(vm, back);
         // Who has gone meanwhile drops the lease unclaimed, here or there, and it comes back.
         if let Some(reply) = self.replies.remove(&ticket) {
             self.meter.granted(ticket);

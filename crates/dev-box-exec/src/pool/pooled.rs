@@ -7,7 +7,7 @@ use std::time::Duration;
 use dev_box_core::id::VmName;
 use tokio::sync::oneshot;
 
-use super::{Ending, Lease, PoolError, PoolSettings, PoolStatus, Returned, VmPool};
+use super::{Ending, Held, Lease, PoolError, PoolSettings, PoolStatus, Returned, VmPool};
 use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
 use crate::sink::BoxFuture;
 
@@ -48,6 +48,12 @@ impl PooledProvisioner {
         let kind = kind(request);
         let new = || VmPool::new(settings, Arc::clone(&self.behind), kind.clone());
         whole(&self.pools).entry(kind.clone()).or_insert_with(new).clone()
+    }
+
+    /// Whether there is a pool for this request.
+    #[must_use]
+    pub fn serves(&self, request: &VmRequest) -> bool {
+        whole(&self.pools).contains_key(&kind(request))
     }
 
     /// Whether that VM is one of a pool's, in somebody's hands.
@@ -127,8 +133,7 @@ impl Provisioner for PooledProvisioner {
                 tracing::info!(image = request.image, "no pool has such a VM: it is made");
                 return self.behind.provision(request).await;
             };
-            let lease = self.checked(&pool).await?;
-            let (vm, back) = lease.part().ok_or(ProvisionError::ShuttingDown)?;
+            let Held { vm, back, .. } = self.checked(&pool).await?.part();
             whole(&self.leased).insert(vm.name.clone(), back);
             Ok(vm)
         })
