@@ -1,16 +1,28 @@
 //! dev-box as a library, on a test's own host: for what its program does not show.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dev_box::core::size::ByteSize;
 use dev_box::exec::{Cancel, Job, NetworkMode, Provisioner, ReadyVm, VmRequest};
-use dev_box::provision::{LibvirtProvisioner, NewTemplate, TemplateUse};
+use dev_box::provision::{LibvirtProvisioner, TemplateUse};
 use dev_box::{Config, DevBox};
 use dev_box_tests::Host;
 
+use crate::shared_template;
+
 /// The template's name.
 pub(crate) const TEMPLATE: &str = "t";
+
+/// The configuration of a small VM, with this state.
+pub(crate) fn config(state_root: &Path) -> Config {
+    let mut config = Config::default();
+    config.host.state_root = state_root.to_owned();
+    config.vm.memory = ByteSize::mib(256);
+    config.vm.cpus = 1;
+    config
+}
 
 /// dev-box with that host's state.
 pub(crate) struct InProcess {
@@ -21,21 +33,9 @@ pub(crate) struct InProcess {
 impl InProcess {
     /// With a template, and a request that it serves.
     pub(crate) async fn with_template(host: &Host, network: NetworkMode) -> Self {
-        let mut config = Config::default();
-        config.host.state_root = host.root().to_owned();
-        config.vm.memory = ByteSize::mib(256);
-        config.vm.cpus = 1;
-        let dev_box = DevBox::open(config).await.unwrap();
+        shared_template::copy(host, &network).await;
+        let dev_box = DevBox::open(config(host.root())).await.unwrap();
         let request = VmRequest { network, ..dev_box.request("test") };
-        let new = NewTemplate {
-            name: TEMPLATE.parse().unwrap(),
-            request: request.clone(),
-            setup: vec!["echo kept > /root/setup".to_owned()],
-            timeout: Duration::from_secs(60),
-            replace: false,
-        };
-        let sink = Arc::new(dev_box::exec::DiscardSink);
-        dev_box.create_template(new, sink, Cancel::never()).await.unwrap();
         Self { dev_box, request }
     }
 

@@ -22,6 +22,7 @@ mod probes;
 mod rewind;
 mod run;
 mod sessions;
+mod shared_template;
 mod soak;
 mod template;
 mod user_vm;
