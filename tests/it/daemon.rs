@@ -68,6 +68,8 @@ fn vms_are_made_used_listed_and_removed() {
     let listed: serde_json::Value = serde_json::from_str(&listed.text()).unwrap();
     assert_eq!((&listed[0]["name"], &listed[0]["state"]), (&"work".into(), &"ready".into()));
 
+    paused_and_resumed(&host);
+
     // A VM that dies is told of, and its name stays until it is removed.
     for pid in host.qemu_pids() {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
@@ -93,6 +95,35 @@ fn vms_are_made_used_listed_and_removed() {
     host.assert_clean();
     let none = host.dev_box(["ps"]).expect_code(1);
     assert!(none.stderr.contains("dev-box serve"), "{}", none.stderr);
+}
+
+/// Nothing of it is lost, nobody takes its silence for death, and its clock is right afterwards.
+fn paused_and_resumed(host: &Host) {
+    let goes_on = "echo begun; until [ -e /root/go ]; do sleep 0.1; done; echo went on";
+    let mut running = host.start(["exec", "work", "--", "sh", "-c", goes_on]);
+    running.wait_for_output("begun");
+    host.dev_box(["pause", "work"]).expect_code(0);
+    let since = std::time::Instant::now();
+    let listed = host.dev_box(["ps", "--json"]).expect_code(0).text();
+    assert!(listed.contains("\"state\": \"paused\""), "{listed}");
+    let refused = host.dev_box(["exec", "work", "--", "true"]).expect_code(125);
+    assert!(refused.stderr.contains("dev-box resume work"), "{}", refused.stderr);
+    host.dev_box(["pause", "work"]).expect_code(1);
+    // Long enough for a clock that stood still to be wrong, and for those who ask the guest how it does.
+    wait_until("time passes", Duration::from_secs(10), || since.elapsed() > Duration::from_secs(5));
+    host.dev_box(["resume", "work"]).expect_code(0);
+    let theirs = host.dev_box(["exec", "work", "--", "date", "+%s"]).expect_code(0).text();
+    let ours = std::process::Command::new("date").arg("+%s").output().unwrap().stdout;
+    let [theirs, ours] =
+        [theirs, String::from_utf8(ours).unwrap()].map(|at| at.trim().parse::<i64>().unwrap());
+    assert!((0..=3).contains(&(ours - theirs)), "the clock says {theirs}, and it is {ours}");
+    host.dev_box(["exec", "work", "--", "touch", "/root/go"]).expect_code(0);
+    running.wait_for_output("went on");
+    running.finish().expect_code(0);
+    let again = host.dev_box(["resume", "work"]).expect_code(1);
+    assert!(again.stderr.contains("running"), "{}", again.stderr);
+    let audit = host.dev_box(["audit", "query", "--action", "vm.resume"]).expect_code(0).text();
+    assert_eq!(audit.lines().count(), 4, "intent and result of both: {audit}");
 }
 
 #[test]

@@ -1,45 +1,65 @@
 //! The pool that the daemon keeps.
 
+use std::fs;
 use std::time::Duration;
 
-use dev_box_tests::{Host, wait_until};
+use dev_box_tests::{Daemon, Host, wait_until};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
 fn number(host: &Host, what: &str) -> Option<u64> {
     let done = host.dev_box(["pool", "status", "--json"]);
-    let pools: serde_json::Value = serde_json::from_slice(&done.stdout).ok()?;
+    let pools: Value = serde_json::from_slice(&done.stdout).ok()?;
     pools[0][what].as_u64()
 }
 
+/// Nobody has a VM of the pool, there is one for the next, and so many were reset.
+fn is_settled(host: &Host, reset: u64) -> bool {
+    let numbers = ["leased", "resetting", "retiring", "reset"].map(|what| number(host, what));
+    numbers == [Some(0), Some(0), Some(0), Some(reset)] && number(host, "ready") >= Some(1)
+}
+
+fn json(text: &[u8]) -> Value {
+    serde_json::from_slice(text).unwrap()
+}
+
 #[test]
-fn the_daemon_keeps_vms_ready_and_start_takes_one() {
-    let Some(host) = Host::new("the_daemon_keeps_vms_ready_and_start_takes_one") else { return };
+fn the_daemon_keeps_vms_ready_and_start_and_run_take_them() {
+    let Some(host) = Host::new("the_daemon_keeps_vms_ready_and_start_and_run_take_them") else { return };
     let silent = host.dev_box(["pool", "status"]).expect_code(1);
     assert!(silent.stderr.contains("dev-box serve"), "{}", silent.stderr);
     host.dev_box(["template", "create"]).expect_code(0);
-    let mut serve = host.command();
-    serve.arg("serve").envs([
-        ("DEV_BOX_POOL__READY", "1"),
-        ("DEV_BOX_POOL__MAX", "2"),
-        ("DEV_BOX_POOL__SHELLS", "1"),
-    ]);
-    let daemon = host.spawn(&mut serve);
-    wait_until("a VM is ready", PATIENCE, || number(&host, "ready") == Some(1));
+    let daemon = Daemon::start_with(
+        &host,
+        &[
+            ("DEV_BOX_POOL__READY", "1"),
+            ("DEV_BOX_POOL__MAX", "3"),
+            ("DEV_BOX_POOL__SHELLS", "1"),
+            ("DEV_BOX_POOL__RESET", "rewind"),
+        ],
+    );
+    let wait = |what: &str, reset| wait_until(what, PATIENCE, || is_settled(&host, reset));
+    wait("a VM is ready", 0);
 
-    // Of the pool's kind, it is the pool's.
+    // Of the pool's kind, it is the pool's; its end was in order, so that it is rewound.
     host.dev_box(["start", "--name", "work"]).expect_code(0);
     assert_eq!(number(&host, "granted"), Some(1));
-    let done = host.dev_box(["exec", "work", "--", "sh", "-c", "echo here; exit 3"]).expect_code(3);
-    assert_eq!(done.text(), "here\n");
+    let done = host.dev_box(["exec", "work", "--", "sh", "-c", "touch /root/mine; exit 3"]).expect_code(3);
+    assert_eq!(done.text(), "");
     // Of another, it is a miss, and made.
     host.dev_box(["start", "--name", "other", "--net", "isolated"]).expect_code(0);
     assert_eq!(number(&host, "granted"), Some(1));
     host.dev_box(["rm", "work", "other"]).expect_code(0);
-    wait_until("another takes its place", PATIENCE, || {
-        (number(&host, "ready"), number(&host, "leased")) == (Some(1), Some(0))
-    });
+    wait("it is as good as new", 1);
+    // In the middle of a job is no end in order.
+    host.dev_box(["start", "--name", "busy"]).expect_code(0);
+    host.dev_box(["exec", "--detach", "busy", "--", "sleep", "1000"]).expect_code(0);
+    host.dev_box(["rm", "busy"]).expect_code(0);
+    wait("another takes its place", 1);
+
+    runs(&host, &wait);
 
     host.dev_box(["pool", "drain"]).expect_code(0);
     wait_until("it is drained", PATIENCE, || {
@@ -52,8 +72,60 @@ fn the_daemon_keeps_vms_ready_and_start_takes_one() {
     assert!(text.starts_with("any: 1 ready, 0 in use"), "{text}");
     let none = host.dev_box(["pool", "fill", "--template", "nope"]).expect_code(1);
     assert!(none.stderr.contains("no pool of the template nope"), "{}", none.stderr);
-    daemon.signal(Signal::SIGTERM);
-    daemon.finish().expect_code(0);
+    daemon.stop().expect_code(0);
     host.assert_clean();
+    host.dev_box(["audit", "verify"]).expect_code(0);
     host.dev_box(["template", "rm", "default"]).expect_code(0);
+}
+
+/// With the daemon there, `run` is what it is without.
+fn runs(host: &Host, wait: &impl Fn(&str, u64)) {
+    let dir = tempfile::tempdir().unwrap();
+    let (workspace, output) = (dir.path().join("in"), dir.path().join("out"));
+    fs::create_dir(&workspace).unwrap();
+    fs::write(workspace.join("given"), "given\n").unwrap();
+    let job = "cat given; echo $A; test ! -e /root/mine; touch /root/mine; echo made > made; exit 7";
+    let (into, out) = (workspace.to_str().unwrap(), output.to_str().unwrap());
+    let args = ["--json", "--env", "A=b", "--workspace", into, "--output", out, "--", "sh", "-ec", job];
+    let done = host.run(&args).expect_code(7);
+    let result = json(&done.stdout);
+    assert_eq!((&result["stdout"], &result["exit_code"]), (&"given\nb\n".into(), &7.into()), "{result:#}");
+    assert_eq!(
+        (&result["pool"]["used"], &result["vm"]["made"]),
+        (&true.into(), &"clone".into()),
+        "{result:#}"
+    );
+    assert_eq!(fs::read_to_string(output.join("made")).unwrap(), "made\n");
+    let files = host.dev_box(["audit", "query", "--action", "files.in"]).expect_code(0).text();
+    assert_eq!(files.lines().count(), 2, "intent and result: {files}");
+    let jobs = host.dev_box(["audit", "query", "--action", "exec.run"]).expect_code(0).text();
+    let job = result["job"].as_str().unwrap();
+    assert_eq!(jobs.lines().filter(|line| line.contains(job)).count(), 1, "the daemon's, once: {jobs}");
+    wait("it was given back in order", 2);
+
+    // Its time is up, and it is interrupted: the exit codes are a run's own, and the VM is not used again.
+    host.run(&["--timeout", "1s", "--", "sleep", "1000"]).expect_code(124);
+    let mut waits = host.start(["-v", "run", "--", "sh", "-c", "echo on; exec sleep 1000"]);
+    waits.wait_for_output("on");
+    assert!(host.dev_box(["ps"]).expect_code(0).text().contains("run-"));
+    waits.signal(Signal::SIGINT);
+    let done = waits.finish().expect_code(130);
+    assert!(done.stderr.contains("one of the daemon's pool"), "{}", done.stderr);
+    wait("others take their places", 2);
+
+    // However the holder ends, its VM is taken back.
+    let mut killed = host.start(["run", "--", "sh", "-c", "echo on; exec sleep 1000"]);
+    killed.wait_for_output("on");
+    assert_eq!(number(host, "leased"), Some(1));
+    killed.signal(Signal::SIGKILL);
+    assert_eq!(killed.finish().status.code(), None);
+    wait("the VM of a holder that was killed is taken back", 2);
+
+    // What the pool does not have is made, and says why.
+    let done = host.run(&["--json", "--net", "isolated", "--", "true"]).expect_code(0);
+    let result = json(&done.stdout);
+    assert_eq!(result["pool"]["used"], false, "{result:#}");
+    let why = result["pool"]["why_not"].as_str().unwrap();
+    assert!(why.contains("no pool of the daemon has such a VM"), "{why}");
+    assert_eq!(result["vm"]["made"], "boot");
 }

@@ -67,6 +67,10 @@ pub(crate) enum Command {
     Ps(commands::ps::PsArgs),
     /// Remove VMs that the daemon keeps.
     Rm(commands::rm::RmArgs),
+    /// Stop the CPUs of VMs that the daemon keeps.
+    Pause(commands::pause::PauseArgs),
+    /// Let paused VMs run on, their clocks right.
+    Resume(commands::pause::ResumeArgs),
     /// VMs that the daemon keeps ready: look at them, fill up, drain.
     Pool(commands::pool::PoolArgs),
     /// Guest images: build, list, inspect, remove.

@@ -83,6 +83,12 @@ pub async fn list(session: &Session) -> Result<Vec<JobEntry>, BackgroundError> {
     Ok(all)
 }
 
+/// Whether the guest says, within `patience`, that no job goes on in it. Its claim.
+pub async fn at_rest(session: &Session, patience: Duration) -> bool {
+    let jobs = tokio::time::timeout(patience, list(session)).await;
+    matches!(jobs, Ok(Ok(jobs)) if jobs.iter().all(|job| job.exited.is_some()))
+}
+
 /// Sends a signal to all of a job.
 ///
 /// # Errors

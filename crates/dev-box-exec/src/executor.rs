@@ -95,6 +95,7 @@ impl AgentExecutor {
         cancel: Cancel,
     ) -> ExecutionResult {
         let mut report = Report::begin(&*self.clock, job.id);
+        report.runs_in(vm);
         self.execute_in(Place::of(vm), job, &*sink, &cancel, &mut report).await;
         report.finish(&*self.clock)
     }
@@ -141,6 +142,7 @@ impl AgentExecutor {
             Ok(vm) => {
                 let mut leased = Leased { provisioner, vm: Some(vm) };
                 if let Some(vm) = &leased.vm {
+                    report.runs_in(vm);
                     self.execute_in(Place::of(vm), job, &*sink, &cancel, &mut report).await;
                 }
                 report.enter(Phase::Reset);

@@ -30,13 +30,29 @@ pub struct Gateway {
     vm: VmName,
     session: Session,
     audit: Arc<dyn AuditSink>,
+    rights: Rights,
+}
+
+/// What its clients may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rights {
+    /// Run commands, and move files.
+    Use,
+    /// And have the VM's share mounted: they hold the VM.
+    Hold,
 }
 
 impl Gateway {
     /// A gateway to the VM behind `session`.
     #[must_use]
     pub fn new(vm: VmName, session: Session, audit: Arc<dyn AuditSink>) -> Self {
-        Self { vm, session, audit }
+        Self { vm, session, audit, rights: Rights::Use }
+    }
+
+    /// The same for the one who holds the VM: the workspace's mount is theirs, too.
+    #[must_use]
+    pub fn for_holder(self) -> Self {
+        Self { rights: Rights::Hold, ..self }
     }
 
     /// Serves one client's connection until the client, or the VM, is gone; streams that are open then are reset, and what
@@ -112,7 +128,7 @@ impl Gateway {
         request: Request,
         entry: impl Fn(AuditEvent) -> Entry,
     ) -> Result<(Option<Act>, Stream), GuestError> {
-        admit(&request)?;
+        admit(&request, self.rights)?;
         let act = match intent(&request) {
             Some(event) => Some(Act::begin(&self.audit, entry(event)).await.map_err(|error| {
                 GuestError::new(
@@ -143,8 +159,9 @@ impl Gateway {
 }
 
 /// What a client may ask.
-fn admit(request: &Request) -> Result<(), GuestError> {
+fn admit(request: &Request, rights: Rights) -> Result<(), GuestError> {
     match request {
+        Request::Mount(_) | Request::Unmount(_) if rights == Rights::Hold => Ok(()),
         Request::Configure(_)
         | Request::Mount(_)
         | Request::Unmount(_)

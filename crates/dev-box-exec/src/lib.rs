@@ -43,10 +43,10 @@ pub use executor::AgentExecutor;
 pub use gateway::Gateway;
 pub use job::{Job, OutputCaps, Stdin, Terminal};
 pub use mount::{LiveMount, Mounts};
-pub use outcome::{Captured, ExecutionResult, Outcome, Phase, Timings, Usage};
+pub use outcome::{Captured, ExecutionResult, Outcome, Phase, RanIn, Timings, Usage};
 pub use provisioner::{
-    NetworkFacts, NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice, VmFacts,
-    VmRequest,
+    Made, NetworkFacts, NetworkMode, ProvisionError, Provisioner, ReadyVm, Resources, TransportChoice,
+    VmFacts, VmRequest,
 };
 pub use sink::{BoxFuture, DiscardSink, OutputSink, OutputStream};
 pub use watched::{WatchedProvisioner, Watcher};

@@ -15,9 +15,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dev_box_core::clock::EasternTime;
-use dev_box_core::id::JobId;
+use dev_box_core::id::{JobId, VmName};
 use serde::{Serialize, Serializer};
 
+use crate::provisioner::Made;
 use crate::workspace::Collected;
 
 /// A step of a job's life.
@@ -160,11 +161,22 @@ pub struct Usage {
     pub max_rss_kib: u64,
 }
 
+/// The VM that a job ran in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RanIn {
+    /// Its domain.
+    pub name: VmName,
+    /// How it came to be.
+    pub made: Made,
+}
+
 /// What came of a job.
 #[derive(Debug, Clone, Serialize)]
 pub struct ExecutionResult {
     /// The job.
     pub job: JobId,
+    /// The VM, once there was one.
+    pub vm: Option<RanIn>,
     /// Whether the job ended by itself with code 0 and everything of dev-box's worked.
     pub success: bool,
     /// The terminal state.
@@ -207,6 +219,17 @@ impl ExecutionResult {
     pub fn process_exit_code(&self) -> u8 {
         exit_code(self.outcome, self.exit_code, self.signal)
     }
+
+    /// Whether the job exited, and everything that belongs to it went as it should: its VM may be used again.
+    #[must_use]
+    pub fn is_in_order(&self) -> bool {
+        is_in_order(Some(self.outcome), self.exit_code, self.signal)
+    }
+}
+
+/// The rule behind [`ExecutionResult::is_in_order`].
+pub(crate) fn is_in_order(outcome: Option<Outcome>, code: Option<i32>, signal: Option<i32>) -> bool {
+    outcome == Some(Outcome::Exited) && (code.is_some() || signal.is_some())
 }
 
 /// The mapping behind [`ExecutionResult::process_exit_code`].

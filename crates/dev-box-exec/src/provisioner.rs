@@ -83,6 +83,24 @@ pub struct VmFacts {
     pub timings: Vec<(String, Duration)>,
 }
 
+/// How a VM came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Made {
+    /// Its kernel was started.
+    Boot,
+    /// It goes on from the moment of a template.
+    Clone,
+}
+
+impl VmFacts {
+    /// How it came to be, by the steps of that.
+    #[must_use]
+    pub fn made(&self) -> Made {
+        if self.timings.iter().any(|(step, _)| step == "boot") { Made::Boot } else { Made::Clone }
+    }
+}
+
 /// A VM's interface, and what holds it in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkFacts {

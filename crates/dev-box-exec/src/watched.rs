@@ -35,6 +35,9 @@ pub trait Watcher: Debug + Send + Sync {
     /// A VM is about to be taken down, or has died.
     fn gone(&self, vm: &VmName);
 
+    /// A VM does not run for a while, so that it cannot be asked; or it does again.
+    fn paused(&self, vm: &VmName, paused: bool);
+
     /// So much output has come from a job in it.
     fn output(&self, vm: &VmName, bytes: u64);
 }
@@ -127,6 +130,13 @@ impl WatchedProvisioner {
     pub fn adopt(&self, vm: &ReadyVm, request: &VmRequest) {
         self.shared.audit.note(self.entry(Entry::fact(AuditEvent::VmAdopt {}), &vm.name));
         self.keep(vm, request);
+    }
+
+    /// Tells the watcher, if there is one, that a VM was paused, or runs on.
+    pub fn paused(&self, vm: &VmName, paused: bool) {
+        if let Some(watcher) = &self.shared.watcher {
+            watcher.paused(vm, paused);
+        }
     }
 
     /// Waits until every VM that was given back is gone and its end on record. The provisioner behind has to be there until

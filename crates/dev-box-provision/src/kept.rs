@@ -134,7 +134,7 @@ impl LibvirtProvisioner {
     /// [`AdoptError`]; the VM is gone then, but for `Dir` and `Left`.
     pub async fn adopt(&self, name: &VmName) -> Result<Adopted, AdoptError> {
         let mut machine = Machine::abandoned(VmDir::adopt(&self.vms(), name)?);
-        match self.resume(&mut machine, name).await {
+        match self.take_over(&mut machine, name).await {
             Ok(adopted) => {
                 self.0.watch_networks();
                 self.0.machines().insert(name.clone(), machine);
@@ -147,7 +147,7 @@ impl LibvirtProvisioner {
         }
     }
 
-    async fn resume(&self, machine: &mut Machine, name: &VmName) -> Result<Adopted, AdoptError> {
+    async fn take_over(&self, machine: &mut Machine, name: &VmName) -> Result<Adopted, AdoptError> {
         let path = VmDir::kept_in(&self.vms(), name);
         let read = {
             let path = path.clone();

@@ -14,6 +14,7 @@
 //! A VM is made on a task of its own, so that a caller who goes away half-way leaves nothing behind: the task notices
 //! between two steps, and takes down what there is.
 
+mod power;
 mod raise;
 mod reset;
 mod shells;
@@ -55,6 +56,8 @@ use crate::template::{self, TemplateUse};
 use crate::vm_dir::{QemuUser, VmDir};
 
 use shells::{Kind, Shelf};
+
+pub use power::{Paused, ResumeError};
 
 /// How VMs are made here.
 #[derive(Debug, Clone)]

@@ -83,6 +83,8 @@ struct Watched {
     vcpus: u32,
     address: Option<Ipv4Addr>,
     tap: Option<String>,
+    /// Its agent is not asked.
+    paused: bool,
 }
 
 /// What is remembered of a VM from look to look.
@@ -133,6 +135,7 @@ impl Watcher for HostWatch {
             vcpus: size.cpus,
             address: vm.facts.network.as_ref().map(|network| network.address),
             tap: vm.facts.network.as_ref().map(|network| network.tap.clone()),
+            paused: false,
         };
         whole(&self.0.vms).insert(vm.name.clone(), watched);
     }
@@ -153,6 +156,12 @@ impl Watcher for HostWatch {
         }
         VM_SERIES.remove(vm.as_str());
         self.0.parts.observer.end(vm.as_str());
+    }
+
+    fn paused(&self, vm: &VmName, paused: bool) {
+        if let Some(watched) = whole(&self.0.vms).get_mut(vm) {
+            watched.paused = paused;
+        }
     }
 
     fn output(&self, vm: &VmName, bytes: u64) {
@@ -206,7 +215,7 @@ async fn drops(shared: &Shared) -> BTreeMap<Ipv4Addr, Traffic> {
 /// How the guests say they do; those that do not answer say nothing.
 async fn ask(vms: &HashMap<VmName, Watched>) -> HashMap<VmName, GuestInfo> {
     let mut asked = tokio::task::JoinSet::new();
-    for (name, vm) in vms {
+    for (name, vm) in vms.iter().filter(|(_, vm)| !vm.paused) {
         let (name, session) = (name.clone(), vm.session.clone());
         asked.spawn(async move {
             let answers = timeout(PATIENCE, session.call(Request::Info)).await.ok()?.ok()?;

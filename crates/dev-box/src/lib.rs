@@ -377,11 +377,16 @@ impl DevBox {
 }
 
 /// The user that started this process.
-fn actor() -> Actor {
+#[must_use]
+pub fn actor() -> Actor {
     Actor::User { uid: rustix::process::getuid().as_raw(), name: Some(owner().into()) }
 }
 
-async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditLog, OpenError> {
+/// The audit log alone, for those who act in VMs of somebody else's. Drop the last handle where a thread may block.
+///
+/// # Errors
+/// [`OpenError::Audit`].
+pub async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditLog, OpenError> {
     let options = AuditOptions::new(config.audit_dir(), config.audit_key());
     Ok(blocking::run(move || AuditLog::open(options, clock)).await?)
 }

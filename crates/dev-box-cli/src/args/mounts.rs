@@ -49,6 +49,10 @@ impl MountArgs {
         Ok(self)
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.mounts.is_empty()
+    }
+
     pub(crate) fn mounts(&self) -> Mounts {
         Mounts { list: self.mounts.clone(), owner: self.mount_owner }
     }

@@ -14,6 +14,7 @@ pub(crate) mod image;
 pub(crate) mod kill;
 pub(crate) mod logs;
 pub(crate) mod net;
+pub(crate) mod pause;
 pub(crate) mod pool;
 pub(crate) mod port_forward;
 pub(crate) mod ps;

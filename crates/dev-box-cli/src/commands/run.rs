@@ -1,14 +1,18 @@
 //! `dev-box run`.
 
+mod lent;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use dev_box::core::accel::{self, Accelerator};
-use dev_box::exec::{CollectTo, DiscardSink, ExecutionResult, Job, OutputSink, Owner, WorkspaceIn};
+use dev_box::exec::{Cancel, CollectTo, DiscardSink, ExecutionResult, Job, OutputSink, Owner, WorkspaceIn};
 use dev_box::provision::sweep::Orphans;
 use dev_box::{Config, DevBox};
+use serde::Serialize;
 
+use self::lent::Lent;
 use crate::args::RunArgs;
 use crate::commands::exec::Console;
 use crate::exit::Failure;
@@ -27,6 +31,48 @@ pub(crate) async fn run(config: Config, mut args: RunArgs) -> Result<ExitCode, F
     if !args.quiet {
         warn_of_emulation(&config, &args);
     }
+    let console = Console::open(&mut job, args.tty, args.interactive, &cancel)?;
+    let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { console.sink() };
+    let (result, pool) = match Lent::take(&config, &args.vm, cancel.token()).await {
+        Ok(lent) => {
+            tracing::info!(vm = %lent.name(), "the VM is one of the daemon's pool");
+            (lent.run(job, sink, cancel.token()).await, FromPool { used: true, why_not: None })
+        }
+        Err(missed) => {
+            let why_not = Failure::new(missed).to_string();
+            tracing::info!(why_not, "the VM is not one of a daemon's pool: it is made here");
+            let result = by_itself(config, &args, job, sink, cancel.token()).await?;
+            (result, FromPool { used: false, why_not: Some(why_not) })
+        }
+    };
+    drop(console);
+    report(&args, &result, &pool)?;
+    Ok(ExitCode::from(result.process_exit_code()))
+}
+
+/// Where the VM came from, for `--json`.
+#[derive(Debug, Serialize)]
+struct FromPool {
+    used: bool,
+    why_not: Option<String>,
+}
+
+/// All that `--json` prints.
+#[derive(Debug, Serialize)]
+struct Told<'a> {
+    #[serde(flatten)]
+    result: &'a ExecutionResult,
+    pool: &'a FromPool,
+}
+
+/// In a VM that is made for it here.
+async fn by_itself(
+    config: Config,
+    args: &RunArgs,
+    job: Job,
+    sink: Arc<dyn OutputSink>,
+    cancel: Cancel,
+) -> Result<ExecutionResult, Failure> {
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
     for leftover in dev_box.sweep(Orphans::Stay).await.map_err(Failure::new)? {
         match leftover.error {
@@ -38,13 +84,9 @@ pub(crate) async fn run(config: Config, mut args: RunArgs) -> Result<ExitCode, F
     }
     let request = args.vm.request(&dev_box, "run").map_err(Failure::new)?;
     let dev_box = dev_box.using(args.vm.templates());
-    let console = Console::open(&mut job, args.tty, args.interactive, &cancel)?;
-    let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { console.sink() };
-    let result = dev_box.run(&request, job, sink, cancel.token()).await;
-    drop(console);
+    let result = dev_box.run(&request, job, sink, cancel).await;
     dev_box.close().await;
-    report(&args, &result)?;
-    Ok(ExitCode::from(result.process_exit_code()))
+    Ok(result)
 }
 
 fn job(config: &Config, args: &RunArgs) -> Result<Job, Failure> {
@@ -106,9 +148,9 @@ fn warn_of_emulation(config: &Config, args: &RunArgs) {
     }
 }
 
-fn report(args: &RunArgs, result: &ExecutionResult) -> Result<(), Failure> {
+fn report(args: &RunArgs, result: &ExecutionResult, pool: &FromPool) -> Result<(), Failure> {
     if args.json {
-        output::json(result)?;
+        output::json(&Told { result, pool })?;
     }
     output::ending(result);
     if args.quiet {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use dev_box::core::id::VmName;
 use dev_box::exec::ReadyVm;
+use dev_box::exec::pool::Ending;
 use dev_box::net::policy::PolicyStoreError;
 use dev_box::provision::kept::{AdoptError, Adopted};
 use dev_box::provision::vm_dir::VmDirError;
@@ -52,7 +53,7 @@ impl Daemon {
             Ok(reservation) => reservation,
             Err(error) => {
                 tracing::warn!(%domain, error = %Failure::new(error), "a VM of a killed daemon is removed");
-                return self.retire(vm).await;
+                return self.retire(vm, Ending::Abnormal).await;
             }
         };
         let name = self.settle(reservation, vm).await.name;

@@ -1,10 +1,14 @@
 //! What goes over the daemon's socket, as both sides see it. Within `/v1` fields are added, never changed.
 
 use std::fmt;
+use std::path::PathBuf;
 
+use dev_box::core::accel::AcceleratorPolicy;
 use dev_box::core::clock::EasternTime;
 use dev_box::core::id::VmName;
+use dev_box::core::size::ByteSize;
 use dev_box::exec::pool::PoolStatus;
+use dev_box::exec::{Owner, VmFacts};
 use dev_box::observe::metrics::VmUsage;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +36,38 @@ pub(crate) struct NewVm {
     pub(crate) name: Option<VmName>,
     /// What it is to be like.
     pub(crate) vm: VmOptions,
+}
+
+/// The header of the answer to `POST /v1/leases`: a [`LeaseInfo`] as JSON. The connection itself is the channel from there on.
+pub(crate) const LEASE_HEADER: &str = "dev-box-lease";
+
+/// `POST /v1/leases`: a VM of a pool for as long as the connection lives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NewLease {
+    /// What it is to be like, nothing left to the daemon's configuration.
+    pub(crate) vm: VmOptions,
+    /// The size of its disk.
+    pub(crate) disk: ByteSize,
+    /// How its code may run.
+    pub(crate) accelerator: AcceleratorPolicy,
+    /// Where the client's images and audit log are: a daemon of others has no VM for it.
+    pub(crate) state_root: PathBuf,
+}
+
+/// A VM that was lent, with what its holder needs to bring files in and out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LeaseInfo {
+    /// The VM's name at the daemon.
+    pub(crate) name: VmName,
+    /// Its libvirt domain.
+    pub(crate) domain: VmName,
+    /// Its staging directory on this host.
+    pub(crate) share: PathBuf,
+    /// Whom everything in there must belong to.
+    pub(crate) share_owner: Option<Owner>,
+    /// What is known of it.
+    pub(crate) facts: VmFacts,
 }
 
 /// A VM that the daemon owns.
@@ -62,6 +98,8 @@ pub(crate) enum VmState {
     Starting,
     /// Its agent answers.
     Ready,
+    /// Its CPUs stand still.
+    Paused,
     /// Gone, though nobody here ended it. Its name stays until it is removed.
     Lost {
         /// How it went.
@@ -76,6 +114,7 @@ impl fmt::Display for VmState {
         f.write_str(match self {
             Self::Starting => "starting",
             Self::Ready => "ready",
+            Self::Paused => "paused",
             Self::Lost { .. } => "lost",
             Self::Removing => "removing",
         })
@@ -134,9 +173,27 @@ pub(crate) enum Happening {
         /// How long it took.
         took_ms: u64,
     },
+    /// A VM of a pool is a client's for as long as its connection lives.
+    #[serde(rename = "vm.lent")]
+    VmLent {
+        /// Which.
+        vm: VmName,
+    },
     /// A VM of a killed daemon is this one's now.
     #[serde(rename = "vm.adopted")]
     VmAdopted {
+        /// Which.
+        vm: VmName,
+    },
+    /// A VM's CPUs stand still.
+    #[serde(rename = "vm.paused")]
+    VmPaused {
+        /// Which.
+        vm: VmName,
+    },
+    /// A VM's CPUs go on.
+    #[serde(rename = "vm.resumed")]
+    VmResumed {
         /// Which.
         vm: VmName,
     },
@@ -209,7 +266,8 @@ pub(crate) struct PoolOrder {
 /// The body of every answer that is no success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Problem {
-    /// A word for programs: `not-found`, `exists`, `lost`, `not-ready`, `bad-request`, `failed`, `stopping`.
+    /// A word for programs: `not-found`, `exists`, `lost`, `not-ready`, `bad-request`, `failed`, `stopping`,
+    /// `no-pool` (no pool has such a VM), `busy` (none came free in time).
     pub(crate) code: String,
     /// For people.
     pub(crate) message: String,

@@ -10,14 +10,14 @@ use dev_box::core::id::VmName;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderValue, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::api::{CHANNEL_PROTOCOL, Event, NewVm, Problem, Usage, VmInfo};
+use super::api::{CHANNEL_PROTOCOL, Event, LEASE_HEADER, LeaseInfo, NewLease, NewVm, Problem, Usage, VmInfo};
 
 /// Longest answer that is taken, in bytes.
 const ANSWER: usize = 16 << 20;
@@ -79,12 +79,22 @@ impl Client {
             .header(UPGRADE, CHANNEL_PROTOCOL)
             .body(Full::default())?;
         let response = checked(self.connect().await?.send_request(request).await?).await?;
-        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            return Err(ClientError::Unexpected(response.status()));
-        }
-        let upgraded = hyper::upgrade::on(response).await?;
-        let (session, _) = Session::connect(TokioIo::new(upgraded), HostHello::fresh()?).await?;
-        Ok(session)
+        upgraded(response).await
+    }
+
+    /// A VM of the daemon's pool and a session with its agent, which is also what the VM is held by.
+    pub(crate) async fn lease(&self, new: &NewLease) -> Result<(LeaseInfo, Session), ClientError> {
+        let bytes = serde_json::to_vec(new).map_err(ClientError::Answer)?;
+        let request = self
+            .request(Method::POST, "/v1/leases")
+            .header(CONNECTION, "upgrade")
+            .header(UPGRADE, CHANNEL_PROTOCOL)
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(bytes.into()))?;
+        let response = checked(self.connect().await?.send_request(request).await?).await?;
+        let info = response.headers().get(LEASE_HEADER).map(HeaderValue::as_bytes).unwrap_or_default();
+        let info = serde_json::from_slice(info).map_err(ClientError::Answer)?;
+        Ok((info, upgraded(response).await?))
     }
 
     /// What happens from now on.
@@ -160,6 +170,16 @@ fn unreachable(socket: &Path, source: io::Error) -> ClientError {
         io::ErrorKind::PermissionDenied => ClientError::NotAllowed(at),
         _ => ClientError::Connect { at, source },
     }
+}
+
+/// The channel that the answer's connection becomes.
+async fn upgraded(response: Response<Incoming>) -> Result<Session, ClientError> {
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(ClientError::Unexpected(response.status()));
+    }
+    let upgraded = hyper::upgrade::on(response).await?;
+    let (session, _) = Session::connect(TokioIo::new(upgraded), HostHello::fresh()?).await?;
+    Ok(session)
 }
 
 /// An answer that is no refusal.

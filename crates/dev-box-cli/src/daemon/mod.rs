@@ -13,7 +13,9 @@
 //! | [`vms`] | the VMs it owns: who is there, in which state |
 //! | [`metrics`] | `/metrics`, for Prometheus |
 //! | [`events`] | what happens, to whoever listens |
+//! | [`leases`] | VMs of a pool in the hands of one connection |
 //! | [`pools`] | the VMs it keeps ready |
+//! | [`power`] | VMs paused, and let run on |
 //! | [`socket`] | the socket: one daemon, one group, a bounded number of peers |
 //! | [`routes`] | one file a subject |
 //! | [`server`] | from start to end |
@@ -23,8 +25,10 @@ mod adopt;
 pub(crate) mod api;
 pub(crate) mod client;
 pub(crate) mod events;
+mod leases;
 mod metrics;
 mod pools;
+mod power;
 mod routes;
 pub(crate) mod server;
 mod socket;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dev_box::exec::pool::{PoolSettings, PooledProvisioner, VmPool};
+use dev_box::core::id::VmName;
+use dev_box::exec::pool::{Ending, PoolSettings, PooledProvisioner, ResetPolicy, VmPool};
 use dev_box::exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, VmRequest, WatchedProvisioner};
 use dev_box::observe::Actor;
 use dev_box::provision::{LibvirtProvisioner, TemplateUse};
@@ -26,6 +27,7 @@ struct SubPool {
     behind: LibvirtProvisioner,
     pooled: Arc<PooledProvisioner>,
     pool: VmPool,
+    reset: ResetPolicy,
     shells: usize,
 }
 
@@ -64,19 +66,34 @@ impl Pools {
         }
     }
 
+    /// The pool that has VMs like this, of these templates.
+    pub(crate) fn serving(
+        &self,
+        templates: &TemplateUse,
+        request: &VmRequest,
+    ) -> Option<Arc<PooledProvisioner>> {
+        let serves = |pool: &&SubPool| pool.templates == *templates && pool.pooled.serves(request);
+        self.0.iter().find(serves).map(|pool| Arc::clone(&pool.pooled))
+    }
+
     /// Takes a VM back: it goes, or, when its use ended in order, it is used again where that was configured.
     pub(crate) async fn take_back(
         &self,
         dev_box: &DevBox,
         vm: ReadyVm,
-        in_order: bool,
+        ending: Ending,
     ) -> Result<(), ProvisionError> {
         let of = self.0.iter().find(|pool| pool.pooled.has_leased(&vm.name));
         match of {
-            Some(pool) if in_order => pool.pooled.release(vm).await,
+            Some(pool) if ending == Ending::InOrder => pool.pooled.release(vm).await,
             Some(pool) => pool.pooled.retire(vm).await,
             None => dev_box.watched_provisioner().retire(vm).await,
         }
+    }
+
+    /// Whether that VM would be used again if its use ended in order.
+    pub(crate) fn reuses(&self, vm: &VmName) -> bool {
+        self.0.iter().any(|pool| pool.reset == ResetPolicy::Rewind && pool.pooled.has_leased(vm))
     }
 
     /// Their numbers.
@@ -147,7 +164,7 @@ impl SubPool {
         let settings = PoolSettings { reset: config.reset, ..PoolSettings::new(config.ready, config.max) };
         let pool = pooled.pool(settings, &request);
         behind.keep_shells(&request, config.shells).await;
-        Self { templates, request, behind, pooled, pool, shells: config.shells }
+        Self { templates, request, behind, pooled, pool, reset: config.reset, shells: config.shells }
     }
 
     fn name(&self) -> String {

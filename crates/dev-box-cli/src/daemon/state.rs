@@ -2,19 +2,23 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dev_box::DevBox;
-use dev_box::comm::session::Io;
+use dev_box::comm::session::{Io, Session};
 use dev_box::core::clock::{Clock, EasternTime, SystemClock};
 use dev_box::core::id::{IdError, VmName};
-use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm, VmRequest};
+use dev_box::exec::pool::Ending;
+use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm, VmRequest, background};
 use dev_box::net::policy::PolicyStoreError;
 use dev_box::observe::anomaly::VmFinding;
 use dev_box::observe::audit::Text;
 use dev_box::observe::metrics::VM_SERIES;
 use dev_box::observe::{Act, AuditError, AuditEvent, Entry, Outcome};
-use tokio::sync::broadcast;
+use scopeguard::ScopeGuard;
+use tokio::sync::{Mutex, broadcast};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,6 +29,9 @@ use super::socket::Peer;
 use super::vms::{Reservation, Vms, VmsError};
 use crate::args::NotYours;
 use crate::exit::Failure;
+
+/// How long a guest may take to say that nothing goes on in it.
+const LAST_LOOK: Duration = Duration::from_secs(2);
 
 /// The daemon. What another subject needs (a pool, metrics) is a field more.
 #[derive(Debug)]
@@ -38,6 +45,8 @@ pub(crate) struct Daemon {
     pub(crate) stopping: CancellationToken,
     /// Work that outlives the request it began with; waited for at the end.
     pub(crate) tasks: TaskTracker,
+    /// Whoever pauses a VM, or lets one run on: one at a time.
+    pub(super) power: Mutex<()>,
     findings: Arc<AtomicU64>,
     clock: Arc<dyn Clock>,
 }
@@ -55,6 +64,10 @@ pub(crate) enum CreateError {
     Mounts(#[from] NotYours),
     #[error("the VM could not be made")]
     Provision(#[source] ProvisionError),
+    #[error("no pool of the daemon has such a VM")]
+    NoPool,
+    #[error("no VM of the daemon's pool came free within {} s", .0.as_secs())]
+    Busy(Duration),
     #[error("nothing is done that the audit log would not show")]
     Audit(#[from] AuditError),
     #[error("the daemon is stopping")]
@@ -96,6 +109,7 @@ impl Daemon {
             started_at: clock.now(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
+            power: Mutex::default(),
             clock,
         }
     }
@@ -124,7 +138,7 @@ impl Daemon {
         let began = Instant::now();
         let provisioner =
             self.pools.provisioner(&self.dev_box, reservation.options().templates(), peer.actor());
-        let machine = match self.lease(&*provisioner, &request, peer).await {
+        let machine = match self.lease(&*provisioner, &request, Duration::MAX, peer).await {
             Ok(machine) => machine,
             Err(error) => {
                 let told = Failure::new(error.to_string()).to_string();
@@ -138,14 +152,16 @@ impl Daemon {
         Ok(info)
     }
 
-    /// Has a VM that is ready under its name, on record for a successor, and looked after.
+    /// Has a VM that is ready under its name, on record for a successor, and looked after. Given up, the VM is retired.
     pub(super) async fn settle(self: &Arc<Self>, reservation: Reservation, machine: ReadyVm) -> VmInfo {
+        let machine = self.guarded(machine);
+        let note = reservation.note(&machine.name);
+        if let Err(error) = self.dev_box.provisioner().keep(&machine, note).await {
+            tracing::warn!(vm = %reservation.name(), error = %Failure::new(error), "a VM will not outlive this daemon if that is killed");
+        }
+        let machine = ScopeGuard::into_inner(machine);
         let (name, domain, session) =
             (reservation.name().clone(), machine.name.clone(), machine.session.clone());
-        let note = reservation.note(&domain);
-        if let Err(error) = self.dev_box.provisioner().keep(&machine, note).await {
-            tracing::warn!(vm = %name, error = %Failure::new(error), "a VM will not outlive this daemon if that is killed");
-        }
         let info = reservation.fill(machine);
         let daemon = Arc::clone(self);
         self.tasks.spawn(async move {
@@ -155,54 +171,72 @@ impl Daemon {
             if let Some(machine) = daemon.vms.lose(&name, &domain, &reason) {
                 tracing::warn!(vm = %name, reason, "a VM is lost");
                 daemon.events.say(Happening::VmLost { vm: name, reason });
-                daemon.retire(machine).await;
+                daemon.retire(machine, Ending::Abnormal).await;
             }
         });
         info
     }
 
-    /// A VM in that client's hands: one that was ready has nothing else in the audit that names them.
-    async fn lease(
-        &self,
+    /// A VM that is retired when whoever waits for it leaves first.
+    fn guarded(self: &Arc<Self>, machine: ReadyVm) -> ScopeGuard<ReadyVm, impl FnOnce(ReadyVm) + use<>> {
+        let daemon = Arc::clone(self);
+        scopeguard::guard(machine, move |machine| {
+            let tasks = daemon.tasks.clone();
+            tasks.spawn(async move { daemon.retire(machine, Ending::Abnormal).await });
+        })
+    }
+
+    /// A VM in that client's hands, within `patience` on top of what whoever makes it has: one that was ready has nothing else
+    /// in the audit that names them.
+    pub(super) async fn lease(
+        self: &Arc<Self>,
         provisioner: &dyn Provisioner,
         request: &VmRequest,
+        patience: Duration,
         peer: &Peer,
     ) -> Result<ReadyVm, CreateError> {
         let event = AuditEvent::LeaseAcquire { image: Text::new(&request.image), profile: None };
         let mut act = Act::begin(&self.dev_box.audit(), Entry::intent(event).by(peer.actor())).await?;
-        match provisioner.provision(request).await {
-            Ok(machine) => {
+        let error = match timeout(patience, provisioner.provision(request)).await {
+            Ok(Ok(machine)) => {
+                let machine = self.guarded(machine);
                 act.set_vm(&machine.name);
-                match act.finish(Outcome::Ok).await {
-                    Ok(_) => Ok(machine),
-                    Err(error) => {
-                        self.retire(machine).await;
-                        Err(error.into())
-                    }
-                }
+                act.finish(Outcome::Ok).await?;
+                return Ok(ScopeGuard::into_inner(machine));
             }
-            Err(error) => {
-                act.finish(Outcome::failed(&error)).await?;
-                Err(CreateError::Provision(error))
-            }
-        }
+            Ok(Err(error)) => CreateError::Provision(error),
+            Err(_) => CreateError::Busy(patience),
+        };
+        act.finish(Outcome::failed(&error)).await?;
+        Err(error)
     }
 
-    /// Removes a VM, or the memory of one that is lost; returns when nothing of it is left.
+    /// Removes a VM, or the memory of one that is lost; returns when nothing of it is left, or its pool has it.
     pub(crate) async fn remove(self: &Arc<Self>, name: &VmName) -> Result<(), VmsError> {
+        // A panic in there is logged by the runtime, and the name stays taken.
+        let _ = self.begin_removal(name, None)?.await;
+        Ok(())
+    }
+
+    /// Begins that, and goes on when nobody waits any more. How the use of the VM ended is asked of the VM where not given.
+    pub(super) fn begin_removal(
+        self: &Arc<Self>,
+        name: &VmName,
+        ending: Option<Ending>,
+    ) -> Result<JoinHandle<()>, VmsError> {
         let machine = self.vms.take(name)?;
         let (daemon, name) = (Arc::clone(self), name.clone());
-        // Goes on when nobody waits any more.
-        let gone = self.tasks.spawn(async move {
+        Ok(self.tasks.spawn(async move {
             if let Some(machine) = machine {
-                daemon.retire(machine).await;
+                let ending = match ending {
+                    Some(ending) => ending,
+                    None => daemon.ending(&machine).await,
+                };
+                daemon.retire(machine, ending).await;
             }
             daemon.vms.forget(&name);
             daemon.events.say(Happening::VmRemoved { vm: name });
-        });
-        // A panic in there is logged by the runtime, and the name stays taken.
-        let _ = gone.await;
-        Ok(())
+        }))
     }
 
     /// What the VMs use.
@@ -218,24 +252,28 @@ impl Daemon {
         Usage { at: self.clock.now(), vms, findings: self.findings.load(Ordering::Relaxed) }
     }
 
-    pub(super) async fn retire(&self, machine: ReadyVm) {
+    /// How the use of a VM ends that is given back: in the middle of a job is no end in order. Asked only where that matters.
+    async fn ending(&self, machine: &ReadyVm) -> Ending {
+        let in_order =
+            self.pools.reuses(&machine.name) && background::at_rest(&machine.session, LAST_LOOK).await;
+        if in_order { Ending::InOrder } else { Ending::Abnormal }
+    }
+
+    pub(super) async fn retire(&self, machine: ReadyVm, ending: Ending) {
         let name = machine.name.clone();
         self.dev_box.audit().note(Entry::fact(AuditEvent::LeaseRelease {}).vm(&name));
-        // Whoever used it may have done anything: it is not used again.
-        if let Err(error) = self.pools.take_back(&self.dev_box, machine, false).await {
+        if let Err(error) = self.pools.take_back(&self.dev_box, machine, ending).await {
             tracing::error!(vm = %name, error = %Failure::new(error), "not all of it could be removed; `dev-box gc` tries again");
         }
     }
 
+    /// One client's way to a VM.
+    pub(crate) fn gateway(&self, domain: VmName, session: Session) -> Gateway {
+        Gateway::new(domain, session, self.dev_box.audit())
+    }
+
     /// Serves one client of a VM's channel until one of the three is gone.
-    pub(crate) async fn serve_channel(
-        &self,
-        domain: VmName,
-        session: dev_box::comm::Session,
-        io: impl Io,
-        peer: &Peer,
-    ) {
-        let gateway = Gateway::new(domain, session, self.dev_box.audit());
+    pub(crate) async fn serve_channel(&self, gateway: Gateway, io: impl Io, peer: &Peer) {
         tokio::select! {
             served = gateway.serve(io, peer.actor()) => {
                 if let Err(error) = served {
@@ -251,7 +289,7 @@ impl Daemon {
         for (name, machine) in self.vms.take_all() {
             let daemon = Arc::clone(&self);
             self.tasks.spawn(async move {
-                daemon.retire(machine).await;
+                daemon.retire(machine, Ending::Abnormal).await;
                 daemon.events.say(Happening::VmRemoved { vm: name });
             });
         }

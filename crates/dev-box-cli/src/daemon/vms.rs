@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! reserve ──▶ starting ──filled──▶ ready ──its session closed──▶ lost ──┐
-//!                │                   │                                  │ taken
-//!                └──dropped──▶ ()    └──taken──▶ removing ──▶ () ◀───────┘
+//!                │               ▲   │  │                              │ taken
+//!                │               │   │  └──taken──▶ removing ──▶ () ◀──┘
+//!                └──dropped──▶ ()└─paused (taken and lost like one that is ready)
 //! ```
 //! A name is taken from the moment it is asked for, so that two who want the same one do not both make a VM.
 
@@ -13,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dev_box::comm::Session;
 use dev_box::core::id::VmName;
 use dev_box::exec::ReadyVm;
+use dev_box::provision::provisioner::Paused;
+use tokio::sync::Notify;
 
 use super::api::{VmInfo, VmState};
 use crate::args::VmOptions;
@@ -29,18 +32,29 @@ pub(crate) enum VmsError {
     Exists(VmName),
     #[error("VM {name} is {state}: try again in a moment")]
     NotReady { name: VmName, state: VmState },
+    #[error("VM {0} is paused: `dev-box resume {0}` lets it run on")]
+    Paused(VmName),
     #[error("VM {name} is lost: {reason}")]
     Lost { name: VmName, reason: String },
 }
 
 /// The registry. Clones are the same one.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Vms(Arc<Mutex<BTreeMap<VmName, Entry>>>);
+pub(crate) struct Vms(Arc<Registry>);
+
+#[derive(Debug, Default)]
+struct Registry {
+    entries: Mutex<BTreeMap<VmName, Entry>>,
+    /// A name is free again.
+    freed: Notify,
+}
 
 #[derive(Debug)]
 struct Entry {
     info: VmInfo,
     machine: Option<ReadyVm>,
+    /// While it is.
+    paused: Option<Paused>,
 }
 
 /// A name that is taken for a VM which is being made; free again when this is dropped.
@@ -54,7 +68,7 @@ pub(crate) struct Reservation {
 impl Vms {
     fn entries(&self) -> MutexGuard<'_, BTreeMap<VmName, Entry>> {
         // A map of owned values is whole whatever panicked beside it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a name.
@@ -64,7 +78,7 @@ impl Vms {
         if entries.contains_key(&name) {
             return Err(VmsError::Exists(name));
         }
-        entries.insert(name, Entry { info: info.clone(), machine: None });
+        entries.insert(name, Entry { info: info.clone(), machine: None, paused: None });
         Ok(Reservation { vms: self.clone(), info, filled: false })
     }
 
@@ -86,10 +100,33 @@ impl Vms {
         let entry = entries.get(name).ok_or_else(|| VmsError::NotFound(name.clone()))?;
         match (&entry.info.state, &entry.machine) {
             (VmState::Ready, Some(machine)) => Ok((machine.name.clone(), machine.session.clone())),
+            (VmState::Paused, _) => Err(VmsError::Paused(name.clone())),
             (VmState::Lost { reason }, _) => {
                 Err(VmsError::Lost { name: name.clone(), reason: reason.clone() })
             }
             (state, _) => Err(VmsError::NotReady { name: name.clone(), state: state.clone() }),
+        }
+    }
+
+    /// The domain and the channel of a VM that can be let run on. One that was paused by somebody else is listed as ready.
+    pub(crate) fn resumable(&self, name: &VmName) -> Result<(VmName, Session), VmsError> {
+        match self.entries().get(name) {
+            Some(Entry { info, machine: Some(machine), .. }) if info.state == VmState::Paused => {
+                return Ok((machine.name.clone(), machine.session.clone()));
+            }
+            _ => {}
+        }
+        self.channel(name)
+    }
+
+    /// Has it on record that a VM is paused, until that is dropped, or that it runs. One that went meanwhile is left alone.
+    pub(crate) fn set_paused(&self, name: &VmName, domain: &VmName, paused: Option<Paused>) {
+        if let Some(entry) = self.entries().get_mut(name)
+            && entry.info.domain.as_ref() == Some(domain)
+            && matches!(entry.info.state, VmState::Ready | VmState::Paused)
+        {
+            entry.info.state = if paused.is_some() { VmState::Paused } else { VmState::Ready };
+            entry.paused = paused;
         }
     }
 
@@ -99,7 +136,7 @@ impl Vms {
         let mut entries = self.entries();
         let entry = entries.get_mut(name).ok_or_else(|| VmsError::NotFound(name.clone()))?;
         match &entry.info.state {
-            VmState::Ready | VmState::Lost { .. } => {
+            VmState::Ready | VmState::Paused | VmState::Lost { .. } => {
                 entry.info.state = VmState::Removing;
                 Ok(entry.machine.take())
             }
@@ -111,7 +148,10 @@ impl Vms {
     pub(crate) fn lose(&self, name: &VmName, domain: &VmName, reason: &str) -> Option<ReadyVm> {
         let mut entries = self.entries();
         let entry = entries.get_mut(name)?;
-        if entry.info.state != VmState::Ready || entry.info.domain.as_ref() != Some(domain) {
+        // A VM that was reset in place has the same domain, under this name perhaps, and a session that lives.
+        let closed = entry.machine.as_ref().is_some_and(|machine| machine.session.close_reason().is_some());
+        let there = matches!(entry.info.state, VmState::Ready | VmState::Paused);
+        if !closed || !there || entry.info.domain.as_ref() != Some(domain) {
             return None;
         }
         entry.info.state = VmState::Lost { reason: reason.to_owned() };
@@ -132,6 +172,18 @@ impl Vms {
     /// A VM is gone, and its name free.
     pub(crate) fn forget(&self, name: &VmName) {
         self.entries().remove(name);
+        self.0.freed.notify_waiters();
+    }
+
+    /// Waits until there is no VM of that name.
+    pub(crate) async fn gone(&self, name: &VmName) {
+        loop {
+            let freed = self.0.freed.notified();
+            if !self.entries().contains_key(name) {
+                return;
+            }
+            freed.await;
+        }
     }
 
     /// Takes all that can be taken, to be removed.
@@ -160,7 +212,7 @@ impl Reservation {
     /// The VM is there.
     pub(crate) fn fill(mut self, machine: ReadyVm) -> VmInfo {
         let info = VmInfo { state: VmState::Ready, domain: Some(machine.name.clone()), ..self.info.clone() };
-        let entry = Entry { info: info.clone(), machine: Some(machine) };
+        let entry = Entry { info: info.clone(), machine: Some(machine), paused: None };
         self.vms.entries().insert(info.name.clone(), entry);
         self.filled = true;
         info

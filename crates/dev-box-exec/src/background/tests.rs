@@ -154,7 +154,32 @@ async fn jobs_are_listed_and_killed() {
         }
     });
     assert_eq!(list(&session).await.unwrap().len(), 2);
+    assert!(!at_rest(&session, Duration::from_secs(5)).await, "one goes on");
     tokio::time::timeout(Duration::from_secs(5), kill(&session, "job-1", 9)).await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_at_rest_says_so_in_time() {
+    let (session, mut incoming, _guest) = pair().await;
+    let answering = tokio::spawn(async move {
+        let (request, mut stream) = incoming.next().await.unwrap();
+        assert_eq!(request, Request::Jobs);
+        let ended = JobEntry {
+            job: "job-1".into(),
+            pid: None,
+            argv: Vec::new(),
+            background: true,
+            exited: Some(exited()),
+            age_ms: 1,
+        };
+        stream.send(Message::Jobs { jobs: vec![ended] }).await.unwrap();
+        stream.send(Message::Done).await.unwrap();
+        // The next is asked in vain.
+        incoming.next().await
+    });
+    assert!(at_rest(&session, Duration::from_secs(2)).await);
+    assert!(!at_rest(&session, Duration::from_secs(2)).await, "it does not answer");
+    assert!(answering.await.unwrap().is_some());
 }
 
 #[tokio::test(start_paused = true)]

@@ -10,11 +10,13 @@ use tokio::time::Instant;
 use super::failure::Cause;
 use super::files::Results;
 use super::process::{End, Why};
-use crate::outcome::{Captured, ExecutionResult, Outcome, Phase, Timings, Usage};
+use crate::outcome::{Captured, ExecutionResult, Outcome, Phase, RanIn, Timings, Usage, is_in_order};
+use crate::provisioner::ReadyVm;
 
 /// What is known so far. Phases are entered in order; the time of each ends where the next begins.
 pub(super) struct Report {
     job: JobId,
+    vm: Option<RanIn>,
     started_at: EasternTime,
     phase: Phase,
     since: Instant,
@@ -34,6 +36,7 @@ impl Report {
     pub(super) fn begin(clock: &dyn Clock, job: JobId) -> Self {
         Self {
             job,
+            vm: None,
             started_at: clock.now(),
             phase: Phase::Acquire,
             since: Instant::now(),
@@ -97,9 +100,13 @@ impl Report {
         self.results = results;
     }
 
-    /// Whether the job exited, and everything that belongs to it went as it should: its VM may be used again.
+    /// See [`ExecutionResult::is_in_order`].
     pub(super) fn is_in_order(&self) -> bool {
-        self.outcome == Some(Outcome::Exited) && (self.exit_code.is_some() || self.signal.is_some())
+        is_in_order(self.outcome, self.exit_code, self.signal)
+    }
+
+    pub(super) fn runs_in(&mut self, vm: &ReadyVm) {
+        self.vm = Some(RanIn { name: vm.name.clone(), made: vm.facts.made() });
     }
 
     /// Takes a failure of the phase it is in. The first terminal state stays, but for a job that had exited.
@@ -128,6 +135,7 @@ impl Report {
         let outcome = self.outcome.unwrap_or(Outcome::Failed { phase: self.phase });
         ExecutionResult {
             job: self.job,
+            vm: self.vm,
             success: outcome == Outcome::Exited && self.exit_code == Some(0),
             outcome,
             exit_code: self.exit_code,

@@ -26,7 +26,17 @@ impl Bench {
 
     /// A client's session through the gateway, and the gateway's end.
     async fn client(&self) -> (Session, tokio::task::JoinHandle<Result<(), HandshakeError>>) {
-        let gateway = Gateway::new(self.vm.name.clone(), self.vm.session.clone(), self.audit.clone());
+        self.client_of(self.gateway()).await
+    }
+
+    fn gateway(&self) -> Gateway {
+        Gateway::new(self.vm.name.clone(), self.vm.session.clone(), self.audit.clone())
+    }
+
+    async fn client_of(
+        &self,
+        gateway: Gateway,
+    ) -> (Session, tokio::task::JoinHandle<Result<(), HandshakeError>>) {
         let (ours, theirs) = duplex(64 << 10);
         let served = tokio::spawn(async move { gateway.serve(theirs, Actor::user(1000, None)).await });
         let (session, _) = Session::connect(ours, HostHello::fresh().unwrap()).await.unwrap();
@@ -82,6 +92,28 @@ async fn what_is_the_owners_is_refused() {
         );
     }
     assert_eq!(bench.audit.actions(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn only_who_holds_the_vm_has_its_share_mounted() {
+    let bench = Bench::new(Script::new()).await;
+    let mount = || {
+        Request::Mount(message::Mount {
+            tag: crate::provisioner::SHARE_TAG.to_owned(),
+            target: "/workspace".into(),
+            read_only: false,
+            owner: None,
+        })
+    };
+    let unmount = || Request::Unmount(message::Unmount { target: "/workspace".into(), lazy: false });
+    let (client, _served) = bench.client().await;
+    client.call(mount()).await.unwrap_err();
+    client.call(unmount()).await.unwrap_err();
+    let (holder, _served) = bench.client_of(bench.gateway().for_holder()).await;
+    holder.call(mount()).await.unwrap();
+    holder.call(unmount()).await.unwrap();
+    holder.call(Request::Shutdown(message::Shutdown::default())).await.unwrap_err();
+    assert_eq!(bench.provisioner.violations(), Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -30,6 +30,10 @@ impl Watcher for Diary {
         self.write("gone".to_owned());
     }
 
+    fn paused(&self, _vm: &VmName, paused: bool) {
+        self.write(format!("paused {paused}"));
+    }
+
     fn output(&self, _vm: &VmName, bytes: u64) {
         self.write(format!("output {bytes}"));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Path, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use axum::routing::get;
 use hyper_util::rt::TokioIo;
@@ -25,24 +25,35 @@ async fn open(
     Path(vm): Path<String>,
     request: Request,
 ) -> Result<Response, Refusal> {
-    let wanted = request.headers().get(header::UPGRADE).map(HeaderValue::as_bytes);
-    if wanted != Some(CHANNEL_PROTOCOL.as_bytes()) {
-        return Err(Refusal::bad_request(format!("ask for `Upgrade: {CHANNEL_PROTOCOL}`")));
-    }
+    wanted(request.headers())?;
     let (domain, session) = daemon.vms.channel(&name(vm)?)?;
     let upgrade = hyper::upgrade::on(request);
     let serving = Arc::clone(&daemon);
     daemon.tasks.spawn(async move {
         match upgrade.await {
             Ok(upgraded) => {
-                Box::pin(serving.serve_channel(domain, session, TokioIo::new(upgraded), &peer)).await;
+                let gateway = serving.gateway(domain, session);
+                Box::pin(serving.serve_channel(gateway, TokioIo::new(upgraded), &peer)).await;
             }
             Err(error) => tracing::debug!(%peer, %error, "a client left before its channel was there"),
         }
     });
+    Ok(switching())
+}
+
+/// Whether a client asks for a channel at all.
+pub(super) fn wanted(headers: &HeaderMap) -> Result<(), Refusal> {
+    match headers.get(header::UPGRADE).map(HeaderValue::as_bytes) {
+        Some(protocol) if protocol == CHANNEL_PROTOCOL.as_bytes() => Ok(()),
+        _ => Err(Refusal::bad_request(format!("ask for `Upgrade: {CHANNEL_PROTOCOL}`"))),
+    }
+}
+
+/// From here on the connection is a channel.
+pub(super) fn switching() -> Response {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(CHANNEL_PROTOCOL));
-    Ok(response)
+    response
 }

@@ -2,6 +2,7 @@
 
 mod channel;
 mod events;
+mod leases;
 mod pool;
 mod problem;
 mod usage;
@@ -21,6 +22,7 @@ pub(super) fn all(daemon: Arc<Daemon>) -> Router {
         .merge(vms::routes())
         .merge(pool::routes())
         .merge(channel::routes())
+        .merge(leases::routes())
         .merge(events::routes())
         .merge(usage::routes());
     Router::new().nest("/v1", v1).fallback(problem::no_such_path).with_state(daemon)

@@ -5,10 +5,13 @@ use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use dev_box::core::id::{IdError, VmName};
+use dev_box::core::vm::VmError;
 use dev_box::exec::ProvisionError;
+use dev_box::provision::provisioner::ResumeError;
 
 use crate::daemon::api::Problem;
 use crate::daemon::pools::NoPool;
+use crate::daemon::power::PowerError;
 use crate::daemon::state::CreateError;
 use crate::daemon::vms::VmsError;
 use crate::exit::Failure;
@@ -25,6 +28,11 @@ impl Refusal {
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
         Self { status: StatusCode::BAD_REQUEST, code: "bad-request", message: message.into() }
     }
+
+    pub(super) fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        let message = Failure::new(error).to_string();
+        Self { status: StatusCode::INTERNAL_SERVER_ERROR, code: "failed", message }
+    }
 }
 
 impl IntoResponse for Refusal {
@@ -39,6 +47,7 @@ impl From<VmsError> for Refusal {
         let (status, code) = match &error {
             VmsError::NotFound(_) => (StatusCode::NOT_FOUND, "not-found"),
             VmsError::Exists(_) => (StatusCode::CONFLICT, "exists"),
+            VmsError::Paused(_) => (StatusCode::CONFLICT, "paused"),
             VmsError::NotReady { .. } => (StatusCode::CONFLICT, "not-ready"),
             VmsError::Lost { .. } => (StatusCode::GONE, "lost"),
         };
@@ -52,6 +61,8 @@ impl From<CreateError> for Refusal {
             CreateError::Vms(error) => return error.into(),
             CreateError::Policy(_) => (StatusCode::INSUFFICIENT_STORAGE, "too-many-policies"),
             CreateError::Mounts(_) => (StatusCode::FORBIDDEN, "forbidden"),
+            CreateError::NoPool => (StatusCode::NOT_FOUND, "no-pool"),
+            CreateError::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "busy"),
             CreateError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
             CreateError::Provision(ProvisionError::Unsatisfiable { .. }) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "unsatisfiable")
@@ -66,6 +77,19 @@ impl From<CreateError> for Refusal {
 impl From<NoPool> for Refusal {
     fn from(error: NoPool) -> Self {
         Self { status: StatusCode::NOT_FOUND, code: "no-pool", message: error.to_string() }
+    }
+}
+
+impl From<PowerError> for Refusal {
+    fn from(error: PowerError) -> Self {
+        let (status, code) = match error {
+            PowerError::Vms(error) => return error.into(),
+            PowerError::Pause(VmError::Illegal(_))
+            | PowerError::Resume(ResumeError::Vm(VmError::Illegal(_))) => (StatusCode::CONFLICT, "not-ready"),
+            PowerError::Audit(_) => (StatusCode::INSUFFICIENT_STORAGE, "not-audited"),
+            PowerError::Pause(_) | PowerError::Resume(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        };
+        Self { status, code, message: Failure::new(error).to_string() }
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{ConnectInfo, Path, State};
 use axum::http::StatusCode;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 
 use super::problem::{Refusal, name};
@@ -14,7 +14,11 @@ use crate::daemon::socket::Peer;
 use crate::daemon::state::Daemon;
 
 pub(super) fn routes() -> Router<Arc<Daemon>> {
-    Router::new().route("/vms", get(list).post(create)).route("/vms/{name}", get(inspect).delete(remove))
+    Router::new()
+        .route("/vms", get(list).post(create))
+        .route("/vms/{name}", get(inspect).delete(remove))
+        .route("/vms/{name}/pause", post(pause))
+        .route("/vms/{name}/resume", post(resume))
 }
 
 async fn list(State(daemon): State<Arc<Daemon>>) -> Json<Vec<VmInfo>> {
@@ -39,5 +43,24 @@ async fn inspect(State(daemon): State<Arc<Daemon>>, Path(vm): Path<String>) -> R
 /// Answers when nothing of it is left.
 async fn remove(State(daemon): State<Arc<Daemon>>, Path(vm): Path<String>) -> Result<StatusCode, Refusal> {
     daemon.remove(&name(vm)?).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn pause(
+    State(daemon): State<Arc<Daemon>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(vm): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    daemon.pause(&name(vm)?, &peer).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Answers when its clock is right.
+async fn resume(
+    State(daemon): State<Arc<Daemon>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(vm): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    daemon.resume(&name(vm)?, &peer).await?;
     Ok(StatusCode::NO_CONTENT)
 }

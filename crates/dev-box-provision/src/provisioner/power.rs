@@ -1,0 +1,56 @@
+//! A VM stopped in the middle of what it does, and let run on.
+
+use dev_box_comm::message::{Configure, Request};
+use dev_box_comm::session::{CallError, DeadlineHold, Session};
+use dev_box_core::id::VmName;
+use dev_box_core::vm::{Vm, VmError};
+use tokio::time::timeout;
+
+use super::LibvirtProvisioner;
+
+/// How long the agent of a VM that runs on may take to set its clock.
+const ANSWER: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// A VM that does not run. While this lives its channel does not take the silence for a breach.
+#[derive(Debug)]
+pub struct Paused(#[expect(dead_code, reason = "held, not read")] DeadlineHold);
+
+/// Why a VM was not let run on as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ResumeError {
+    /// It does not run.
+    #[error("the VM cannot be let run on")]
+    Vm(#[from] VmError),
+    /// It runs, in the past.
+    #[error("the VM runs on, and its clock was not set: what asks it for the time is told a wrong one")]
+    Clock(#[source] CallError),
+    /// It runs, in the past, and does not answer.
+    #[error("the VM runs on, and its agent has not set its clock within {} s", ANSWER.as_secs())]
+    Silent,
+}
+
+impl LibvirtProvisioner {
+    /// Stops a VM's CPUs, wherever they are. Memory, disk and what is on its channel stay.
+    ///
+    /// # Errors
+    /// [`VmError`]; also when it does not run. It is as it was then.
+    pub async fn pause(&self, vm: &VmName, session: &Session) -> Result<Paused, VmError> {
+        let hold = session.hold_deadlines();
+        Vm::find(&self.0.connection, vm.as_str()).await?.pause().await?;
+        Ok(Paused(hold))
+    }
+
+    /// Lets it run on, and has its agent set the clock, which has stood still.
+    ///
+    /// # Errors
+    /// [`ResumeError`].
+    pub async fn resume(&self, vm: &VmName, session: &Session) -> Result<(), ResumeError> {
+        Vm::find(&self.0.connection, vm.as_str()).await?.resume().await?;
+        let now = Configure { unix_time_ns: Some(self.0.clock.now().unix_nanos()), ..Configure::default() };
+        match timeout(ANSWER, session.call(Request::Configure(now))).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(ResumeError::Clock(error)),
+            Err(_) => Err(ResumeError::Silent),
+        }
+    }
+}
