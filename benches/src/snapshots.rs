@@ -11,6 +11,7 @@ use dev_box::comm::transport::{Dial, UnixDial};
 use dev_box::core::connection::LibvirtConnection;
 use dev_box::core::id::VmName;
 use dev_box::core::libvirt::Libvirt;
+use dev_box::core::size::ByteSize;
 use dev_box::core::snapshot::{NewSnapshot, RestoreOptions, SnapshotManager};
 use dev_box::core::spec::ResourceProfile;
 use dev_box::core::state::VmState;
@@ -38,15 +39,22 @@ struct Subject {
 }
 
 impl Subject {
-    async fn new() -> Result<Self, NotRun> {
+    /// With so much memory, or the default.
+    async fn new(memory: Option<ByteSize>) -> Result<Self, NotRun> {
         let dev_box = DevBox::open(Config::load(None)?).await?;
         let connection = LibvirtConnection::open(&dev_box.config().host.uri).await?;
         let defaults = &dev_box.config().vm;
         let name = VmName::generate("bench")?;
+        let profile = ResourceProfile::default();
         let new = NewVm {
             name: name.clone(),
             image: defaults.image.parse()?,
-            resources: ResourceProfile { vcpus: 1, disk: defaults.disk, ..ResourceProfile::default() },
+            resources: ResourceProfile {
+                vcpus: 1,
+                memory: memory.unwrap_or(profile.memory),
+                disk: defaults.disk,
+                ..profile
+            },
             policy: EgressPolicy::Isolated,
             accelerator: defaults.accelerator,
         };
@@ -89,7 +97,7 @@ impl Subject {
 /// `wait_for_state`.
 pub(crate) fn wait_started() -> Result<Vec<Figure>, NotRun> {
     block_on(async {
-        let subject = Subject::new().await?;
+        let subject = Subject::new(None).await?;
         let measured = starts(&subject).await;
         subject.end().await?;
         Ok(vec![Figure::of("wait.started", Unit::Milliseconds, measured?)])
@@ -129,17 +137,22 @@ fn says_running(libvirt: &dyn Libvirt, id: dev_box::core::id::VmId) -> Option<In
     None
 }
 
-/// Both ways back to one snapshot, by turns: until they say that it is done, and until the guest's agent answers.
+/// Both ways back to one snapshot, by turns: until they say that it is done, and until the guest's agent answers. QEMU's part grows with the
+/// memory, libvirt's does not.
 pub(crate) fn restore() -> Result<Vec<Figure>, NotRun> {
     block_on(async {
-        let subject = Subject::new().await?;
-        let measured = restores(&subject).await;
-        subject.end().await?;
-        measured
+        let mut figures = Vec::new();
+        for (memory, suffix) in [(None, ""), (Some(ByteSize::mib(256)), ".256m")] {
+            let subject = Subject::new(memory).await?;
+            let measured = restores(&subject, suffix).await;
+            subject.end().await?;
+            figures.extend(measured?);
+        }
+        Ok(figures)
     })
 }
 
-async fn restores(subject: &Subject) -> Result<Vec<Figure>, NotRun> {
+async fn restores(subject: &Subject, suffix: &str) -> Result<Vec<Figure>, NotRun> {
     subject.dev_box.user_vms().start(&subject.name).await?;
     let snapshots = SnapshotManager::new(&subject.vm);
     let name = "bench".parse()?;
@@ -173,6 +186,6 @@ async fn restores(subject: &Subject) -> Result<Vec<Figure>, NotRun> {
         ("baseline.virsh_revert.first-answer", virsh_answer),
     ]
     .into_iter()
-    .map(|(name, samples)| Figure::of(name, Unit::Milliseconds, samples))
+    .map(|(name, samples)| Figure::of(format!("{name}{suffix}"), Unit::Milliseconds, samples))
     .collect())
 }
