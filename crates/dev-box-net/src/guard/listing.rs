@@ -1,6 +1,6 @@
 //! Reading what nft lists (libnftables-json(5)): which VMs have rules, what the rules are, what they counted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use serde_json::Value;
@@ -31,6 +31,8 @@ impl Tables {
         let listing = |what: &str| FirewallError::Listing(what.to_owned());
         let document: Value =
             serde_json::from_str(text).map_err(|error| FirewallError::Listing(error.to_string()))?;
+        // nft 1.0.6 lists some objects twice when the rules change while it reads them.
+        let mut seen = BTreeSet::new();
         let items =
             document.get("nftables").and_then(Value::as_array).ok_or_else(|| listing("no \"nftables\""))?;
         for item in items {
@@ -44,6 +46,9 @@ impl Tables {
             let field = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
             let name = field(if kind == "rule" { "chain" } else { "name" });
             let number = |key: &str| value.get(key).and_then(Value::as_u64).unwrap_or_default();
+            if !seen.insert((field("family"), kind, name.clone(), number("handle"))) {
+                continue;
+            }
             if kind == "counter" {
                 self.counters.push((name, Count { packets: number("packets"), bytes: number("bytes") }));
                 continue;
@@ -172,6 +177,17 @@ mod tests {
         assert!(first.to_string().starts_with("sha256:"));
         let addresses: Vec<_> = read(&listing(1, 1, "a", "b", "c")).fingerprints().into_keys().collect();
         assert_eq!(addresses, [VM, Ipv4Addr::new(10, 213, 0, 3)]);
+    }
+
+    #[test]
+    fn what_is_listed_twice_is_read_once() {
+        let once = listing(1, 5, "a", "b", "dbt0ad50002");
+        let mut document: Value = serde_json::from_str(&once).unwrap();
+        let items = document["nftables"].as_array_mut().unwrap();
+        items.extend(items.clone());
+        let (once, twice) = (read(&once), read(&document.to_string()));
+        assert_eq!(once.fingerprints(), twice.fingerprints());
+        assert_eq!(once.traffic(), twice.traffic());
     }
 
     #[test]
