@@ -388,7 +388,7 @@ impl Vm {
         let id = self.id;
         self.operate(Operation::Plug, move |libvirt| {
             // Nothing says that libvirt would keep this order within one call.
-            libvirt.update_device(id, &filtered)?;
+            filter(libvirt, id, &filtered)?;
             libvirt.update_device(id, &plugged)
         })
         .await
@@ -459,6 +459,24 @@ fn ours<T, E>(
 }
 
 /// The state, of which "no such domain" is one.
+/// How often libvirt is asked to put a filter in force, and how long it is left alone in between.
+const FILTER_ATTEMPTS: u32 = 4;
+const FILTER_PAUSE: Duration = Duration::from_millis(100);
+
+/// Gives an interface its filter, again when somebody else's rules came in between.
+fn filter(libvirt: &dyn Libvirt, id: VmId, interface: &str) -> Result<(), LibvirtError> {
+    for attempt in 1..FILTER_ATTEMPTS {
+        match libvirt.update_device(id, interface) {
+            Err(error) if error.is_rule_conflict() => {
+                tracing::info!(%error, attempt, "libvirt's filter is put in force again");
+                std::thread::sleep(FILTER_PAUSE * attempt);
+            }
+            done => return done,
+        }
+    }
+    libvirt.update_device(id, interface)
+}
+
 fn report(libvirt: &dyn Libvirt, id: VmId) -> Result<StateReport, LibvirtError> {
     match libvirt.state(id) {
         Err(error) if error.is_not_found() => {

@@ -272,6 +272,13 @@ impl LibvirtError {
         matches!(self, Self::ConnectionLost { .. })
     }
 
+    /// Whether libvirt could not add a filter's rules, and has none in force instead: its ebtables reads all rules before it changes one, and
+    /// is at a loss when somebody else has changed some meanwhile.
+    #[must_use]
+    pub fn is_rule_conflict(&self) -> bool {
+        matches!(self, Self::OperationFailed { message, .. } if message.contains("failed to add new filter rules"))
+    }
+
     /// Whether what was asked for does not exist.
     #[must_use]
     pub fn is_not_found(&self) -> bool {

@@ -106,6 +106,36 @@ async fn a_reboot_ends_it() {
 }
 
 #[tokio::test]
+async fn a_filter_whose_rules_met_somebody_elses_is_put_in_force_again() {
+    let libvirt = FakeLibvirt::new();
+    libvirt.define_network("<network><name>dev-box</name><bridge name=\"b0\"/></network>").unwrap();
+    libvirt.start_network("dev-box").unwrap();
+    libvirt.define_filter("<filter name=\"dev-box-nat-filtered\" chain=\"root\"/>").unwrap();
+    let mut spec = plain(Accelerator::Tcg);
+    spec.interface = full(Accelerator::Tcg).interface;
+    let template = template(spec);
+    let connection = connect(&libvirt).await;
+    let vm = Vm::create(&connection, &template.unplugged()).await.unwrap();
+    let conflict = || {
+        LibvirtError::from_libvirt(
+            9,
+            "failed to add new filter rules to 'x' - attempting to restore old rules",
+        )
+    };
+    for nth in 1..=3 {
+        libvirt.fail_nth("update_device", nth, conflict());
+    }
+    vm.plug_in(&template).await.unwrap();
+    for nth in 1..=4 {
+        libvirt.fail_nth("update_device", nth, conflict());
+    }
+    assert!(matches!(vm.plug_in(&template).await, Err(VmError::Libvirt(error)) if error.is_rule_conflict()));
+    libvirt.fail_next("update_device", LibvirtError::from_libvirt(9, "another"));
+    assert!(vm.plug_in(&template).await.is_err(), "anything else is told at once");
+    vm.plug_in(&template).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_guest_that_does_not_listen_is_destroyed() {
     let libvirt = FakeLibvirt::new();
     libvirt.deafen_guests(true);
