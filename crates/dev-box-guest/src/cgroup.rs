@@ -192,8 +192,8 @@ impl JobGroup {
         Self { path, directory, cpu_stat, memory_events, before: GroupUsage::default(), limited: false }
     }
 
-    /// Makes a group ready for another job whose init, if there is one already, is its only process. False when it is not as a new one would be: it had limits of its own, or a job has
-    /// made groups in it or frozen it.
+    /// Makes a group ready for another job, whose init, if there is one already, is to be its only process. False when it is not as a new one
+    /// would be: it had limits of its own, or a job has made groups in it or frozen it.
     pub fn renew(&mut self, init: Option<i32>) -> bool {
         let read = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
         let events = read("cgroup.events");
