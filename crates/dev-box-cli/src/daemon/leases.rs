@@ -10,12 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dev_box::comm::session::{Io, Session};
-use dev_box::core::clock::{Clock, SystemClock};
 use dev_box::core::id::VmName;
 use dev_box::exec::pool::Ending;
 use tokio::time::sleep;
 
-use super::api::{Happening, LeaseInfo, NewLease, VmInfo, VmState};
+use super::api::{Happening, LeaseInfo, NewLease};
 use super::socket::Peer;
 use super::state::{CreateError, Daemon};
 
@@ -59,15 +58,7 @@ impl Daemon {
         }
         let pool = self.pools.serving(&new.vm.templates(), &request).ok_or(CreateError::NoPool)?;
         let name = VmName::generate("run").map_err(CreateError::Name)?;
-        let reservation = self.vms.reserve(VmInfo {
-            name: name.clone(),
-            domain: None,
-            state: VmState::Starting,
-            owner: peer.to_string(),
-            image: request.image.clone(),
-            created_at: SystemClock.now(),
-            options: new.vm,
-        })?;
+        let reservation = self.reserve(&name, &request, new.vm, peer)?;
         let machine = self.lease(&*pool, &request, PATIENCE, peer).await?;
         let info = LeaseInfo {
             name: name.clone(),

@@ -27,7 +27,7 @@ use super::events::Events;
 use super::pools::Pools;
 use super::socket::Peer;
 use super::vms::{Reservation, Vms, VmsError};
-use crate::args::NotYours;
+use crate::args::{NotYours, VmOptions};
 use crate::exit::Failure;
 
 /// How long a guest may take to say that nothing goes on in it.
@@ -125,15 +125,7 @@ impl Daemon {
             None => VmName::generate("vm").map_err(CreateError::Name)?,
         };
         let request = new.vm.request(&self.dev_box, "serve")?;
-        let reservation = self.vms.reserve(VmInfo {
-            name: name.clone(),
-            domain: None,
-            state: VmState::Starting,
-            owner: peer.to_string(),
-            image: request.image.clone(),
-            created_at: self.clock.now(),
-            options: new.vm,
-        })?;
+        let reservation = self.reserve(&name, &request, new.vm, peer)?;
         self.events.say(Happening::VmStarting { vm: name.clone() });
         let began = Instant::now();
         let provisioner =
@@ -150,6 +142,25 @@ impl Daemon {
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.events.say(Happening::VmReady { vm: name.clone(), took_ms });
         Ok(info)
+    }
+
+    /// Keeps the name of a VM that is asked for.
+    pub(super) fn reserve(
+        &self,
+        name: &VmName,
+        request: &VmRequest,
+        options: VmOptions,
+        peer: &Peer,
+    ) -> Result<Reservation, VmsError> {
+        self.vms.reserve(VmInfo {
+            name: name.clone(),
+            domain: None,
+            state: VmState::Starting,
+            owner: peer.to_string(),
+            image: request.image.clone(),
+            created_at: self.clock.now(),
+            options,
+        })
     }
 
     /// Has a VM that is ready under its name, on record for a successor, and looked after. Given up, the VM is retired.
