@@ -250,7 +250,7 @@ pub(crate) fn score_of(size: f64, threshold: f64) -> f64 {
     if !size.is_finite() || threshold <= 0.0 {
         return if size > 0.0 { 1.0 } else { 0.0 };
     }
-    (1.0 - 0.5_f64.powf(size.max(0.0) / threshold)).clamp(0.0, 1.0)
+    (1.0 - (-size.max(0.0) / threshold).exp2()).clamp(0.0, 1.0)
 }
 
 #[cfg(test)]

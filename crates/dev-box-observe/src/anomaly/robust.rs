@@ -1,7 +1,7 @@
 //! Robust z-score: distance from the median in units of the median absolute deviation.
 //!
 //! One outlier moves a mean and swells a standard deviation; it moves neither of these. The window is kept sorted, so
-//! an update costs a binary search and a short move. (B. Iglewicz and D. Hoaglin, "How to Detect and Handle Outliers",
+//! an update costs a few binary searches and a short move. (B. Iglewicz and D. Hoaglin, "How to Detect and Handle Outliers",
 //! 1993, give the factor and the usual threshold of 3.5.)
 
 use std::collections::VecDeque;
@@ -50,18 +50,32 @@ impl RobustZ {
     pub fn update(&mut self, number: Option<f64>) -> Option<Score> {
         let number = number.filter(|number| number.is_finite())?;
         let score = (self.sorted.len() >= 8).then(|| self.score(number));
-        if self.order.len() == self.window
-            && let Some(oldest) = self.order.pop_front()
-        {
-            let at = self.sorted.partition_point(|kept| *kept < oldest);
-            if at < self.sorted.len() {
-                self.sorted.remove(at);
+        let full = self.order.len() == self.window;
+        match if full { self.order.pop_front() } else { None } {
+            Some(oldest) => self.replace(oldest, number),
+            None => {
+                let at = self.sorted.partition_point(|kept| *kept < number);
+                self.sorted.insert(at, number);
             }
         }
         self.order.push_back(number);
-        let at = self.sorted.partition_point(|kept| *kept < number);
-        self.sorted.insert(at, number);
         score
+    }
+
+    /// Puts `new` in the place of `old`, moving only what lies between them.
+    fn replace(&mut self, old: f64, new: f64) {
+        let from = self.sorted.partition_point(|kept| *kept < old);
+        let to = self.sorted.partition_point(|kept| *kept < new);
+        let at = if to > from {
+            self.sorted.copy_within(from + 1..to, from);
+            to - 1
+        } else {
+            self.sorted.copy_within(to..from, to + 1);
+            to
+        };
+        if let Some(place) = self.sorted.get_mut(at) {
+            *place = new;
+        }
     }
 
     fn score(&self, number: f64) -> Score {
@@ -79,33 +93,40 @@ impl RobustZ {
         middle(&self.sorted)
     }
 
-    /// The median of the distances, by walking outwards from the median: two fingers in a sorted list.
+    /// The median of the distances. Those below the median and those above it are sorted already, so the middle of both
+    /// together is found by halving, not by walking.
     fn mad(&self, median: f64) -> f64 {
-        let count = self.sorted.len();
-        let mut high = self.sorted.partition_point(|kept| *kept < median);
-        let mut low = high;
-        let (mut last, mut before) = (0.0, 0.0);
-        for _ in 0..=count / 2 {
-            let down = low.checked_sub(1).and_then(|at| self.sorted.get(at)).map(|kept| median - kept);
-            let up = self.sorted.get(high).map(|kept| kept - median);
-            before = last;
-            last = match (down, up) {
-                (Some(down), Some(up)) if down <= up => {
-                    low -= 1;
-                    down
-                }
-                (Some(down), None) => {
-                    low -= 1;
-                    down
-                }
-                (_, Some(up)) => {
-                    high += 1;
-                    up
-                }
-                (None, None) => break,
-            };
+        let (below, above) = self.sorted.split_at(self.sorted.partition_point(|kept| *kept < median));
+        let down = |at: usize| {
+            below.len().checked_sub(at + 1).and_then(|at| below.get(at)).map(|kept| median - kept)
+        };
+        let up = |at: usize| above.get(at).map(|kept| kept - median);
+        // The smallest half: so many of those below, the rest of those above.
+        let half = self.sorted.len() / 2 + 1;
+        let (mut least, mut most) = (half.saturating_sub(above.len()), half.min(below.len()));
+        while least < most {
+            let try_at = usize::midpoint(least, most);
+            if down(try_at) < up(half - try_at - 1) {
+                least = try_at + 1;
+            } else {
+                most = try_at;
+            }
         }
-        if count % 2 == 1 { last } else { f64::midpoint(last, before) }
+        let (of_below, of_above) = (least, half.saturating_sub(least));
+        let last = |taken: usize, distance: &dyn Fn(usize) -> Option<f64>| {
+            taken.checked_sub(1).and_then(distance).unwrap_or_default()
+        };
+        let (lower, upper) = (last(of_below, &down), last(of_above, &up));
+        let greatest = lower.max(upper);
+        if self.sorted.len() % 2 == 1 {
+            return greatest;
+        }
+        let next = if lower > upper {
+            upper.max(last(of_below.saturating_sub(1), &down))
+        } else {
+            lower.max(last(of_above.saturating_sub(1), &up))
+        };
+        f64::midpoint(greatest, next)
     }
 }
 
