@@ -25,6 +25,7 @@ mod keyfile;
 mod log;
 mod ocsf;
 mod options;
+mod pace;
 mod query;
 mod record;
 #[cfg(any(test, feature = "testing"))]

@@ -1,12 +1,12 @@
 //! The log itself: a bounded queue and one writer.
 //!
 //! ```text
-//!  append ──permit──┐                      ┌─ awaited entry: at once
+//!  append ──permit──┐                      ┌─ awaited entry: at once; while the log is busy, when the window is over
 //!  note ──try───────┼─> queue ─> writer ───┤
 //!     └ full: counted                      └─ notes only: when the window is over
 //! ```
 //!
-//! While the writer syncs one group, the next one gathers in the queue: that is what makes a group.
+//! While the writer syncs one group, the next one gathers in the queue; a busy log waits for more of them ([`Pace`]).
 
 use std::{
     collections::VecDeque,
@@ -21,6 +21,7 @@ use tokio::sync::{Semaphore, oneshot};
 use super::{
     AuditError, AuditFuture, AuditOptions, AuditSink, Entry, OpenError, Receipt,
     journal::{Health, Journal},
+    pace::Pace,
     volume::{Disk, Volume},
 };
 use crate::metrics;
@@ -234,11 +235,12 @@ fn write_groups(shared: &Shared, mut journal: Journal) {
     let _ending = Ending(shared);
     let window = journal.options().group_window;
     let head_interval = journal.options().head_interval;
+    let mut pace = Pace::new(window, Instant::now());
     let mut next_head = Instant::now() + head_interval;
     let mut next_retry = Instant::now() + RETRY;
     loop {
         let wake = next_head.min(next_retry);
-        let (group, dropped, closed) = next_group(shared, window, wake);
+        let (group, dropped, closed) = next_group(shared, &mut pace, window, wake);
         journal.count_lost(dropped, "the queue was full");
         let empty = group.is_empty();
         if !empty {
@@ -299,23 +301,28 @@ fn count(results: &[Result<Receipt, AuditError>], dropped: u64) {
     }
 }
 
-/// Waits for a group: until an awaited entry is there, a note has waited long enough, the queue is full of notes, the
+/// Waits for a group: until an awaited entry is there and the pace allows it, an entry has waited long enough, the queue is full of notes, the
 /// log is closed, or it is `wake`.
-fn next_group(shared: &Shared, window: Duration, wake: Instant) -> (Vec<Queued>, u64, bool) {
+fn next_group(shared: &Shared, pace: &mut Pace, window: Duration, wake: Instant) -> (Vec<Queued>, u64, bool) {
     let mut queue = shared.queue();
-    let mut deadline = None;
+    let (mut deadline, mut waited) = (None, false);
     loop {
         let now = Instant::now();
         if !queue.waiting.is_empty() {
             deadline.get_or_insert(now + window);
         }
-        let due = deadline.is_some_and(|deadline| now >= deadline);
-        if queue.urgent || due || queue.closed || queue.waiting.len() >= MAX_GROUP || now >= wake {
+        let due = match deadline {
+            Some(deadline) if queue.urgent => Some(pace.due(now).min(deadline)),
+            other => other,
+        };
+        let full = queue.waiting.len() >= MAX_GROUP;
+        if due.is_some_and(|due| now >= due) || queue.closed || full || now >= wake {
             break;
         }
-        let until = deadline.unwrap_or(wake).min(wake);
-        let waited = shared.filled.wait_timeout(queue, until.saturating_duration_since(now));
-        queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        waited |= queue.urgent;
+        let until = due.unwrap_or(wake).min(wake);
+        let woken = shared.filled.wait_timeout(queue, until.saturating_duration_since(now));
+        queue = woken.unwrap_or_else(PoisonError::into_inner).0;
     }
     let take = queue.waiting.len().min(MAX_GROUP);
     let group: Vec<_> = queue.waiting.drain(..take).collect();
@@ -323,6 +330,9 @@ fn next_group(shared: &Shared, window: Duration, wake: Instant) -> (Vec<Queued>,
     let dropped = std::mem::take(&mut queue.dropped);
     let closed = queue.closed;
     drop(queue);
+    if take > 0 {
+        pace.taken(take, waited, Instant::now());
+    }
     shared.places.add_permits(take);
     (group, dropped, closed)
 }

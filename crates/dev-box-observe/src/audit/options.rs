@@ -24,8 +24,8 @@ pub struct AuditOptions {
     /// Disk space set aside for the end of running work (default 4 MiB: the results of thousands of jobs). When it
     /// cannot be set aside any more, new work is refused.
     pub reserve_bytes: u64,
-    /// How long a note may wait for company (default 10 ms). An entry somebody awaits is written at once, with
-    /// everything queued by then.
+    /// How long an entry may wait for company (default 10 ms). One that somebody awaits is written at once, with everything
+    /// queued by then, unless so many were lately that they had better share a sync.
     pub group_window: Duration,
     /// How many entries may wait to be written (default 1024).
     pub queue: usize,
