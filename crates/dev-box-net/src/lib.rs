@@ -49,5 +49,5 @@ pub use guard::{Firewall, FirewallError, NftFirewall, Traffic};
 pub use policy::{EgressPolicy, PolicyDigest, PolicyError};
 pub use resolver::{DnsmasqResolver, Resolver, ResolverError};
 pub use subnet::Subnet;
-pub use throttle::NftThrottle;
+pub use throttle::{NftThrottle, ThrottleError};
 pub use vm_network::{GuardState, NetError, NetLease, NetSettings, Verification, VmNetwork};

@@ -1,13 +1,17 @@
 //! [`VmResponder`]: what is done about a finding, on the host, to VMs of any process here.
+//!
+//! Findings come at any time, also while another is responded to. A snapshot holds its VM still and lets it go on afterwards, so a
+//! pause that comes meanwhile waits for its end: otherwise the VM would run again. A kill waits for nothing.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use dev_box_core::clock::Clock;
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::state::VmState;
 use dev_box_core::vm::{Vm, VmError};
-use dev_box_net::{NftThrottle, VmNetwork};
+use dev_box_net::{NftThrottle, ThrottleError, VmNetwork};
 use dev_box_observe::alert::Webhook;
 use dev_box_observe::anomaly::{Finding, RespondError, RespondFuture, Responder};
 use dev_box_observe::audit::ResponseAction;
@@ -15,15 +19,30 @@ use dev_box_observe::audit::ResponseAction;
 use crate::blocking;
 use crate::forensics::{self, ForensicsRequest};
 
+/// What slows a VM down.
+pub trait Throttle: std::fmt::Debug + Send + Sync {
+    /// Slows down what comes from the VM behind this tap. Twice is once. Blocking.
+    ///
+    /// # Errors
+    /// [`ThrottleError`].
+    fn slow(&self, tap: &str) -> Result<(), ThrottleError>;
+}
+
+impl Throttle for NftThrottle {
+    fn slow(&self, tap: &str) -> Result<(), ThrottleError> {
+        Self::slow(self, tap)
+    }
+}
+
 /// What responses are made with.
 #[derive(Debug, Clone)]
-pub struct VmResponder {
+pub struct Means {
     /// Where the domains are.
     pub connection: LibvirtConnection,
     /// Whose counters go into a bundle.
     pub network: VmNetwork,
     /// What slows VMs down.
-    pub throttle: Arc<NftThrottle>,
+    pub throttle: Arc<dyn Throttle>,
     /// Who is told; the log only, where there is none.
     pub webhook: Option<Arc<Webhook>>,
     /// Where bundles go.
@@ -34,7 +53,33 @@ pub struct VmResponder {
     pub clock: Arc<dyn Clock>,
 }
 
+/// Responds to findings about VMs.
+#[derive(Debug)]
+pub struct VmResponder {
+    means: Means,
+    /// Who holds a VM still, or wants to.
+    holding: Mutex<BTreeMap<String, Weak<tokio::sync::Mutex<()>>>>,
+}
+
 impl VmResponder {
+    /// A responder with these means.
+    #[must_use]
+    pub fn new(means: Means) -> Self {
+        Self { means, holding: Mutex::default() }
+    }
+
+    /// The VM's turn to be held still: one response at a time.
+    fn turn(&self, vm: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut holding = self.holding.lock().unwrap_or_else(PoisonError::into_inner);
+        holding.retain(|_, turn| turn.strong_count() > 0);
+        if let Some(turn) = holding.get(vm).and_then(Weak::upgrade) {
+            return turn;
+        }
+        let turn = Arc::default();
+        holding.insert(vm.to_owned(), Arc::downgrade(&turn));
+        turn
+    }
+
     async fn act(&self, vm: &str, action: ResponseAction, finding: &Finding) -> Result<(), RespondError> {
         match action {
             ResponseAction::Log => Ok(()),
@@ -50,11 +95,11 @@ impl VmResponder {
     }
 
     async fn find(&self, vm: &str) -> Result<Vm, RespondError> {
-        Vm::find(&self.connection, vm).await.map_err(|error| named(vm, error))
+        Vm::find(&self.means.connection, vm).await.map_err(|error| named(vm, error))
     }
 
     async fn alert(&self, vm: &str, finding: &Finding) -> Result<(), RespondError> {
-        let Some(webhook) = &self.webhook else {
+        let Some(webhook) = &self.means.webhook else {
             tracing::error!(vm, rule = %finding.rule, why = finding.why, "ALERT (there is no observe.webhook_url)");
             return Ok(());
         };
@@ -66,11 +111,13 @@ impl VmResponder {
         let tap = template.spec().interface.as_ref().and_then(|interface| interface.target_dev.clone());
         // What has no network is slow enough.
         let Some(tap) = tap else { return Ok(()) };
-        let throttle = Arc::clone(&self.throttle);
+        let throttle = Arc::clone(&self.means.throttle);
         blocking::run(move || throttle.slow(&tap)).await.map_err(failed)
     }
 
     async fn pause(&self, vm: &str) -> Result<(), RespondError> {
+        let turn = self.turn(vm);
+        let _held = turn.lock().await;
         let domain = self.find(vm).await?;
         let state = domain.state().await.map_err(|error| named(vm, error))?.state;
         if state == VmState::Paused {
@@ -80,17 +127,20 @@ impl VmResponder {
     }
 
     async fn snapshot(&self, vm: &str, finding: &Finding) -> Result<(), RespondError> {
-        let dir = self.forensics_dir.clone();
+        let turn = self.turn(vm);
+        let _held = turn.lock().await;
+        let dir = self.means.forensics_dir.clone();
         blocking::run(move || std::fs::create_dir_all(dir)).await.map_err(failed)?;
-        let stamp = self.clock.now().to_string().replace(':', "");
+        let stamp = self.means.clock.now().to_string().replace(':', "");
         let request = ForensicsRequest {
             vm: vm.to_owned(),
-            archive: self.forensics_dir.join(format!("{vm}-{}-{stamp}.tar", finding.rule)),
-            audit_dir: self.audit_dir.clone(),
+            archive: self.means.forensics_dir.join(format!("{vm}-{}-{stamp}.tar", finding.rule)),
+            audit_dir: self.means.audit_dir.clone(),
             reason: format!("{}: {}", finding.rule, finding.why),
             leave_paused: false,
         };
-        let bundle = forensics::collect(&self.connection, &self.network, &*self.clock, &request);
+        let bundle =
+            forensics::collect(&self.means.connection, &self.means.network, &*self.means.clock, &request);
         let manifest = bundle.await.map_err(failed)?;
         tracing::warn!(vm, archive = %request.archive.display(), files = manifest.files.len(), "a forensic bundle was made");
         Ok(())

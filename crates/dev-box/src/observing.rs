@@ -11,7 +11,7 @@ use dev_box_net::{NftThrottle, VmNetwork};
 use dev_box_observe::AuditSink;
 use dev_box_observe::alert::{AlertError, Webhook};
 use dev_box_observe::anomaly::{BaselineStore, Observer, ObserverSettings, RuleConfigError};
-use dev_box_provision::respond::VmResponder;
+use dev_box_provision::respond::{Means, VmResponder};
 use dev_box_provision::watch::{HostWatch, WatchParts};
 
 use tokio::sync::broadcast;
@@ -60,15 +60,15 @@ impl Observing {
             return Ok(None);
         }
         let throttle = Arc::new(NftThrottle::default());
-        let responder = VmResponder {
+        let responder = VmResponder::new(Means {
             connection: connection.clone(),
             network: network.clone(),
-            throttle: Arc::clone(&throttle),
+            throttle: Arc::clone(&throttle) as _,
             webhook: webhook(config, clock)?.map(Arc::new),
             forensics_dir: config.host.state_root.join("forensics"),
             audit_dir: config.audit_dir(),
             clock: Arc::clone(clock),
-        };
+        });
         let settings = ObserverSettings {
             rules: observe.rules.clone(),
             plan: observe.plan.clone(),

@@ -87,7 +87,8 @@ impl Plan {
 }
 
 /// Audits a finding and does what the plan says, each action with its intent and result. One that fails does not keep the
-/// next from being tried. Returns what was done.
+/// next from being tried, and nothing waits for an alert: whoever is to be told may not answer for a minute. Returns what was
+/// done, alerts last.
 ///
 /// # Errors
 /// The first failure, after all were tried.
@@ -103,20 +104,43 @@ pub async fn respond(
     entry.evidence = finding.evidence;
     // Stopping an attack goes before writing about it: a log that fails does not keep a VM running.
     let mut failure = sink.append(entry).await.err().map(RespondError::Audit);
+    let planned = plan.actions_for(finding).iter().copied();
+    let (told, acted): (Vec<_>, Vec<_>) = planned.partition(|action| *action == ResponseAction::Alert);
+    let (acted, told) = tokio::join!(
+        in_turn(sink, responder, vm, finding, acted),
+        in_turn(sink, responder, vm, finding, told)
+    );
     let mut done = Vec::new();
-    for &action in plan.actions_for(finding) {
-        match one(sink, responder, vm, action, finding).await {
+    for (action, result) in acted.into_iter().chain(told) {
+        match result {
             Ok(()) => done.push(action),
-            Err(error) => {
-                tracing::error!(%error, vm, rule = %finding.rule, ?action, "a response failed");
-                failure = failure.or(Some(error));
-            }
+            Err(error) => failure = failure.or(Some(error)),
         }
     }
     match failure {
         None => Ok(done),
         Some(error) => Err(error),
     }
+}
+
+/// One action after the other, each tried.
+async fn in_turn(
+    sink: &Arc<dyn AuditSink>,
+    responder: &dyn Responder,
+    vm: &str,
+    finding: &Finding,
+    actions: Vec<ResponseAction>,
+) -> Vec<(ResponseAction, Result<(), RespondError>)> {
+    let mut results = Vec::with_capacity(actions.len());
+    for action in actions {
+        let result = one(sink, responder, vm, action, finding).await;
+        if let Err(error) = &result {
+            let error: &dyn std::error::Error = error;
+            tracing::error!(error, vm, rule = %finding.rule, ?action, "a response failed");
+        }
+        results.push((action, result));
+    }
+    results
 }
 
 async fn one(
@@ -241,7 +265,7 @@ mod tests {
         let done = respond(&sink, &responder, &Plan::default(), "vm-1", &finding(Rule::MassChange, 0.9))
             .await
             .unwrap();
-        assert_eq!(done, [ResponseAction::Log, ResponseAction::Alert, ResponseAction::Pause]);
+        assert_eq!(done, [ResponseAction::Log, ResponseAction::Pause, ResponseAction::Alert]);
         let expected = [
             "anomaly.finding:observed",
             "anomaly.response:intent",
@@ -252,7 +276,7 @@ mod tests {
         assert_eq!(recording.actions(), expected);
         assert_eq!(recording.recorded()[0].entry.evidence, Evidence::Guest);
         let pause = ("vm-1".to_owned(), ResponseAction::Pause, Rule::MassChange);
-        assert_eq!(responder.done().last(), Some(&pause));
+        assert!(responder.done().contains(&pause));
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ mod bench;
 mod kept;
 mod layers;
 mod provisioner;
+mod respond;
 mod sweep;
 mod template;
 mod user_vm;
