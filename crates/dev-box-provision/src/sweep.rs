@@ -4,12 +4,14 @@
 //! are none of ours.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_image::TemplateStore;
 use dev_box_net::VmNetwork;
 use dev_box_observe::metrics::VM_SWEPT;
+use dev_box_observe::{Act, Actor, AuditEvent, AuditSink, Entry, Outcome};
 use serde::Serialize;
 
 use crate::blocking;
@@ -47,7 +49,7 @@ pub fn find(state_root: &Path) -> Result<Vec<VmName>, VmDirError> {
     Ok(names)
 }
 
-/// Takes them down, all of them, whatever happens to one.
+/// Takes them down, all of them, whatever happens to one; in `actor`'s name, which is audited before and after.
 ///
 /// # Errors
 /// The directory cannot be read.
@@ -56,6 +58,8 @@ pub async fn sweep(
     connection: &LibvirtConnection,
     network: &VmNetwork,
     orphans: Orphans,
+    audit: &Arc<dyn AuditSink>,
+    actor: &Actor,
 ) -> Result<Vec<Leftover>, VmDirError> {
     let root = state_root.join("vms");
     let mut swept = Vec::new();
@@ -73,8 +77,19 @@ pub async fn sweep(
                 continue;
             }
         };
-        let error =
-            Machine::abandoned(dir).tear_down(connection, network).await.err().map(|error| told(&error));
+        let destroy = AuditEvent::VmDestroy { reason: "its owner is gone".into() };
+        // What cannot be written down is destroyed all the same: a VM left running is worse than a gap in the log.
+        let act = Act::begin(audit, Entry::intent(destroy).by(actor.clone()).vm(&name)).await;
+        let torn_down = Machine::abandoned(dir).tear_down(connection, network).await;
+        let outcome = torn_down.as_ref().map_or_else(|error| Outcome::failed(error), |()| Outcome::Ok);
+        let audited = match act {
+            Ok(act) => act.finish(outcome).await.map(drop),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = audited {
+            tracing::error!(vm = %name, error = told(&error), "a VM's end is not in the audit log");
+        }
+        let error = torn_down.err().map(|error| told(&error));
         if error.is_none() {
             VM_SWEPT.add(1, &[]);
         }

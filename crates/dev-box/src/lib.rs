@@ -244,9 +244,17 @@ impl DevBox {
         let Some(record) = lease.and_then(|lease| lease.record) else { return Ok(false) };
         let (from, to) = (Text::display(record.policy.digest()), Text::display(policy.digest()));
         let entry = Entry::intent(AuditEvent::PolicyChange { from, to }).vm(vm).by(actor());
-        let (vm, policy) = (vm.clone(), policy);
-        self.audit.append(entry).await?;
-        Ok(self.with_network(move |network, libvirt| network.change_policy_of(libvirt, &vm, &policy)).await?)
+        let act = Act::begin(&self.audit(), entry).await?;
+        let vm = vm.clone();
+        let changed =
+            self.with_network(move |network, libvirt| network.change_policy_of(libvirt, &vm, &policy)).await;
+        let outcome = match &changed {
+            Ok(true) => Outcome::Ok,
+            Ok(false) => Outcome::Failed { error: "it went meanwhile".into() },
+            Err(error) => Outcome::failed(error),
+        };
+        act.finish(outcome).await?;
+        Ok(changed?)
     }
 
     /// Removes the VMs' network, its filters and all firewall rules of dev-box's.
@@ -355,7 +363,15 @@ impl DevBox {
     /// # Errors
     /// The state root cannot be read. What could not be removed is in the list, with the reason.
     pub async fn sweep(&self, orphans: Orphans) -> Result<Vec<Leftover>, OpenError> {
-        Ok(sweep::sweep(self.images.root(), &self.connection, &self.network, orphans).await?)
+        Ok(sweep::sweep(
+            self.images.root(),
+            &self.connection,
+            &self.network,
+            orphans,
+            &self.audit(),
+            &actor(),
+        )
+        .await?)
     }
 
     /// Waits until every VM given up is gone and every audit record is on disk. Call it before the process ends.

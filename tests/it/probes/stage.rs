@@ -231,9 +231,17 @@ impl Stage {
         assert!(arrived.is_empty(), "{arrived:?} arrived {when}");
     }
 
-    /// Gives the VM that tries another policy.
+    /// Gives the VM that tries another policy; that it was about to be changed, and was, is on record.
     pub(super) fn apply(&self, host: &Host, policy: &[&str]) {
         host.spawn(command(host).args(["net", "apply", self.vm()]).args(policy)).finish().expect_code(0);
+        let query = ["audit", "query", "--vm", self.vm(), "--action", "net.policy"];
+        let records = host.dev_box(query).expect_code(0).text();
+        let status = |line: &str| {
+            let record: serde_json::Value = serde_json::from_str(line).unwrap();
+            record["outcome"]["status"].as_str().unwrap().to_owned()
+        };
+        let last: Vec<String> = records.lines().rev().take(2).map(status).collect();
+        assert_eq!(last, ["ok", "intent"], "{records}");
     }
 
     /// The dropped packets that were told so far, as `reason destination port`.

@@ -26,6 +26,7 @@ use dev_box_observe::RecordingSink;
 use dev_box_observe::audit::Actor;
 use dev_box_provision::admission::MemoryLimits;
 use dev_box_provision::reach::{Address, Reach};
+use dev_box_provision::sweep::{Leftover, Orphans, sweep};
 use dev_box_provision::vm_dir::QemuUser;
 use dev_box_provision::{LibvirtProvisioner, Settings, UserVms};
 use tempfile::TempDir;
@@ -150,6 +151,13 @@ impl Bench {
     /// The host has this interface from now on, as it has a running VM's tap.
     pub(crate) fn make_tap(&self, name: &str) {
         fs::create_dir_all(self.root.path().join("interfaces").join(name)).unwrap();
+    }
+
+    /// What a sweep finds and removes.
+    pub(crate) async fn sweep(&self, orphans: Orphans) -> Vec<Leftover> {
+        let (audit, actor) = (Arc::clone(&self.audit) as _, Actor::user(0, None));
+        let root = self.root.path();
+        sweep(root, &self.connection, &self.network, orphans, &audit, &actor).await.unwrap()
     }
 
     pub(crate) fn vm_dirs(&self) -> Vec<String> {

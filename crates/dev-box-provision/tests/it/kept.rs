@@ -3,7 +3,7 @@
 use dev_box_exec::{NetworkMode, Provisioner, VmRequest};
 use dev_box_net::Firewall as _;
 use dev_box_provision::kept::AdoptError;
-use dev_box_provision::sweep::{Orphans, sweep};
+use dev_box_provision::sweep::Orphans;
 use serde_json::json;
 
 use crate::bench::{Bench, Guest, request};
@@ -27,7 +27,7 @@ async fn a_kept_vm_is_its_next_owners_as_it_was() {
     bench.make_tap(&dev_box_net::identity::tap_of(lease.address));
     let rules = bench.firewall.list().unwrap();
     assert_eq!(bench.provisioner.orphans().unwrap(), std::slice::from_ref(&name));
-    let stay = sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Stay).await.unwrap();
+    let stay = bench.sweep(Orphans::Stay).await;
     assert!(stay.is_empty(), "who only passes by leaves it: {stay:?}");
     let adopted = bench.provisioner.adopt(&name).await;
     let Ok(adopted) = adopted else { panic!("{:?}", adopted.err()) };
@@ -70,7 +70,7 @@ async fn what_cannot_be_had_as_it_was_is_removed() {
         harm(&bench, &name);
         let error = bench.provisioner.adopt(&name).await.unwrap_err();
         assert!(error.to_string().contains(what), "{what}: {error}");
-        sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Go).await.unwrap();
+        bench.sweep(Orphans::Go).await;
         bench.assert_clean();
     }
 }
@@ -82,7 +82,7 @@ async fn without_a_record_it_goes_like_any_other() {
     bench.provisioner.provision(&isolated).await.unwrap();
     bench.succeed();
     assert!(bench.provisioner.orphans().unwrap().is_empty());
-    let swept = sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Stay).await.unwrap();
+    let swept = bench.sweep(Orphans::Stay).await;
     assert_eq!(swept.len(), 1);
     bench.assert_clean();
 }

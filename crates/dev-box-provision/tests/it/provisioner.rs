@@ -248,14 +248,7 @@ async fn what_cannot_be_removed_is_an_error_and_stays_for_the_sweep() {
     let error = bench.provisioner.retire(vm).await.unwrap_err();
     assert!(chain(&error).contains("scripted"), "{}", chain(&error));
     assert_eq!(bench.vm_dirs().len(), 1, "what a sweep finds it by");
-    let swept = dev_box_provision::sweep::sweep(
-        bench.root.path(),
-        &bench.connection,
-        &bench.network,
-        dev_box_provision::sweep::Orphans::Go,
-    )
-    .await
-    .unwrap();
+    let swept = bench.sweep(dev_box_provision::sweep::Orphans::Go).await;
     assert!(swept.len() == 1 && swept[0].error.is_none(), "{swept:?}");
     bench.assert_clean();
 }

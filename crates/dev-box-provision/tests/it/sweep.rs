@@ -1,5 +1,5 @@
 use dev_box_exec::Provisioner;
-use dev_box_provision::sweep::{Orphans, find, sweep};
+use dev_box_provision::sweep::{Orphans, find};
 use dev_box_provision::vm_dir::VmDir;
 
 use crate::bench::{Bench, Guest, request, this_user};
@@ -12,13 +12,16 @@ async fn the_living_are_left_alone_and_the_dead_go() {
     drop(VmDir::create(&bench.root.path().join("vms"), &dead, this_user()).unwrap());
     assert_eq!(find(bench.root.path()).unwrap(), std::slice::from_ref(&dead));
 
-    let swept = sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Go).await.unwrap();
+    let swept = bench.sweep(Orphans::Go).await;
     assert_eq!(swept.len(), 1);
     assert_eq!((&swept[0].name, &swept[0].error), (&dead, &None));
     assert_eq!(bench.vm_dirs(), [living.name.to_string()]);
-    assert!(
-        sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Go).await.unwrap().is_empty()
-    );
+    assert_eq!(bench.audit.actions(), ["vm.destroy:intent", "vm.destroy:ok"]);
+    // A log that is full keeps nothing alive.
+    drop(VmDir::create(&bench.root.path().join("vms"), &dead, this_user()).unwrap());
+    bench.audit.fail_after(0);
+    assert_eq!(bench.sweep(Orphans::Go).await.len(), 1);
+    assert!(bench.sweep(Orphans::Go).await.is_empty());
     bench.provisioner.retire(living).await.unwrap();
     bench.assert_clean();
 }
@@ -29,7 +32,7 @@ async fn what_is_not_a_vms_is_not_touched() {
     let vms = bench.root.path().join("vms");
     std::fs::create_dir_all(vms.join("No VM's Name")).unwrap();
     std::fs::write(vms.join("README"), "mine").unwrap();
-    let swept = sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Go).await.unwrap();
+    let swept = bench.sweep(Orphans::Go).await;
     assert!(
         swept.iter().all(|left| left.error.is_some()),
         "a file by a VM's name cannot be swept: {swept:?}"
@@ -40,8 +43,6 @@ async fn what_is_not_a_vms_is_not_touched() {
 #[tokio::test]
 async fn no_vms_nothing_to_sweep() {
     let bench = Bench::new(Guest::Obeys).await;
-    assert!(
-        sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Go).await.unwrap().is_empty()
-    );
+    assert!(bench.sweep(Orphans::Go).await.is_empty());
     assert!(find(bench.root.path()).unwrap().is_empty());
 }

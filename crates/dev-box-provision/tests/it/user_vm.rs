@@ -9,7 +9,7 @@ use dev_box_core::state::VmState;
 use dev_box_core::template::VmTemplate;
 use dev_box_net::lease::Owner;
 use dev_box_net::{EgressPolicy, Firewall};
-use dev_box_provision::sweep::{Orphans, sweep};
+use dev_box_provision::sweep::Orphans;
 use dev_box_provision::user_vm::{Start, Stop};
 use dev_box_provision::vm_dir::VmDir;
 use dev_box_provision::{NewVm, UserVmError};
@@ -103,9 +103,7 @@ async fn a_sweep_leaves_them_alone() {
     drop(VmDir::create(&bench.root.path().join("user-vms"), &name("never"), this_user()).unwrap());
     std::fs::create_dir(bench.root.path().join("user-vms/.new-half")).unwrap();
 
-    assert!(
-        sweep(bench.root.path(), &bench.connection, &bench.network, Orphans::Go).await.unwrap().is_empty()
-    );
+    assert!(bench.sweep(Orphans::Go).await.is_empty());
     let states: Vec<_> = vms.list().await.unwrap().into_iter().map(|vm| vm.state).collect();
     assert_eq!(states, [VmState::Shutoff, VmState::Running]);
     assert!(bench.firewall.rules_of(interface.ip.unwrap()).is_some());
