@@ -7,6 +7,7 @@ mod daemon;
 mod daemon_pool;
 mod doctor;
 mod firewall;
+mod honest;
 mod hostile;
 mod in_process;
 mod libvirt_xml;

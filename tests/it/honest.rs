@@ -1,0 +1,85 @@
+//! Hours of honest work on real VMs, under the rules as they are shipped: nothing of it may be found odd.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use dev_box_tests::Host;
+use serde_json::Value;
+
+/// How many minutes each VM works, where `DEV_BOX_HONEST_MINUTES` does not say.
+const MINUTES: u64 = 12;
+/// How many work at a time: as many as the smallest machine has processors.
+const VMS: usize = 2;
+
+/// What agents do all day: look around, edit, build, test, commit, fetch; with pauses in which a model thinks.
+const GUEST: &str = r#"
+import compileall, os, random, shutil, socket, subprocess, sys, time
+random.seed(int(sys.argv[2]))
+end = time.time() + float(sys.argv[1])
+def sh(line): subprocess.run(['sh', '-c', line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def edit():
+    for _ in range(random.randint(1, 12)):
+        with open('src/part%d.py' % random.randrange(200), 'a') as f: f.write('x = %d\n' % random.randrange(10**9))
+def build(): shutil.rmtree('build', ignore_errors=True); shutil.copytree('src', 'build'); compileall.compile_dir('build', quiet=2)
+def test():
+    for n in range(random.randint(5, 30)): sh('python3 -c "import json, hashlib; hashlib.sha256(b\'%d\' * 100000).hexdigest()"' % n)
+def look(): sh('grep -rn "x = 1" /usr/lib/python3 | head -n 200'); sh('find / -xdev -name "*.py" | sort | sha256sum')
+def commit(): sh('git add -A && git commit -qm work && git log --stat | tail -n 50')
+def pack(): sh('tar czf work.tgz src build'); os.path.exists('work.tgz') and os.remove('work.tgz')
+def fetch():
+    for name in random.sample(['mirror%d.example.net' % n for n in range(9)] + ['static.example.org', 'api.example.com'], 5):
+        try: socket.create_connection((name, 443), timeout=2).close()
+        except OSError: pass
+def think(): time.sleep(random.expovariate(1 / 6))
+def say(): print('\n'.join('a line of output %d' % n for n in range(random.randint(10, 2000))))
+os.makedirs('src', exist_ok=True)
+for n in range(200):
+    with open('src/part%d.py' % n, 'w') as f: f.write('x = %d\n' % n * 50)
+sh('git init -q . && git config user.email a@example.org && git config user.name a')
+while time.time() < end:
+    random.choice([edit, edit, build, test, look, commit, pack, fetch, think, think, think, say])()
+"#;
+
+fn minutes() -> u64 {
+    std::env::var("DEV_BOX_HONEST_MINUTES").ok().and_then(|text| text.parse().ok()).unwrap_or(MINUTES)
+}
+
+fn worker(host: &Host, number: usize, time: Duration) -> Command {
+    let work = host.root().join(format!("work{number}"));
+    fs::create_dir(&work).expect("a new directory");
+    let mut command = host.command();
+    command.args(["run", "--workspace", &work.to_string_lossy(), "--timeout"]);
+    command.arg(format!("{}s", time.as_secs() + 600));
+    command.args(["--", "python3", "-c", GUEST, &time.as_secs().to_string(), &number.to_string()]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+    command
+}
+
+#[test]
+#[ignore = "long: cargo xtask ci --full"]
+fn hours_of_honest_work_raise_nothing() {
+    let Some(host) = Host::new("hours_of_honest_work_raise_nothing") else { return };
+    let time = Duration::from_secs(minutes() * 60);
+    let begun = Instant::now();
+    let mut workers: Vec<Command> = (0..VMS).map(|number| worker(&host, number, time)).collect();
+    thread::scope(|scope| {
+        for worker in &mut workers {
+            scope.spawn(|| {
+                let ended = worker.status().expect("dev-box runs");
+                assert!(ended.success(), "it did not work to the end: {ended}");
+            });
+        }
+    });
+    let hours = time.as_secs_f64() / 3600.0 * VMS as f64;
+    let found = host.dev_box(["audit", "query", "--action", "anomaly.finding"]).expect_code(0).text();
+    let why = |line: &str| {
+        let record: Value = serde_json::from_str(line).expect("a record");
+        format!("{}: {}", record["details"]["rule"], record["details"]["why"])
+    };
+    let found: Vec<String> = found.lines().map(why).collect();
+    eprintln!("honest work: {hours:.2} VM-hours ({:.0?}), {} findings", begun.elapsed(), found.len());
+    // At most one in 24 VM-hours: none in fewer.
+    assert!(found.len() as f64 <= hours / 24.0, "{hours:.2} VM-hours: {found:#?}");
+}
