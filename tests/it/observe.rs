@@ -6,7 +6,7 @@ use std::io::Read as _;
 use std::path::Path;
 use std::time::Duration;
 
-use dev_box_tests::{Host, Running, wait_until};
+use dev_box_tests::{Collector, Host, Running, wait_until};
 use serde_json::Value;
 
 /// How long a finding may take on a machine that does other things as well; alone it is a few seconds.
@@ -57,7 +57,10 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
     let (work, out) = (workspace.to_string_lossy(), host.root().join("out").to_string_lossy().into_owned());
     let script = "cat in.txt > out.txt; exit 3";
     let args = ["--net", "isolated", "--workspace", &work, "--output", &out, "--env", "TOKEN=hunter2"];
-    host.run(&[&args[..], &["--", "sh", "-c", script]].concat()).expect_code(3);
+    let collector = Collector::start();
+    let mut command = host.command();
+    command.arg("run").args(args).args(["--", "sh", "-c", script]);
+    host.spawn(command.env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url())).finish().expect_code(3);
 
     let all = query(&host, &[]);
     let seen: Vec<String> = all
@@ -100,6 +103,11 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
         assert!(digest.starts_with("sha256:"), "{action}: {digest}");
     }
     let run = of("exec.run", "intent");
+    if cfg!(feature = "otel") {
+        for word in ["job", run["job"].as_str().unwrap(), "acquire", "inject", "run", "collect", "reset"] {
+            assert!(collector.has(word), "no span has {word}");
+        }
+    }
     assert_eq!(run["details"]["env"], serde_json::json!(["TOKEN"]));
     assert!(!all.iter().any(|one| one.to_string().contains("hunter2")), "no value of a variable is kept");
 

@@ -1,6 +1,7 @@
 //! The harness of the whole-system tests: a state root of its own for each test, the `dev-box` program as a user
 //! would call it, and a look at the host afterwards for anything left behind.
 
+mod collector;
 mod daemon;
 mod screen;
 
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+pub use collector::Collector;
 pub use daemon::Daemon;
 pub use screen::Screen;
 

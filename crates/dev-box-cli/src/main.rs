@@ -52,7 +52,12 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     if let Command::Completions { shell } = cli.command {
         return commands::completions::print(shell);
     }
-    dev_box::observe::logging::init(&output::log_options(cli.verbose)).map_err(Failure::new)?;
+    let options = output::log_options(cli.verbose);
+    // Held until all is done: what is left of a trace is sent then.
+    #[cfg(feature = "otel")]
+    let _telemetry = dev_box::observe::telemetry::init(&options).map_err(Failure::new)?;
+    #[cfg(not(feature = "otel"))]
+    dev_box::observe::logging::init(&options).map_err(Failure::new)?;
     let config = dev_box::Config::load(cli.config.as_deref()).map_err(Failure::new)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::new)?;
     let outcome = runtime.block_on(async {

@@ -24,7 +24,7 @@ use dev_box_core::clock::Clock;
 use dev_box_core::id::{JobId, VmName};
 use dev_box_observe::audit::Text;
 use dev_box_observe::{Act, Actor, AuditEvent, AuditSink, Entry};
-use tracing::Instrument as _;
+use tracing::{Instrument as _, info_span};
 
 use self::audit::Who;
 use self::failure::{Cause, chain};
@@ -96,7 +96,8 @@ impl AgentExecutor {
     ) -> ExecutionResult {
         let mut report = Report::begin(&*self.clock, job.id);
         report.runs_in(vm);
-        self.execute_in(Place::of(vm), job, &*sink, &cancel, &mut report).await;
+        let span = span(job.id);
+        self.execute_in(Place::of(vm), job, &*sink, &cancel, &mut report).instrument(span).await;
         report.finish(&*self.clock)
     }
 
@@ -112,7 +113,8 @@ impl AgentExecutor {
     ) -> ExecutionResult {
         let mut report = Report::begin(&*self.clock, job.id);
         let place = Place { name: vm, session, share: None };
-        self.execute_in(place, job, &*sink, &cancel, &mut report).await;
+        let span = span(job.id);
+        self.execute_in(place, job, &*sink, &cancel, &mut report).instrument(span).await;
         report.finish(&*self.clock)
     }
 
@@ -129,27 +131,39 @@ impl AgentExecutor {
         sink: Arc<dyn OutputSink>,
         cancel: Cancel,
     ) -> ExecutionResult {
+        let span = span(job.id);
+        Box::pin(self.once(provisioner, request, job, &*sink, &cancel)).instrument(span).await
+    }
+
+    async fn once(
+        &self,
+        provisioner: &Arc<dyn Provisioner>,
+        request: &VmRequest,
+        job: Job,
+        sink: &dyn OutputSink,
+        cancel: &Cancel,
+    ) -> ExecutionResult {
         let mut report = Report::begin(&*self.clock, job.id);
         if let Some(workspace) = &job.workspace {
             // What will fail later need not wait for a VM.
-            if let Err(cause) = files::precheck(workspace, &cancel).await {
+            if let Err(cause) = files::precheck(workspace, cancel).await {
                 report.enter(Phase::Inject);
                 report.fail(&cause);
                 return report.finish(&*self.clock);
             }
         }
-        match self.acquire(provisioner, request, job.id, &cancel).await {
+        match self.acquire(provisioner, request, job.id, cancel).instrument(info_span!("acquire")).await {
             Ok(vm) => {
                 let mut leased = Leased { provisioner, vm: Some(vm) };
                 if let Some(vm) = &leased.vm {
                     report.runs_in(vm);
-                    self.execute_in(Place::of(vm), job, &*sink, &cancel, &mut report).await;
+                    self.execute_in(Place::of(vm), job, sink, cancel, &mut report).await;
                 }
                 report.enter(Phase::Reset);
                 if let Some(vm) = leased.vm.take() {
                     let who = Who { sink: &self.audit, actor: &self.actor, vm: &vm.name, job: report.job() };
                     self.audit.note(who.entry(Entry::fact(AuditEvent::LeaseRelease {})));
-                    give_back(provisioner, vm, &cancel, &mut report).await;
+                    give_back(provisioner, vm, cancel, &mut report).instrument(info_span!("reset")).await;
                 }
             }
             Err(cause) => report.fail(&cause),
@@ -170,7 +184,7 @@ impl AgentExecutor {
         let acquired = tokio::select! {
             biased;
             () = cancel.reached(Urgency::Graceful) => Err(Cause::Cancelled),
-            vm = provisioner.provision(request).instrument(span(job)) => vm.map_err(Cause::Provision),
+            vm = provisioner.provision(request) => vm.map_err(Cause::Provision),
         };
         match acquired {
             Ok(vm) => {
@@ -198,9 +212,7 @@ impl AgentExecutor {
         report: &mut Report,
     ) {
         let who = Who { sink: &self.audit, actor: &self.actor, vm: vm.name, job: job.id };
-        let span = span(job.id);
-        if let Err(cause) = Box::pin(self.phases(vm, job, sink, cancel, &who, report)).instrument(span).await
-        {
+        if let Err(cause) = Box::pin(self.phases(vm, job, sink, cancel, &who, report)).await {
             tracing::debug!(vm = %vm.name, %cause, "the job failed");
             measure::failed(&cause);
             measure::violation(&cause, &who);
@@ -228,14 +240,18 @@ impl AgentExecutor {
             report.enter(Phase::Inject);
             job.cwd.get_or_insert_with(|| workspace.guest_path.clone());
             let user = job.user.as_deref();
-            injected = Some(files::inject(vm, workspace, user, who, cancel, &mut report.warnings).await?);
+            let files = files::inject(vm, workspace, user, who, cancel, &mut report.warnings);
+            injected = Some(files.instrument(info_span!("inject")).await?);
         }
         report.enter(Phase::Start);
-        let end = self.process(vm, job, sink, cancel, who, report).await?;
+        let end = self.process(vm, job, sink, cancel, who, report).instrument(info_span!("run")).await?;
         let answers = end.exited.is_some();
         let state = report.ended(end);
         match injected {
-            Some(injected) => self.results(vm, &injected, (state, answers), cancel, who, report).await,
+            Some(injected) => {
+                let results = self.results(vm, &injected, (state, answers), cancel, who, report);
+                results.instrument(info_span!("collect")).await
+            }
             None => Ok(()),
         }
     }
@@ -335,9 +351,9 @@ impl<'a> Place<'a> {
     }
 }
 
-/// Everything that is logged of a job carries its number, which the guest is told as well.
+/// Everything that is logged of a job carries its number, which the guest is told as well. Its phases are spans within.
 fn span(job: JobId) -> tracing::Span {
-    tracing::info_span!("job", id = %job)
+    info_span!("job", id = %job)
 }
 
 /// What the guest is asked for a job: without its workspace, and without a time limit, which the host keeps.

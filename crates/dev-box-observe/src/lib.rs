@@ -8,6 +8,7 @@
 //! - [`audit`]: the [`AuditSink`] seam every act goes through, its closed set of [`AuditEvent`]s, and the
 //!   hash-chained log behind it.
 //! - [`logging`]: tracing to standard error, for people or as JSON.
+//! - `telemetry` (feature `otel`): spans to an OpenTelemetry collector.
 //! - [`metrics`]: every number's name, unit and labels, and the Prometheus recorder.
 //!
 //! Times are US Eastern (America/New_York), ISO 8601 with the offset, wherever a person may read them.
@@ -18,6 +19,8 @@ pub mod anomaly;
 pub mod audit;
 pub mod logging;
 pub mod metrics;
+#[cfg(feature = "otel")]
+pub mod telemetry;
 
 pub use audit::{
     Act, Actor, AuditError, AuditEvent, AuditSink, Entry, Evidence, NullSink, Outcome, Receipt, Subject,

@@ -139,9 +139,13 @@ where
 /// # Ok::<_, logging::LogError>(())
 /// ```
 pub fn init(options: &LogOptions) -> Result<(), LogError> {
+    tracing::subscriber::set_global_default(to_stderr(options)?).map_err(LogError::AlreadySet)
+}
+
+/// What [`init`] installs.
+pub(crate) fn to_stderr(options: &LogOptions) -> Result<LogSubscriber, LogError> {
     let rust_log = std::env::var("RUST_LOG").ok();
-    let subscriber = subscriber(options, rust_log.as_deref(), Arc::new(SystemClock), std::io::stderr)?;
-    tracing::subscriber::set_global_default(subscriber).map_err(LogError::AlreadySet)
+    subscriber(options, rust_log.as_deref(), Arc::new(SystemClock), std::io::stderr)
 }
 
 #[cfg(test)]
