@@ -24,7 +24,7 @@ use serde::Serialize;
 
 use crate::environment::Environment;
 use crate::figure::Figure;
-use crate::registry::Wanted;
+use crate::registry::{Report, Wanted};
 
 /// The layout of the document; raised when a field changes its meaning.
 const FORMAT: u32 = 1;
@@ -73,23 +73,15 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     }
     let environment = Environment::look();
     eprintln!("{environment}");
-    let mut figures = Vec::new();
-    let mut not_run = Vec::new();
+    let mut all = Report::default();
     for benchmark in chosen {
         eprintln!("{}: {}", benchmark.name, benchmark.about);
-        match (benchmark.run)(&Wanted::of(benchmark, &args.names)) {
-            Ok(measured) => {
-                for figure in &measured {
-                    eprintln!("  {figure}");
-                }
-                figures.extend(measured);
-            }
-            Err(error) => {
-                eprintln!("  not run: {error}");
-                not_run.push(format!("{}: {error}", benchmark.name));
-            }
-        }
+        let mut report = Report::default();
+        (benchmark.run)(&Wanted::of(benchmark, &args.names), &mut report);
+        all.figures.append(&mut report.figures);
+        all.not_run.extend(report.not_run.iter().map(|error| format!("{}: {error}", benchmark.name)));
     }
+    let Report { figures, not_run } = all;
     let failed = !not_run.is_empty();
     let document = Document { format: FORMAT, environment, figures, not_run };
     let json = format!("{}\n", serde_json::to_string_pretty(&document)?);

@@ -17,7 +17,7 @@ use dev_box::{Config, DevBox};
 
 use crate::end_to_end::{block_on, milliseconds};
 use crate::figure::{Figure, Unit};
-use crate::registry::{NotRun, Wanted};
+use crate::registry::{NotRun, Report, Wanted};
 
 /// The figures' names, or how they begin.
 pub(crate) const FIGURES: &[&str] = &[
@@ -55,64 +55,66 @@ pub(crate) struct Bench {
 /// Times by name.
 type Samples = BTreeMap<String, Vec<f64>>;
 
-pub(crate) fn run(wanted: &Wanted) -> Result<Vec<Figure>, NotRun> {
-    block_on(async {
-        let dev_box = DevBox::open(Config::load(None)?).await?;
-        let mut request = dev_box.request("bench");
-        (request.resources.cpus, request.resources.memory) = (1, ByteSize::mib(256));
-        let new = NewTemplate {
-            name: TEMPLATE.parse()?,
-            request: request.clone(),
-            setup: Vec::new(),
-            timeout: PATIENCE,
-            replace: true,
-        };
-        let began = Instant::now();
-        dev_box.create_template(new, Arc::new(DiscardSink), Cancel::never()).await?;
-        let made = vec![milliseconds(began.elapsed())];
-        let mut figures = vec![Figure::of("template.create", Unit::Milliseconds, made)];
-        let clones = dev_box.provisioner().using(TemplateUse::Named(TEMPLATE.parse()?));
-        let bench = Bench { dev_box, request, clones };
-        let measured = bench.all(wanted, &mut figures).await;
-        let store = bench.dev_box.provisioner().templates()?;
-        bench.dev_box.close().await;
-        store.remove(&TEMPLATE.parse()?)?;
-        measured?;
-        Ok(figures)
-    })
+pub(crate) fn run(wanted: &Wanted, report: &mut Report) {
+    if let Err(error) = block_on(all(wanted, report)) {
+        report.take(Err(error));
+    }
+}
+
+async fn all(wanted: &Wanted, report: &mut Report) -> Result<(), NotRun> {
+    let dev_box = DevBox::open(Config::load(None)?).await?;
+    let mut request = dev_box.request("bench");
+    (request.resources.cpus, request.resources.memory) = (1, ByteSize::mib(256));
+    let new = NewTemplate {
+        name: TEMPLATE.parse()?,
+        request: request.clone(),
+        setup: Vec::new(),
+        timeout: PATIENCE,
+        replace: true,
+    };
+    let began = Instant::now();
+    dev_box.create_template(new, Arc::new(DiscardSink), Cancel::never()).await?;
+    let made = vec![milliseconds(began.elapsed())];
+    report.take(Ok(vec![Figure::of("template.create", Unit::Milliseconds, made)]));
+    let clones = dev_box.provisioner().using(TemplateUse::Named(TEMPLATE.parse()?));
+    let bench = Bench { dev_box, request, clones };
+    bench.all(wanted, report).await;
+    let store = bench.dev_box.provisioner().templates()?;
+    bench.dev_box.close().await;
+    store.remove(&TEMPLATE.parse()?)?;
+    Ok(())
 }
 
 impl Bench {
-    async fn all(&self, wanted: &Wanted, figures: &mut Vec<Figure>) -> Result<(), NotRun> {
+    async fn all(&self, wanted: &Wanted, report: &mut Report) {
         let boots = self.dev_box.provisioner().using(TemplateUse::Never);
         if wanted.has("boot.cold.256m") {
-            figures.extend(self.one_by_one(&boots, "boot.cold.256m", BOOTS).await?);
+            report.take(self.one_by_one(&boots, "boot.cold.256m", BOOTS).await);
         }
         if wanted.has("clone.ready") {
-            figures.extend(self.one_by_one(&self.clones, "clone.ready", CLONES).await?);
+            report.take(self.one_by_one(&self.clones, "clone.ready", CLONES).await);
         }
         if wanted.has("clone.from_shell") {
-            figures.extend(self.shell_clones().await?);
+            report.take(self.shell_clones().await);
         }
         if wanted.has("reset.rewind") {
-            figures.extend(self.rewind().await?);
+            report.take(self.rewind().await);
         }
         if wanted.has("reset.replace") {
-            figures.push(self.replace().await?);
+            report.take(self.replace().await.map(|figure| vec![figure]));
         }
         if wanted.has("pool.acquire_warm") {
-            figures.extend(self.acquire_warm().await?);
+            report.take(self.acquire_warm().await);
         }
         if wanted.has("pool.init_8") || wanted.has("vm.pss_idle") {
-            figures.extend(self.init(&boots).await?);
+            report.take(self.init(&boots).await);
         }
         if wanted.has("pool.cycle") {
-            figures.extend(cycle::run(self).await?);
+            report.take(cycle::run(self).await);
         }
         if wanted.has("baseline") {
-            figures.extend(baseline::run(self, wanted).await?);
+            baseline::run(self, wanted, report).await;
         }
-        Ok(())
     }
 
     /// The first command in a VM that is ready, which answers with a word of its own.

@@ -15,7 +15,33 @@ pub(crate) struct Benchmark {
     pub(crate) about: &'static str,
     /// The beginnings of its figures' names, where they are not the benchmark's own.
     pub(crate) figures: &'static [&'static str],
-    pub(crate) run: fn(&Wanted) -> Result<Vec<Figure>, NotRun>,
+    pub(crate) run: fn(&Wanted, &mut Report),
+}
+
+/// What was measured, told as it comes.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    pub(crate) figures: Vec<Figure>,
+    /// What could not be measured, and why.
+    pub(crate) not_run: Vec<String>,
+}
+
+impl Report {
+    /// A benchmark, or a part of one: if it could not run, the others can.
+    pub(crate) fn take(&mut self, measured: Result<Vec<Figure>, NotRun>) {
+        match measured {
+            Ok(figures) => {
+                for figure in &figures {
+                    eprintln!("  {figure}");
+                }
+                self.figures.extend(figures);
+            }
+            Err(error) => {
+                eprintln!("  not run: {error}");
+                self.not_run.push(error.to_string());
+            }
+        }
+    }
 }
 
 /// Which figures are asked for, so that a benchmark of many need not take all.
@@ -41,73 +67,73 @@ const ALL: &[Benchmark] = &[
         name: "codec",
         about: "frames of 64 KiB to bytes and back, beside memcpy and CRC32 in the same run",
         figures: &[],
-        run: |_| micro::codec::run(),
+        run: |_, report| report.take(micro::codec::run()),
     },
     Benchmark {
         name: "xml.build",
         about: "a VM's specification to libvirt's XML",
         figures: &[],
-        run: |_| micro::xml::run(),
+        run: |_, report| report.take(micro::xml::run()),
     },
     Benchmark {
         name: "metrics",
         about: "a counter and a time recorded; everything rendered, with a hundred VMs",
         figures: &[],
-        run: |_| micro::observe::metrics(),
+        run: |_, report| report.take(micro::observe::metrics()),
     },
     Benchmark {
         name: "audit",
         about: "entries appended to the audit log, a thousand a second: the writer's time, the callers', and the disk alone",
         figures: &["baseline.audit"],
-        run: |_| micro::audit::run(),
+        run: |_, report| report.take(micro::audit::run()),
     },
     Benchmark {
         name: "anomaly",
         about: "one sample through each detector",
         figures: &[],
-        run: |_| micro::observe::anomaly(),
+        run: |_, report| report.take(micro::observe::anomaly()),
     },
     Benchmark {
         name: "boot.cold",
         about: "a VM from nothing to an agent that knows who it is, and each step of it",
         figures: &[],
-        run: |_| end_to_end::boot_cold(),
+        run: |_, report| report.take(end_to_end::boot_cold()),
     },
     Benchmark {
         name: "exec.true",
         about: "/bin/true in a VM, from the request to its exit; and a ping beside it",
         figures: &[],
-        run: |_| end_to_end::exec_true(),
+        run: |_, report| report.take(end_to_end::exec_true()),
     },
     Benchmark {
         name: "wait.started",
         about: "from libvirt saying that a VM runs to our knowing it",
         figures: &[],
-        run: |_| snapshots::wait_started(),
+        run: |_, report| report.take(snapshots::wait_started()),
     },
     Benchmark {
         name: "snapshot",
         about: "going back in place, beside virsh snapshot-revert on the same VM in the same run",
         figures: &[],
-        run: |_| snapshots::restore(),
+        run: |_, report| report.take(snapshots::restore()),
     },
     Benchmark {
         name: "channel",
         about: "a VM's channel: echo, exec's overhead, attach, output, files",
         figures: &[],
-        run: |_| channel::run(),
+        run: |_, report| report.take(channel::run()),
     },
     Benchmark {
         name: "exec.lost",
         about: "from the kill of QEMU to the news of it",
         figures: &[],
-        run: |_| channel::lost(),
+        run: |_, report| report.take(channel::lost()),
     },
     Benchmark {
         name: "net",
         about: "another policy for a VM that runs, a look at all its layers, and what filtering costs in throughput",
         figures: &[],
-        run: |_| network::run(),
+        run: |_, report| report.take(network::run()),
     },
     Benchmark {
         name: "pool",

@@ -16,23 +16,25 @@ use tokio::time::{sleep, timeout};
 use super::{Bench, DIRTY, PATIENCE};
 use crate::end_to_end::{exec, milliseconds};
 use crate::figure::{Figure, Unit};
-use crate::registry::{NotRun, Wanted};
+use crate::registry::{NotRun, Report, Wanted};
 
 const TIMES: usize = 5;
 
-pub(super) async fn run(bench: &Bench, wanted: &Wanted) -> Result<Vec<Figure>, NotRun> {
-    let mut figures = Vec::new();
+pub(super) async fn run(bench: &Bench, wanted: &Wanted, report: &mut Report) {
     if wanted.has("baseline.virsh_revert") || wanted.has("baseline.virsh_restore") {
-        let boots = bench.dev_box.provisioner().using(TemplateUse::Never);
-        let vm = boots.provision(&bench.request).await?;
-        let measured = virsh_both(bench, &vm).await;
-        boots.retire(vm).await?;
-        figures.extend(measured?);
+        report.take(virsh_in_a_boot(bench).await);
     }
     if wanted.has("baseline.qemu_loadvm") {
-        figures.extend(loadvm(bench).await?);
+        report.take(loadvm(bench).await);
     }
-    Ok(figures)
+}
+
+async fn virsh_in_a_boot(bench: &Bench) -> Result<Vec<Figure>, NotRun> {
+    let boots = bench.dev_box.provisioner().using(TemplateUse::Never);
+    let vm = boots.provision(&bench.request).await?;
+    let measured = virsh_both(bench, &vm).await;
+    boots.retire(vm).await?;
+    measured
 }
 
 async fn virsh(arguments: &[&str]) -> Result<(), NotRun> {
@@ -47,6 +49,8 @@ async fn virsh(arguments: &[&str]) -> Result<(), NotRun> {
 async fn virsh_both(bench: &Bench, vm: &dev_box::exec::ReadyVm) -> Result<Vec<Figure>, NotRun> {
     let name = vm.name.as_str();
     bench.sh(vm, DIRTY).await?;
+    // A QEMU that starts with a hard limit may lock as much memory, which root is not everywhere allowed to let it.
+    virsh(&["memtune", name, "--hard-limit", "-1", "--live"]).await?;
     virsh(&["snapshot-create-as", name, "bench"]).await?;
     let mut revert = Vec::new();
     for _ in 0..TIMES {
