@@ -57,6 +57,7 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
             blocking(move || configure::configure(&surroundings, &request)).await.map(none)
         }
         Request::Mount(request) => {
+            surroundings.modules.wait().await;
             let _none = agent.spares.suspend().await;
             blocking(move || share::mount(&surroundings, &request)).await.map(none)
         }
@@ -64,14 +65,15 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
             let _none = agent.spares.suspend().await;
             blocking(move || share::unmount(&surroundings, &request)).await.map(none)
         }
-        Request::Sync(request) => blocking(move || {
-            surroundings
-                .machine
-                .sync(request.drop_caches)
-                .map_err(|error| GuestError::from_io("sync", &error))
-        })
-        .await
-        .map(none),
+        Request::Sync(request) => {
+            // A machine that is about to be kept is whole.
+            surroundings.modules.wait().await;
+            let sync = move || {
+                let synced = surroundings.machine.sync(request.drop_caches);
+                synced.map_err(|error| GuestError::from_io("sync", &error))
+            };
+            blocking(sync).await.map(none)
+        }
         Request::Info => Ok(vec![Message::Info(info::info(&surroundings, agent.jobs.running()))]),
         Request::Jobs => {
             let jobs = agent.jobs.list();

@@ -119,6 +119,7 @@ pub(super) async fn attach(agent: &Agent, request: &Attach, mut stream: GuestStr
 
 async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestError> {
     request.validate()?;
+    agent.surroundings.modules.wait().await;
     let number = agent.jobs.number();
     let id = request.job.clone().unwrap_or_else(|| format!("job-{number}"));
     agent.jobs.admit(&id)?;

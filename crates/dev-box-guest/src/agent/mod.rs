@@ -30,6 +30,7 @@ use dev_box_comm::session::{GuestStream, Incoming};
 
 use crate::cgroup::{self, Cgroups};
 use crate::machine::{self, Machine};
+use crate::modules::{self, Settled};
 use crate::mounts::{self, Mounts};
 use crate::network::{self, Links};
 use jobs::Jobs;
@@ -57,6 +58,8 @@ pub struct Surroundings {
     pub links: Box<dyn Links + Send + Sync>,
     /// The mount table.
     pub mounts: Box<dyn Mounts + Send + Sync>,
+    /// Whether all kernel modules are there.
+    pub modules: Settled,
     /// How jobs are contained.
     pub containment: Containment,
     /// Beneath which `/etc` lies.
@@ -85,6 +88,7 @@ impl Surroundings {
             machine: Box::new(machine::Linux),
             links: Box::new(network::Linux),
             mounts: Box::new(mounts::Linux),
+            modules: Settled::marked_by(modules::MARK),
             containment: Containment::Full(Cgroups::new(cgroup::ROOT)),
             root: PathBuf::from("/"),
             restarts,
@@ -163,6 +167,7 @@ pub(crate) mod tests {
             machine: Box::new(machine.clone()),
             links: Box::new(links.clone()),
             mounts: Box::new(mounts.clone()),
+            modules: Settled::already(),
             containment: Containment::None,
             root: root.path().to_owned(),
             restarts: 0,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  kernel -> early mounts -> modules -> root disk -> switch -> late mounts -> supervise
-//!                                          |                                     |  agent, qemu-ga
+//!                                          |                                     |  agent, qemu-ga, later modules
 //!                                          v missing                             v  given up / SIGTERM
 //!                                       power off <------------------------ sync, power off
 //! ```
@@ -19,10 +19,11 @@ pub mod supervise;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::cmdline::{self, BootOptions};
+use crate::cmdline::{self, BootOptions, Transport};
 use crate::console::say;
+use crate::modules::{self, Kept};
 use crate::mounts::{Linux, Mounts as _};
-use crate::{modules, ports};
+use crate::ports;
 
 /// How long the root disk may take to appear after its driver was loaded.
 const DISK_PATIENCE: Duration = Duration::from_secs(10);
@@ -52,7 +53,7 @@ pub enum InitError {
 /// Runs as pid 1 and never returns: the way out is a power-off.
 pub fn run() -> ! {
     let words = match boot() {
-        Ok(options) => match services::supervise(&services::Services::linux(&options)) {
+        Ok(Booted { options, later }) => match supervise(&options, later) {
             Ok(ending) => power::end(ending),
             Err(error) => InitError::Supervise(error).to_string(),
         },
@@ -62,8 +63,23 @@ pub fn run() -> ! {
     power::end(power::Ending::PowerOff)
 }
 
-/// Everything up to the point where services can be started.
-fn boot() -> Result<BootOptions, InitError> {
+/// A machine in which services can be started.
+struct Booted {
+    options: BootOptions,
+    later: Kept,
+}
+
+/// The agent first, the modules it can do without behind it.
+fn supervise(options: &BootOptions, later: Kept) -> std::io::Result<power::Ending> {
+    if options.transport == Transport::Vsock {
+        later.load::<modules::Kernel>(Path::new(modules::MARK));
+    } else if let Err(error) = later.load_behind::<modules::Kernel>(modules::MARK.into()) {
+        say(format_args!("no thread to load modules on: {error}"));
+    }
+    services::supervise(&services::Services::linux(options))
+}
+
+fn boot() -> Result<Booted, InitError> {
     let early = layout::early();
     let failed = layout::mount_all(&Linux, Path::new("/"), &early);
     root::attach_console();
@@ -71,7 +87,7 @@ fn boot() -> Result<BootOptions, InitError> {
         say(format_args!("cannot mount {}: {error}", path.display()));
     }
     let options = options();
-    load_modules();
+    let later = load_modules();
     ports::wait_for_path(&options.root, DISK_PATIENCE).map_err(InitError::NoDisk)?;
     let disk = layout::root_disk(&options.root);
     std::fs::create_dir_all(layout::NEW_ROOT)
@@ -83,7 +99,7 @@ fn boot() -> Result<BootOptions, InitError> {
     }
     layout::links(Path::new("/"));
     root::settle();
-    Ok(options)
+    Ok(Booted { options, later })
 }
 
 /// The kernel command line; what it gets wrong is said, and the defaults are tried.
@@ -99,17 +115,20 @@ fn options() -> BootOptions {
     options
 }
 
-fn load_modules() {
-    let text = match std::fs::read_to_string("/modules.order") {
-        Ok(text) => text,
-        Err(error) => return say(format_args!("no /modules.order ({error}): no module is loaded")),
-    };
-    match modules::parse(&text) {
-        Ok(list) => {
-            for (path, error) in modules::load_all(&mut modules::Kernel, &list) {
-                say(format_args!("module {}: {error}", path.display()));
-            }
-        }
-        Err(error) => say(format_args!("{error}: no module is loaded")),
+/// Loads what the root disk and the agent need, and takes along what comes later.
+fn load_modules() -> Kept {
+    let text = std::fs::read_to_string("/modules.order").unwrap_or_else(|error| {
+        say(format_args!("no /modules.order ({error}): no module is loaded"));
+        String::new()
+    });
+    let list = modules::parse(&text).unwrap_or_else(|error| {
+        say(format_args!("{error}: no module is loaded"));
+        Vec::new()
+    });
+    let (later, mut failed) = Kept::open(&list);
+    failed.extend(modules::load_two_ways::<modules::Kernel>(&list));
+    for (path, error) in failed {
+        say(format_args!("module {}: {error}", path.display()));
     }
+    later
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use dev_box_core::size::ByteSize;
 
 use super::BuildError;
+use super::modules::WANTED;
 use crate::digest::Digest;
 use crate::name::ImageName;
 
@@ -18,7 +19,7 @@ pub const DEFAULT_DISK: ByteSize = ByteSize::gib(8);
 pub const BASE_PACKAGES: [&str; 7] =
     ["python3", "git", "curl", "ca-certificates", "openssh-client", "iproute2", "qemu-guest-agent"];
 /// Raised whenever a build of the same input gives another result.
-const GENERATION: &str = "3";
+const GENERATION: &str = "4";
 /// The smallest disk the base fits in, with room to work.
 const MIN_DISK: ByteSize = ByteSize::gib(1);
 const MAX_DISK: ByteSize = ByteSize::gib(2048);
@@ -154,10 +155,7 @@ impl Build {
         let mut parts: Vec<(&str, Vec<u8>)> = vec![
             ("generation", GENERATION.into()),
             ("disk", self.disk_size.as_bytes().to_le_bytes().to_vec()),
-            (
-                "modules",
-                super::modules::WANTED.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(",").into(),
-            ),
+            ("modules", WANTED.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(",").into()),
         ];
         if let Some(tarball) = tarball {
             parts.push(("tarball", tarball.as_bytes().to_vec()));

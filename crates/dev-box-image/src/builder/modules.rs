@@ -13,27 +13,59 @@ pub(super) enum Need {
     May,
 }
 
-/// What is wanted, in the order it is best loaded: the disk first, since everything waits for it.
-pub(super) const WANTED: [(&str, Need); 18] = [
-    ("virtio_pci", Need::Must),
-    ("virtio_blk", Need::Must),
-    ("crc32c_intel", Need::May),
-    ("crc32c_generic", Need::May),
-    ("ext4", Need::Must),
-    ("virtio_console", Need::Must),
-    ("virtio_rng", Need::May),
-    ("virtio_net", Need::Must),
-    ("9pnet_virtio", Need::Must),
-    ("9p", Need::Must),
-    ("overlay", Need::May),
-    ("vsock", Need::May),
-    ("vmw_vsock_virtio_transport", Need::May),
-    ("vsock_loopback", Need::May),
+/// When pid 1 loads it: a boot waits for the first two, the larger half of whose time is the file system's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// In order, before the root disk is mounted.
+    First,
+    /// At the same time, on another processor.
+    Beside,
+    /// When the agent runs already.
+    Later,
+}
+
+impl Turn {
+    /// The word before the path in `modules.order`.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::First => "",
+            Self::Beside => "beside ",
+            Self::Later => "later ",
+        }
+    }
+
+    /// The turn and the path of a line of `modules.order`.
+    pub(super) fn of_line(line: &str) -> (Self, &str) {
+        for turn in [Self::Beside, Self::Later] {
+            if let Some(path) = line.strip_prefix(turn.word()) {
+                return (turn, path);
+            }
+        }
+        (Self::First, line)
+    }
+}
+
+/// What is wanted, in the order it is best loaded. Each turn after the one before.
+pub(super) const WANTED: [(&str, Need, Turn); 18] = [
+    ("virtio_pci", Need::Must, Turn::First),
+    ("virtio_blk", Need::Must, Turn::First),
+    ("virtio_console", Need::Must, Turn::First),
+    ("virtio_rng", Need::May, Turn::First),
+    ("virtio_net", Need::Must, Turn::First),
+    ("crc32c_intel", Need::May, Turn::Beside),
+    ("crc32c_generic", Need::May, Turn::Beside),
+    ("ext4", Need::Must, Turn::Beside),
+    ("9pnet_virtio", Need::Must, Turn::Later),
+    ("9p", Need::Must, Turn::Later),
+    ("overlay", Need::May, Turn::Later),
+    ("vsock", Need::May, Turn::Later),
+    ("vmw_vsock_virtio_transport", Need::May, Turn::Later),
+    ("vsock_loopback", Need::May, Turn::Later),
     // What programs that are run by agents ask for: user-space file systems, tunnels, loop devices.
-    ("fuse", Need::May),
-    ("tun", Need::May),
-    ("loop", Need::May),
-    ("unix_diag", Need::May),
+    ("fuse", Need::May, Turn::Later),
+    ("tun", Need::May, Turn::Later),
+    ("loop", Need::May, Turn::Later),
+    ("unix_diag", Need::May, Turn::Later),
 ];
 
 /// Modules at most, dependencies included.
@@ -46,6 +78,8 @@ pub(super) struct Module {
     pub(super) name: String,
     /// The ELF file, decompressed.
     pub(super) content: Vec<u8>,
+    /// When it is loaded.
+    pub(super) turn: Turn,
 }
 
 /// Why a kernel's modules do not do.
@@ -90,7 +124,7 @@ pub(super) fn builtin_names(text: &str) -> BTreeSet<String> {
 /// What is wanted and was not found.
 pub(super) fn absent(modules: &[Module]) -> Vec<&'static str> {
     let there = |name: &str| modules.iter().any(|module| module.name == name);
-    WANTED.iter().map(|(name, _)| *name).filter(|name| !there(name)).collect()
+    WANTED.iter().map(|(name, ..)| *name).filter(|name| !there(name)).collect()
 }
 
 /// The wanted modules with all they need, each after what it needs.
@@ -99,12 +133,19 @@ pub(super) fn closure(
     builtin: &BTreeSet<String>,
     read: &mut dyn FnMut(&Path) -> Result<Vec<u8>, KernelError>,
 ) -> Result<Vec<Module>, KernelError> {
-    let mut search = Search { files, builtin, read, chosen: Vec::new() };
-    for (name, need) in WANTED {
+    let mut search = Search { files, builtin, read, chosen: Vec::new(), turn: Turn::First, entangled: false };
+    for (name, need, turn) in WANTED {
+        search.turn = turn;
         if files.contains_key(name) {
             search.add(name, 0)?;
         } else if need == Need::Must && !builtin.contains(name) {
             return Err(ModuleError::Missing { name: name.to_owned() }.into());
+        }
+    }
+    if search.entangled {
+        // In one order everything comes after what it needs.
+        for module in search.chosen.iter_mut().filter(|module| module.turn == Turn::Beside) {
+            module.turn = Turn::First;
         }
     }
     Ok(search.chosen)
@@ -115,11 +156,19 @@ struct Search<'a> {
     builtin: &'a BTreeSet<String>,
     read: &'a mut dyn FnMut(&Path) -> Result<Vec<u8>, KernelError>,
     chosen: Vec<Module>,
+    /// Of what is being added.
+    turn: Turn,
+    /// Something to be loaded beside the first ones needs one of them.
+    entangled: bool,
 }
 
 impl Search<'_> {
     fn add(&mut self, name: &str, depth: usize) -> Result<(), KernelError> {
-        if self.builtin.contains(name) || self.chosen.iter().any(|module| module.name == name) {
+        if self.builtin.contains(name) {
+            return Ok(());
+        }
+        if let Some(known) = self.chosen.iter().find(|module| module.name == name) {
+            self.entangled |= self.turn == Turn::Beside && known.turn == Turn::First;
             return Ok(());
         }
         if depth > 32 || self.chosen.len() >= MAX_MODULES {
@@ -139,7 +188,7 @@ impl Search<'_> {
             }
             self.add(needs, depth + 1)?;
         }
-        self.chosen.push(Module { name: name.to_owned(), content });
+        self.chosen.push(Module { name: name.to_owned(), content, turn: self.turn });
         Ok(())
     }
 }
@@ -150,10 +199,14 @@ mod tests {
 
     /// Modules by name with their `.modinfo`; all that must be there is there.
     fn kernel(special: &[(&str, &[&str])]) -> Result<Vec<String>, KernelError> {
+        Ok(modules(special)?.into_iter().map(|module| module.name).collect())
+    }
+
+    fn modules(special: &[(&str, &[&str])]) -> Result<Vec<Module>, KernelError> {
         let mut contents: BTreeMap<String, Vec<u8>> = WANTED
             .iter()
-            .filter(|(_, need)| *need == Need::Must)
-            .map(|(name, _)| ((*name).to_owned(), modinfo::fake_module(&["license=GPL"])))
+            .filter(|(_, need, _)| *need == Need::Must)
+            .map(|(name, ..)| ((*name).to_owned(), modinfo::fake_module(&["license=GPL"])))
             .collect();
         for (name, lines) in special {
             contents.insert((*name).to_owned(), modinfo::fake_module(lines));
@@ -161,7 +214,7 @@ mod tests {
         let files = contents.keys().map(|name| (name.clone(), PathBuf::from(name))).collect();
         let builtin = builtin_names("kernel/drivers/virtio/virtio-ring.ko\nkernel/x/crc16.ko\n");
         let mut read = |path: &Path| Ok(contents[path.to_str().unwrap()].clone());
-        Ok(closure(&files, &builtin, &mut read)?.into_iter().map(|module| module.name).collect())
+        closure(&files, &builtin, &mut read)
     }
 
     #[test]
@@ -193,10 +246,52 @@ mod tests {
     }
 
     #[test]
+    fn what_is_loaded_beside_needs_nothing_of_the_first() {
+        let turn_of = |modules: &[Module], name: &str| {
+            modules.iter().find(|module| module.name == name).map(|module| module.turn)
+        };
+        let apart = modules(&[
+            ("ext4", &["depends=jbd2"]),
+            ("jbd2", &["depends="]),
+            ("virtio_net", &["depends=virtio"]),
+            ("virtio", &["depends="]),
+            ("9p", &["depends=virtio,jbd2,9pnet"]),
+            ("9pnet", &["depends="]),
+        ])
+        .unwrap();
+        for (name, turn) in [
+            ("virtio", Turn::First),
+            ("virtio_net", Turn::First),
+            ("jbd2", Turn::Beside),
+            ("ext4", Turn::Beside),
+            ("9pnet", Turn::Later),
+            ("9p", Turn::Later),
+        ] {
+            assert_eq!(turn_of(&apart, name), Some(turn), "{name}");
+        }
+        let entangled = modules(&[
+            ("ext4", &["depends=virtio"]),
+            ("virtio_net", &["depends=virtio"]),
+            ("virtio", &["depends="]),
+        ])
+        .unwrap();
+        assert_eq!(turn_of(&entangled, "ext4"), Some(Turn::First));
+        assert_eq!(turn_of(&entangled, "9p"), Some(Turn::Later));
+    }
+
+    #[test]
+    fn a_turn_is_a_word_before_the_path() {
+        for turn in [Turn::First, Turn::Beside, Turn::Later] {
+            let line = format!("{}/lib/modules/a.ko", turn.word());
+            assert_eq!(Turn::of_line(&line), (turn, "/lib/modules/a.ko"));
+        }
+    }
+
+    #[test]
     fn what_is_missing_broken_or_endless_is_told() {
         let no_files = closure(&BTreeMap::new(), &BTreeSet::new(), &mut |_| Ok(Vec::new()));
         assert!(matches!(no_files, Err(KernelError::Modules(ModuleError::Missing { .. }))));
-        let builtin = WANTED.iter().map(|(name, _)| (*name).to_owned()).collect();
+        let builtin = WANTED.iter().map(|(name, ..)| (*name).to_owned()).collect();
         let none = closure(&BTreeMap::new(), &builtin, &mut |_| Ok(Vec::new())).unwrap();
         assert!(none.is_empty());
         assert_eq!(absent(&none).len(), WANTED.len());
@@ -205,7 +300,7 @@ mod tests {
         let circle =
             kernel(&[("ext4", &["depends=a"]), ("a", &["depends=b"]), ("b", &["depends=a"])]).unwrap_err();
         assert!(matches!(circle, KernelError::Modules(ModuleError::Endless)));
-        let files = WANTED.iter().map(|(name, _)| ((*name).to_owned(), PathBuf::from(name))).collect();
+        let files = WANTED.iter().map(|(name, ..)| ((*name).to_owned(), PathBuf::from(name))).collect();
         let no_elf = closure(&files, &BTreeSet::new(), &mut |_| Ok(b"text".to_vec()));
         assert!(matches!(no_elf, Err(KernelError::Modules(ModuleError::NoModule { .. }))));
     }
