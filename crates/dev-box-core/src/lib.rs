@@ -3,6 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`clock`], [`id`], [`size`], [`accel`] | the vocabulary: Eastern time, names and identities, amounts, accelerators |
+//! | [`io_uring`] | whether disks may use it on this host |
 //! | [`spec`], [`template`] | a VM as a typed value, and as libvirt's XML (both ways) |
 //! | [`state`] | the states of a VM and the legal transitions |
 //! | [`libvirt`] | the seam: small blocking traits, the adapter (feature `libvirt`), the doubles (feature `testing`) |
@@ -18,6 +19,7 @@ pub mod agent;
 pub mod clock;
 pub mod connection;
 pub mod id;
+pub mod io_uring;
 pub mod libvirt;
 pub mod size;
 pub mod snapshot;

@@ -13,7 +13,7 @@ use crate::accel::Accelerator;
 use crate::clock::EasternTime;
 use crate::id::{LeaseId, VmId, VmName};
 
-pub use device::{Channel, Disk, DiskCache, DiskFormat, FilterRef, Interface, LinkState, Share};
+pub use device::{Channel, Disk, DiskCache, DiskFormat, DiskIo, FilterRef, Interface, LinkState, Share};
 pub use mac::{MacAddress, MacError};
 pub use resources::{Bandwidth, BlockLimits, ResourceProfile};
 

@@ -31,7 +31,7 @@ use dev_box_core::clock::Clock;
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::{VmId, VmName};
 use dev_box_core::libvirt::{DomainStats, LibvirtError};
-use dev_box_core::spec::ResourceProfile;
+use dev_box_core::spec::{DiskIo, ResourceProfile};
 use dev_box_core::state::{StateReason, VmState};
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_image::{ImageName, ImageStore, Overlay};
@@ -150,6 +150,7 @@ impl UserVms {
             initramfs: image.initramfs(),
             accelerator: detected.accelerator,
             resources: new.resources,
+            disk_io: guest::disk_io(DiskIo::IoUring),
             policy: new.policy,
             address: None,
             started: None,
@@ -177,8 +178,8 @@ impl UserVms {
 
     async fn make(&self, record: VmRecord, base: PathBuf) -> Result<UserVm, UserVmError> {
         let dir = self.new_dir(&record.name)?;
-        let held = Held { dir, record };
-        match self.furnish(&held, base).await {
+        let mut held = Held { dir, record };
+        match self.furnish(&mut held, base).await {
             Ok(()) => {
                 let (state, reason) = (VmState::Shutoff, StateReason::Unspecified);
                 Ok(UserVm { record: held.record, state, reason })
@@ -193,7 +194,7 @@ impl UserVms {
         }
     }
 
-    async fn furnish(&self, held: &Held, base: PathBuf) -> Result<(), UserVmError> {
+    async fn furnish(&self, held: &mut Held, base: PathBuf) -> Result<(), UserVmError> {
         // What is wrong with the request is said before anything is made.
         let template = self.template(held, None)?;
         let (path, size, limits, qemu) =
@@ -207,13 +208,22 @@ impl UserVms {
         .await
         .map_err(UserVmError::blocking)?;
         held.save()?;
-        Vm::define(&self.connection, &template).await.map_err(|error| match error {
-            VmError::Libvirt(LibvirtError::NameTaken { .. }) => {
-                UserVmError::NameTaken { name: held.record.name.clone() }
+        let mut defined = Vm::define(&self.connection, &template).await;
+        if let Err(VmError::Libvirt(LibvirtError::Unsupported { message })) = &defined
+            && held.record.disk_io == DiskIo::IoUring
+        {
+            tracing::info!(vm = %held.record.name, message, "its disk goes by threads");
+            held.record.disk_io = DiskIo::Threads;
+            held.save()?;
+            defined = Vm::define(&self.connection, &self.template(held, None)?).await;
+        }
+        match defined {
+            Ok(_) => Ok(()),
+            Err(VmError::Libvirt(LibvirtError::NameTaken { .. })) => {
+                Err(UserVmError::NameTaken { name: held.record.name.clone() })
             }
-            other => other.into(),
-        })?;
-        Ok(())
+            Err(other) => Err(other.into()),
+        }
     }
 
     /// A directory for a new VM. What a maker that was killed left of that name is removed first.

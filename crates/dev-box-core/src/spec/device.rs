@@ -3,6 +3,8 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use super::MacAddress;
 
 /// A disk, on virtio.
@@ -18,6 +20,8 @@ pub struct Disk {
     pub read_only: bool,
     /// How the host caches it.
     pub cache: DiskCache,
+    /// How QEMU does its IO.
+    pub io: DiskIo,
 }
 
 impl Disk {
@@ -30,6 +34,7 @@ impl Disk {
             target: target.to_owned(),
             read_only: false,
             cache: DiskCache::default(),
+            io: DiskIo::default(),
         }
     }
 }
@@ -70,6 +75,26 @@ impl DiskCache {
             Self::Default => None,
             Self::None => Some("none"),
             Self::Unsafe => Some("unsafe"),
+        }
+    }
+}
+
+/// How QEMU reads and writes a disk's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskIo {
+    /// QEMU's default: a pool of threads.
+    #[default]
+    Threads,
+    /// io_uring(7), where the host lets QEMU use it ([`io_uring::probe`](crate::io_uring::probe)).
+    IoUring,
+}
+
+impl DiskIo {
+    pub(crate) const fn as_str(self) -> Option<&'static str> {
+        match self {
+            Self::Threads => None,
+            Self::IoUring => Some("io_uring"),
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::clock::EasternTime;
 use crate::id::VmName;
 use crate::size::ByteSize;
 use crate::spec::{
-    Bandwidth, BlockLimits, BootSource, Channel, Disk, DiskCache, DiskFormat, FilterRef, Interface,
+    Bandwidth, BlockLimits, BootSource, Channel, Disk, DiskCache, DiskFormat, DiskIo, FilterRef, Interface,
     LinkState, NetworkMode, Ownership, ResourceProfile, RunAs, Share, VmSpec,
 };
 use crate::xml::Node;
@@ -192,12 +192,18 @@ fn disk(node: &Node) -> Read<Disk> {
         Some("unsafe") => DiskCache::Unsafe,
         Some(other) => return Err(bad("disk cache", other)),
     };
+    let io = match driver.get("io") {
+        None | Some("threads") => DiskIo::Threads,
+        Some("io_uring") => DiskIo::IoUring,
+        Some(other) => return Err(bad("disk io", other)),
+    };
     Ok(Disk {
         path: need(node.at("source").and_then(|s| s.get("file")), "disk source")?.into(),
         format,
         target: need(node.at("target").and_then(|t| t.get("dev")), "disk target")?.to_owned(),
         read_only: node.child("readonly").is_some(),
         cache,
+        io,
     })
 }
 

@@ -204,6 +204,7 @@ fn disk(disk: &Disk, resources: &ResourceProfile) -> Node {
                 .attr("name", "qemu")
                 .attr("type", disk.format.as_str())
                 .attr_if("cache", disk.cache.as_str())
+                .attr_if("io", disk.io.as_str())
                 .attr("discard", "unmap")
                 .attr("detect_zeroes", "unmap"),
         )

@@ -46,13 +46,18 @@ pub(crate) fn full(accelerator: Accelerator) -> VmSpec {
         guest_pids: Some(512),
     };
     spec.disks = vec![
-        Disk { cache: DiskCache::Unsafe, ..Disk::qcow2(format!("{vm}/overlay.qcow2"), "vda") },
+        Disk {
+            cache: DiskCache::Unsafe,
+            io: DiskIo::IoUring,
+            ..Disk::qcow2(format!("{vm}/overlay.qcow2"), "vda")
+        },
         Disk {
             path: format!("{vm}/seed.img").into(),
             format: DiskFormat::Raw,
             target: "vdb".into(),
             read_only: true,
             cache: DiskCache::None,
+            io: DiskIo::Threads,
         },
     ];
     spec.shares = vec![
@@ -139,12 +144,14 @@ fn path() -> impl Strategy<Value = std::path::PathBuf> {
 fn disk(index: u8) -> impl Strategy<Value = Disk> {
     let format = prop_oneof![Just(DiskFormat::Qcow2), Just(DiskFormat::Raw)];
     let cache = prop_oneof![Just(DiskCache::Default), Just(DiskCache::None), Just(DiskCache::Unsafe)];
-    (path(), format, any::<bool>(), cache).prop_map(move |(path, format, read_only, cache)| Disk {
+    let io = prop_oneof![Just(DiskIo::Threads), Just(DiskIo::IoUring)];
+    (path(), format, any::<bool>(), cache, io).prop_map(move |(path, format, read_only, cache, io)| Disk {
         path,
         format,
         target: format!("vd{}", char::from(b'a' + index)),
         read_only,
         cache,
+        io,
     })
 }
 

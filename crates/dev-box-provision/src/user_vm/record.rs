@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use dev_box_core::accel::Accelerator;
 use dev_box_core::clock::EasternTime;
 use dev_box_core::id::{VmId, VmName};
-use dev_box_core::spec::ResourceProfile;
+use dev_box_core::spec::{DiskIo, ResourceProfile};
 use dev_box_image::{Digest, ImageName};
 use dev_box_net::EgressPolicy;
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,9 @@ pub struct VmRecord {
     pub accelerator: Accelerator,
     /// CPUs, memory, disk and limits.
     pub resources: ResourceProfile,
+    /// How its disk's IO is done; records of before this was chosen mean threads.
+    #[serde(default)]
+    pub disk_io: DiskIo,
     /// What its network lets through.
     pub policy: EgressPolicy,
     /// The address it has, or had when it ran last; it gets that one again unless somebody has it.

@@ -2,9 +2,10 @@ use std::time::Duration;
 
 use dev_box_core::accel::AcceleratorPolicy;
 use dev_box_core::id::{VmId, VmName};
+use dev_box_core::io_uring;
 use dev_box_core::libvirt::{DeleteScope, Domains, LibvirtError, UndefineMode, XmlView};
 use dev_box_core::snapshot::{NewSnapshot, RestoreOptions, SnapshotError, SnapshotName};
-use dev_box_core::spec::{BootSource, Ownership, ResourceProfile, VmSpec};
+use dev_box_core::spec::{BootSource, DiskIo, Ownership, ResourceProfile, VmSpec};
 use dev_box_core::state::VmState;
 use dev_box_core::template::VmTemplate;
 use dev_box_net::lease::Owner;
@@ -87,6 +88,31 @@ async fn a_vm_is_made_runs_stops_and_goes() {
     let expected: Vec<String> =
         acts.iter().flat_map(|act| [format!("{act}:intent"), format!("{act}:ok")]).collect();
     assert_eq!(bench.audit.actions(), expected);
+}
+
+#[tokio::test]
+async fn a_qemu_without_io_uring_is_served_by_threads() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let unsupported =
+        || LibvirtError::Unsupported { message: "io uring is not supported by this QEMU binary".into() };
+    let io = |text| spec_of(&bench, text).disks[0].io;
+    bench.user_vms.create(new("asks")).await.unwrap();
+    let here = io("asks");
+    let wanted = if io_uring::probe().is_ok() { DiskIo::IoUring } else { DiskIo::Threads };
+    assert_eq!(here, wanted);
+
+    bench.libvirt.fail_next("define", unsupported());
+    let second = bench.user_vms.create(new("old")).await;
+    match here {
+        DiskIo::IoUring => {
+            assert_eq!(second.unwrap().record.disk_io, DiskIo::Threads);
+            assert_eq!(io("old"), DiskIo::Threads);
+            bench.user_vms.start(&name("old")).await.unwrap();
+            assert_eq!(io("old"), DiskIo::Threads, "and at each start from then on");
+        }
+        // Nothing else is left to try.
+        DiskIo::Threads => assert!(second.is_err()),
+    }
 }
 
 #[tokio::test]
