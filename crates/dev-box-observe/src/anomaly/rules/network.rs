@@ -11,8 +11,8 @@ use crate::anomaly::window::{Distinct, Recent, Sums};
 const MINUTE: u64 = 60_000;
 /// Destinations whose intervals are watched at once.
 const BEACONS: usize = 64;
-/// Contacts closer than this are one (the connections of one page).
-const BURST_MS: u64 = 1_000;
+/// Contacts closer than this part of the shortest beacon's interval are one (the connections of one page).
+const BURST: u64 = 5;
 
 #[derive(Debug, Clone)]
 pub(super) struct NetworkRules {
@@ -70,7 +70,7 @@ impl NetworkRules {
 
     fn beacon(&mut self, config: &RuleConfig, now: u64, address: IpAddr, port: Option<u16>, hits: &mut Hits) {
         let Some(times) = self.contacts.entry((address, port), VecDeque::new) else { return };
-        if times.back().is_some_and(|last| now.saturating_sub(*last) < BURST_MS) {
+        if times.back().is_some_and(|last| now.saturating_sub(*last) < config.beacon_min_ms / BURST) {
             return;
         }
         times.push_back(now);

@@ -145,6 +145,24 @@ fn a_beacon_is_regular() {
     }
 }
 
+#[test]
+fn a_page_has_many_connections_and_is_one_contact_of_a_beacon() {
+    let config = RuleConfig { beacon_min_ms: 400, ..RuleConfig::default() };
+    for (interval, connections) in [(20_000, 6), (700, 3)] {
+        let mut rules = VmRules::new(if interval < 5_000 { config.clone() } else { RuleConfig::default() });
+        let mut found = Vec::new();
+        for number in 0..11 {
+            for connection in 0..connections {
+                let at = number * interval + connection * 20;
+                found.extend(rules.observe(at, &connected(v4(203, 0, 113, 9), 443)));
+            }
+        }
+        // Ten intervals, and no sooner.
+        assert_eq!(found.len(), 1, "{interval}: {found:?}");
+        assert!(found[0].at_ms >= 10 * interval, "{found:?}");
+    }
+}
+
 proptest! {
     #[test]
     fn a_beacon_with_little_jitter_is_found(
