@@ -1,8 +1,11 @@
 //! What the guard reports of VMs' packets: to the observer and the metrics. (The audit has it from the provisioner.)
 
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use dev_box_core::id::VmName;
 use dev_box_net::events::{NetEvent, NetEventKind};
 use dev_box_net::guard::DropReason;
 use dev_box_observe::anomaly::Observation;
@@ -14,13 +17,47 @@ use super::{Shared, whole};
 /// The response code of a name that does not exist (RFC 1035, 4.1.1).
 const NXDOMAIN: u16 = 3;
 
+/// For how long a kernel tries to open a connection that nobody answers: six times, each twice as long after the last.
+const TRIES: Duration = Duration::from_secs(130);
+/// How many connections are remembered.
+const CONNECTIONS: usize = 1024;
+
 pub(super) async fn listen(shared: Arc<Shared>, mut events: broadcast::Receiver<NetEvent>) {
+    let mut tries = Tries::default();
     loop {
         match events.recv().await {
+            Ok(event) if tries.again(&event, Instant::now()) => {}
             Ok(event) => take(&shared, &event),
             Err(broadcast::error::RecvError::Lagged(missed)) => OBSERVATIONS_LOST.add(missed, &[]),
             Err(broadcast::error::RecvError::Closed) => return,
         }
+    }
+}
+
+/// Tells a dropped connection's first packet from those by which the guest's kernel tries again: they would make one contact
+/// many, and a regular beacon irregular. Counted from the first, so that a guest that always comes from one port is still heard.
+#[derive(Debug, Default)]
+struct Tries(VecDeque<(Instant, VmName, [Option<u16>; 2], IpAddr)>);
+
+impl Tries {
+    fn again(&mut self, event: &NetEvent, now: Instant) -> bool {
+        let NetEventKind::Dropped { packet, .. } = &event.what else { return false };
+        let Some(destination) = packet.destination.filter(|_| packet.protocol == "tcp") else { return false };
+        let ports = [packet.source_port, packet.destination_port];
+        while self.0.front().is_some_and(|(first, ..)| now.saturating_duration_since(*first) >= TRIES) {
+            self.0.pop_front();
+        }
+        let known = |(_, vm, of, to): &(_, VmName, [Option<u16>; 2], IpAddr)| {
+            *vm == event.vm && *of == ports && *to == destination
+        };
+        if self.0.iter().any(known) {
+            return true;
+        }
+        if self.0.len() == CONNECTIONS {
+            self.0.pop_front();
+        }
+        self.0.push_back((now, event.vm.clone(), ports, destination));
+        false
     }
 }
 
@@ -60,6 +97,7 @@ fn observed(what: &NetEventKind, own: Option<IpAddr>) -> Option<Observation> {
 
 #[cfg(test)]
 mod tests {
+    use dev_box_core::clock::EasternTime;
     use dev_box_net::events::{DnsQuestion, PacketSummary};
 
     use super::*;
@@ -71,6 +109,37 @@ mod tests {
             destination_port: Some(port),
             ..PacketSummary::default()
         }
+    }
+
+    #[test]
+    fn a_connection_that_is_tried_again_is_one_contact() {
+        let event = |source_port, protocol: &str| NetEvent {
+            at: EasternTime::from_unix_nanos(0),
+            vm: "dev-box-1".parse().unwrap(),
+            what: NetEventKind::Dropped {
+                reason: DropReason::Port,
+                packet: PacketSummary {
+                    protocol: protocol.to_owned(),
+                    source_port: Some(source_port),
+                    ..packet([45, 33, 130, 20], 8443)
+                },
+            },
+        };
+        let (mut tries, start) = (Tries::default(), Instant::now());
+        let mut again =
+            |port, protocol, after| tries.again(&event(port, protocol), start + Duration::from_secs(after));
+        assert!(!again(40_000, "tcp", 0));
+        for after in [1, 3, 7, 15, 31, 63] {
+            assert!(again(40_000, "tcp", after), "{after}");
+        }
+        assert!(!again(40_001, "tcp", 64), "another connection");
+        assert!(!again(5_353, "udp", 65) && !again(5_353, "udp", 66), "a datagram is sent once");
+        // From one port for ever: heard, though not each time.
+        assert!(!again(40_000, "tcp", 131));
+        for port in 0..2_000 {
+            assert!(!again(port, "tcp", 140));
+        }
+        assert_eq!(tries.0.len(), CONNECTIONS);
     }
 
     #[test]
