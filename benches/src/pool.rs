@@ -3,6 +3,7 @@
 
 mod baseline;
 mod cycle;
+mod fork;
 mod memory;
 
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ pub(crate) const FIGURES: &[&str] = &[
     "pool.init_8",
     "pool.cycle",
     "vm.pss_idle",
+    "fork.ready",
     "baseline.virsh_revert",
     "baseline.virsh_restore",
     "baseline.qemu_loadvm",
@@ -108,6 +110,9 @@ impl Bench {
         }
         if wanted.has("pool.init_8") || wanted.has("vm.pss_idle") {
             report.take(self.init(&boots).await);
+        }
+        if wanted.has("fork.ready") {
+            report.take(fork::run(self, &boots).await);
         }
         if wanted.has("pool.cycle") {
             report.take(cycle::run(self).await);

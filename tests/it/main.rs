@@ -4,6 +4,7 @@
 
 mod cycles;
 mod daemon;
+mod daemon_fork;
 mod daemon_pool;
 mod doctor;
 mod firewall;

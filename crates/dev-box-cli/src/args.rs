@@ -67,6 +67,8 @@ pub(crate) enum Command {
     Ps(commands::ps::PsArgs),
     /// Remove VMs that the daemon keeps.
     Rm(commands::rm::RmArgs),
+    /// Make VMs that run on from where one that the daemon keeps is now.
+    Fork(commands::fork::ForkArgs),
     /// Stop the CPUs of VMs that the daemon keeps.
     Pause(commands::pause::PauseArgs),
     /// Let paused VMs run on, their clocks right.

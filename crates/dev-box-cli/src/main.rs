@@ -74,6 +74,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Cp(args) => Box::pin(commands::cp::run(config, args)).await,
             Command::Ps(args) => commands::ps::run(config, args).await,
             Command::Pool(args) => commands::pool::run(config, args).await,
+            Command::Fork(args) => commands::fork::run(config, args).await,
             Command::Pause(args) => commands::pause::pause(config, args).await,
             Command::Resume(args) => commands::pause::resume(config, args).await,
             Command::Rm(args) => commands::rm::run(config, args).await,

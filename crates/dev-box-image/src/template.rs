@@ -14,6 +14,7 @@
 //! ```
 //! A directory appears under its name in one rename, after everything in it was written out: a torn template is none.
 
+mod forks;
 mod manifest;
 mod seal;
 
@@ -29,6 +30,7 @@ use crate::staging::{Staging, clear};
 use crate::store::StoreError;
 use crate::usage;
 
+pub use forks::TemplateHold;
 pub use manifest::{HostFacts, Mismatch, Shape, TemplateManifest, TemplateManifestError};
 pub use seal::Seal;
 
@@ -190,6 +192,12 @@ pub struct TemplateStaging {
 }
 
 impl TemplateStaging {
+    /// The template's name.
+    #[must_use]
+    pub fn name(&self) -> &ImageName {
+        &self.name
+    }
+
     /// Where QEMU keeps the guest's memory.
     #[must_use]
     pub fn ram(&self) -> PathBuf {
@@ -213,13 +221,16 @@ impl TemplateStaging {
     /// # Errors
     /// [`TemplateError::Io`].
     pub fn prepare(&self, memory: u64, uid: u32, gid: u32) -> Result<(), TemplateError> {
-        for (path, length) in [(self.ram(), memory), (self.state(), 0)] {
-            let file = File::create_new(&path).map_err(io("make", &path))?;
-            file.set_permissions(Permissions::from_mode(0o600)).map_err(io("set the mode of", &path))?;
-            file.set_len(length).map_err(io("size", &path))?;
-            chown(&path, Some(uid), Some(gid)).map_err(io("give QEMU's user", &path))?;
-        }
-        Ok(())
+        [(self.ram(), memory), (self.state(), 0)]
+            .into_iter()
+            .try_for_each(|(path, length)| Self::prepare_file(&path, length, uid, gid))
+    }
+
+    fn prepare_file(path: &Path, length: u64, uid: u32, gid: u32) -> Result<(), TemplateError> {
+        let file = File::create_new(path).map_err(io("make", path))?;
+        file.set_permissions(Permissions::from_mode(0o600)).map_err(io("set the mode of", path))?;
+        file.set_len(length).map_err(io("size", path))?;
+        chown(path, Some(uid), Some(gid)).map_err(io("give QEMU's user", path))
     }
 
     /// Takes the files back from QEMU, which has ended, makes free memory holes, and seals them. Members of `gid`, and
@@ -231,14 +242,16 @@ impl TemplateStaging {
         let ram = self.ram();
         seal::punch(&ram).map_err(io("make holes in", &ram))?;
         let seal = |path: PathBuf| {
-            chown(&path, Some(rustix::process::geteuid().as_raw()), Some(gid))
-                .map_err(io("take back", &path))?;
-            fs::set_permissions(&path, Permissions::from_mode(0o440))
-                .map_err(io("set the mode of", &path))?;
+            Self::take_back(&path, gid)?;
             File::open(&path).and_then(|file| file.sync_all()).map_err(io("write out", &path))?;
             Seal::of(&path).map_err(io("read", &path))
         };
         Ok([seal(ram)?, seal(self.state())?, seal(self.disk())?])
+    }
+
+    fn take_back(path: &Path, gid: u32) -> Result<(), TemplateError> {
+        chown(path, Some(rustix::process::geteuid().as_raw()), Some(gid)).map_err(io("take back", path))?;
+        fs::set_permissions(path, Permissions::from_mode(0o440)).map_err(io("set the mode of", path))
     }
 }
 
@@ -248,8 +261,11 @@ impl TemplateStore {
     /// # Errors
     /// [`TemplateError::Io`].
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, TemplateError> {
-        let root = root.into();
-        let templates = root.join(TEMPLATES);
+        Self::open_in(root.into(), TEMPLATES)
+    }
+
+    fn open_in(root: PathBuf, directory: &str) -> Result<Self, TemplateError> {
+        let templates = root.join(directory);
         for (path, mode) in [(templates.clone(), 0o711), (templates.join(LOCKS), 0o700)] {
             if !path.is_dir() {
                 fs::create_dir_all(&path).map_err(io("make the directory", &path))?;
@@ -281,13 +297,17 @@ impl TemplateStore {
     /// # Errors
     /// [`TemplateError::Io`] when the directory cannot be read.
     pub fn entries(&self) -> Result<Vec<TemplateEntry>, TemplateError> {
+        Ok(self.names()?.into_iter().map(|name| (name.clone(), self.get(&name))).collect())
+    }
+
+    fn names(&self) -> Result<Vec<ImageName>, TemplateError> {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.templates).map_err(io("list", &self.templates))? {
             let entry = entry.map_err(io("list", &self.templates))?;
             names.extend(entry.file_name().to_str().and_then(|name| name.parse::<ImageName>().ok()));
         }
         names.sort();
-        Ok(names.into_iter().map(|name| (name.clone(), self.get(&name))).collect())
+        Ok(names)
     }
 
     /// Begins a template.

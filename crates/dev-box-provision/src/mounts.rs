@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use dev_box_comm::message::{Mount, Request};
+use dev_box_comm::message::{GuestErrorKind, Mount, Request, Unmount};
 use dev_box_comm::session::{CallError, Session};
 use dev_box_core::spec::Share;
 use dev_box_exec::mount::MountError;
-use dev_box_exec::{Mounts, Owner};
+use dev_box_exec::{Mounts, Owner, background};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use tokio::time::timeout;
 
@@ -38,8 +38,16 @@ pub(crate) enum MountsError {
     Closed { path: PathBuf, uid: u32, source: io::Error },
     #[error("the guest could not mount {target:?}")]
     Guest { target: PathBuf, source: CallError },
-    #[error("the guest did not mount {0:?} within {limit} s", limit = PATIENCE.as_secs())]
+    #[error("the guest did not mount, or unmount, {0:?} within {limit} s", limit = PATIENCE.as_secs())]
     Silent(PathBuf),
+    #[error("{0:?} is in use in it: end what works there, or leave the directory, and try again")]
+    Busy(PathBuf),
+    #[error(
+        "a job goes on in it, and each has what is mounted: `dev-box ps VM` lists them, `dev-box kill VM JOB` ends one; try again then"
+    )]
+    Jobs,
+    #[error("the guest could not unmount {target:?}")]
+    Unmount { target: PathBuf, source: CallError },
 }
 
 /// The user QEMU is to run as, `usual` without a say of the request's. Blocks for a moment.
@@ -104,7 +112,11 @@ fn tag(index: usize) -> String {
 /// # Errors
 /// The first that it could not.
 pub(crate) async fn mount(session: &Session, mounts: &Mounts) -> Result<(), MountsError> {
-    for (index, mount) in mounts.list.iter().enumerate() {
+    mount_from(session, mounts, 0).await
+}
+
+async fn mount_from(session: &Session, mounts: &Mounts, first: usize) -> Result<(), MountsError> {
+    for (index, mount) in mounts.list.iter().enumerate().skip(first) {
         let request = Request::Mount(Mount {
             tag: tag(index),
             target: mount.target.as_path().into(),
@@ -116,6 +128,34 @@ pub(crate) async fn mount(session: &Session, mounts: &Mounts) -> Result<(), Moun
             .await
             .map_err(|_| MountsError::Silent(target()))?
             .map_err(|source| MountsError::Guest { target: target(), source })?;
+    }
+    Ok(())
+}
+
+/// Has the guest unmount them, in the reverse order, all or none. A job has a copy of all mounts, which unmounting does not end: so
+/// none is to go on.
+///
+/// # Errors
+/// The first that it could not, as [`MountsError::Busy`] where something uses it. The others are mounted again then.
+pub(crate) async fn unmount(session: &Session, mounts: &Mounts) -> Result<(), MountsError> {
+    if !mounts.is_empty() && !background::at_rest(session, PATIENCE).await {
+        return Err(MountsError::Jobs);
+    }
+    for (index, live) in mounts.list.iter().enumerate().rev() {
+        let request = Request::Unmount(Unmount { target: live.target.as_path().into(), lazy: false });
+        let target = || live.target.clone();
+        let failed = match timeout(PATIENCE, session.call(request)).await {
+            Ok(Ok(_)) => continue,
+            // Somebody in the guest was faster.
+            Ok(Err(CallError::Guest(error))) if error.kind == GuestErrorKind::InvalidRequest => continue,
+            Ok(Err(CallError::Guest(error))) if error.kind == GuestErrorKind::Busy => {
+                MountsError::Busy(target())
+            }
+            Ok(Err(source)) => MountsError::Unmount { target: target(), source },
+            Err(_) => MountsError::Silent(target()),
+        };
+        mount_from(session, mounts, index.saturating_add(1)).await?;
+        return Err(failed);
     }
     Ok(())
 }

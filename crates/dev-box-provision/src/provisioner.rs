@@ -14,6 +14,7 @@
 //! A VM is made on a task of its own, so that a caller who goes away half-way leaves nothing behind: the task notices
 //! between two steps, and takes down what there is.
 
+mod fork;
 mod power;
 mod raise;
 mod reset;
@@ -57,6 +58,7 @@ use crate::vm_dir::{QemuUser, VmDir};
 
 use shells::{Kind, Shelf};
 
+pub use fork::{Fork, ForkError, Original};
 pub use power::{Paused, ResumeError};
 
 /// How VMs are made here.
@@ -87,8 +89,19 @@ enum Origin {
     Boot,
     /// A boot of its image, with its memory in this file.
     Recorded(PathBuf),
+    /// The moment of a VM that goes on, to become a template's; it never runs.
+    Moment(Box<Moment>),
     /// A template.
     Clone(Box<Template>),
+}
+
+/// Where the moment of a VM is put.
+#[derive(Debug, Clone)]
+struct Moment {
+    /// Its memory.
+    ram: PathBuf,
+    /// Its disk.
+    disk: PathBuf,
 }
 
 impl fmt::Display for Origin {
@@ -96,6 +109,7 @@ impl fmt::Display for Origin {
         match self {
             Self::Boot => f.write_str("a boot"),
             Self::Recorded(_) => f.write_str("a boot that becomes a template"),
+            Self::Moment(_) => f.write_str("a VM that is forked"),
             Self::Clone(template) => write!(f, "the template {}", template.manifest.name),
         }
     }
@@ -108,6 +122,10 @@ enum Wanted {
     Ready(TemplateUse),
     /// A boot with its memory in this file.
     Recorded(PathBuf),
+    /// The moment of another VM.
+    Moment(Moment),
+    /// This template, whatever else there is.
+    Clone(Box<Template>),
 }
 
 /// What of an image a template remembers, and when.
@@ -454,6 +472,7 @@ impl Inner {
         if let Err(left) = machine.tear_down(&self.connection, &self.network).await {
             tracing::warn!(vm = %name, error = &left as &dyn std::error::Error, "not all of it could be removed; `dev-box gc` tries again");
         }
+        self.forget_forks().await;
     }
 
     async fn origin(
@@ -472,6 +491,8 @@ impl Inner {
             }
             Wanted::Ready(_) if mounts => return Ok(Origin::Boot),
             Wanted::Recorded(ram) => return Ok(Origin::Recorded(ram)),
+            Wanted::Moment(moment) => return Ok(Origin::Moment(Box::new(moment))),
+            Wanted::Clone(template) => return Ok(Origin::Clone(template)),
             Wanted::Ready(TemplateUse::Never) => return Ok(Origin::Boot),
             Wanted::Ready(templates) => templates,
         };
@@ -491,7 +512,9 @@ impl Inner {
 
     async fn take_down(&self, name: &VmName) -> Result<(), ProvisionError> {
         let Some(machine) = self.machines().remove(name) else { return Ok(()) };
-        machine.tear_down(&self.connection, &self.network).await.map_err(step("removing the VM"))
+        machine.tear_down(&self.connection, &self.network).await.map_err(step("removing the VM"))?;
+        self.forget_forks().await;
+        Ok(())
     }
 
     fn plan(&self, request: &VmRequest) -> Result<Plan, ProvisionError> {

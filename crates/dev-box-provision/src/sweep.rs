@@ -102,9 +102,18 @@ pub async fn sweep(
     for name in vm_dir::list(&kept)? {
         user_vm::remove_unrecorded(&kept, &name);
     }
-    let templates = state_root.to_owned();
-    if let Err(error) = blocking::run(move || TemplateStore::open(templates)?.sweep()).await {
-        tracing::warn!(error = told(&error), "unfinished templates stay for the next sweep");
+    let root = state_root.to_owned();
+    let templates = blocking::run(move || {
+        TemplateStore::open(&root)?.sweep()?;
+        let Some(forks) = TemplateStore::existing_forks(root) else { return Ok(()) };
+        forks.sweep()?;
+        forks.remove_unused().map(drop)
+    });
+    if let Err(error) = templates.await {
+        tracing::warn!(
+            error = told(&error),
+            "unfinished templates, and those of forks, stay for the next sweep"
+        );
     }
     // Only now are the taps gone by which the network sees that an address is still in use.
     let network = network.clone();

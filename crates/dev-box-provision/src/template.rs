@@ -30,6 +30,8 @@ pub use monitor::MonitorError;
 
 /// The id of the memory's backend. It is part of the state: a clone's must be its template's.
 const RAM_ID: &str = "dev-box.ram";
+/// QEMU waits for a machine's state.
+const WAITING: [&str; 2] = ["-incoming", "defer"];
 
 /// Which templates a provisioner clones from.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
@@ -153,6 +155,23 @@ fn cpu_of(cpuinfo: &str) -> String {
     format!("{} (flags {flags})", field("model name"))
 }
 
+/// Has QEMU's memory called what a template's is, so that the VM can be forked.
+pub(crate) fn booted_arguments(memory: ByteSize) -> Vec<String> {
+    backend(&json!({ "qom-type": "memory-backend-ram", "id": RAM_ID, "size": memory.as_bytes() }))
+}
+
+/// Whether a VM's memory is called so.
+pub(crate) fn can_be_forked(qemu_arguments: &[String]) -> bool {
+    qemu_arguments.contains(&memory_backend())
+}
+
+/// Has QEMU keep the memory in this file, so that it outlives QEMU, and wait for what is to be in it.
+pub(crate) fn moment_arguments(ram: &Path, memory: ByteSize) -> Vec<String> {
+    let mut arguments = recording_arguments(ram, memory);
+    arguments.extend(WAITING.map(str::to_owned));
+    arguments
+}
+
 /// Has QEMU keep the memory in this file, so that it outlives QEMU.
 pub(crate) fn recording_arguments(ram: &Path, memory: ByteSize) -> Vec<String> {
     backend(&json!({
@@ -168,13 +187,16 @@ pub(crate) fn clone_arguments(template: &Template) -> Vec<String> {
         // The file is opened for reading only; the guest may still write to its private pages.
         "readonly": true, "rom": "off",
     }));
-    arguments.extend(["-incoming", "defer"].map(str::to_owned));
+    arguments.extend(WAITING.map(str::to_owned));
     arguments
 }
 
 fn backend(object: &serde_json::Value) -> Vec<String> {
-    ["-object".to_owned(), object.to_string(), "-machine".to_owned(), format!("memory-backend={RAM_ID}")]
-        .into()
+    ["-object".to_owned(), object.to_string(), "-machine".to_owned(), memory_backend()].into()
+}
+
+fn memory_backend() -> String {
+    format!("memory-backend={RAM_ID}")
 }
 
 /// Loads a template's devices into a clone that waits for them.
@@ -208,5 +230,9 @@ mod tests {
         let recorded = recording_arguments(Path::new("/a,b/ram"), ByteSize::mib(256)).join(" ");
         assert!(recorded.contains(r#""share":true"#) && recorded.contains("/a,b/ram"), "{recorded}");
         assert!(recorded.contains("memory-backend=dev-box.ram") && !recorded.contains("-incoming"));
+        let moment = moment_arguments(Path::new("/ram"), ByteSize::mib(256)).join(" ");
+        assert!(moment.contains(r#""share":true"#) && moment.ends_with("-incoming defer"), "{moment}");
+        assert!(can_be_forked(&booted_arguments(ByteSize::mib(256))));
+        assert!(!can_be_forked(&["-machine".to_owned(), "memory-backend=pc.ram".to_owned()]));
     }
 }

@@ -9,6 +9,7 @@ pub(crate) mod doctor;
 pub(crate) mod events;
 pub(crate) mod exec;
 pub(crate) mod forensics;
+pub(crate) mod fork;
 pub(crate) mod gc;
 pub(crate) mod image;
 pub(crate) mod kill;

@@ -38,6 +38,30 @@ pub(crate) struct NewVm {
     pub(crate) vm: VmOptions,
 }
 
+/// `POST /v1/vms/NAME/fork`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NewForks {
+    /// How many.
+    pub(crate) count: u32,
+    /// The names of the first ones; the others' are made up.
+    #[serde(default)]
+    pub(crate) names: Vec<VmName>,
+}
+
+/// VMs that run on from where another was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ForkInfo {
+    /// The other.
+    pub(crate) of: VmName,
+    /// For how long it stood still.
+    pub(crate) paused_ms: u64,
+    /// How long it took until all were ready.
+    pub(crate) took_ms: u64,
+    /// They.
+    pub(crate) vms: Vec<VmInfo>,
+}
+
 /// The header of the answer to `POST /v1/leases`: a [`LeaseInfo`] as JSON. The connection itself is the channel from there on.
 pub(crate) const LEASE_HEADER: &str = "dev-box-lease";
 
@@ -197,6 +221,16 @@ pub(crate) enum Happening {
         /// Which.
         vm: VmName,
     },
+    /// A VM's moment was taken, for others to run on from.
+    #[serde(rename = "vm.forked")]
+    VmForked {
+        /// Which.
+        vm: VmName,
+        /// For how many.
+        clones: u32,
+        /// For how long it stood still.
+        paused_ms: u64,
+    },
     /// A VM could not be made.
     #[serde(rename = "vm.failed")]
     VmFailed {
@@ -267,7 +301,7 @@ pub(crate) struct PoolOrder {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Problem {
     /// A word for programs: `not-found`, `exists`, `lost`, `not-ready`, `bad-request`, `failed`, `stopping`,
-    /// `no-pool` (no pool has such a VM), `busy` (none came free in time).
+    /// `no-pool` (no pool has such a VM), `busy` (none came free in time), `in-use` (what is mounted in it), `exhausted`.
     pub(crate) code: String,
     /// For people.
     pub(crate) message: String,

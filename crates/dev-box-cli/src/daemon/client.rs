@@ -17,7 +17,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::api::{CHANNEL_PROTOCOL, Event, LEASE_HEADER, LeaseInfo, NewLease, NewVm, Problem, Usage, VmInfo};
+use super::api::{
+    CHANNEL_PROTOCOL, Event, ForkInfo, LEASE_HEADER, LeaseInfo, NewForks, NewLease, NewVm, Problem, Usage,
+    VmInfo,
+};
 
 /// Longest answer that is taken, in bytes.
 const ANSWER: usize = 16 << 20;
@@ -69,6 +72,10 @@ impl Client {
     pub(crate) async fn remove(&self, name: &VmName) -> Result<(), ClientError> {
         let response = self.send(Method::DELETE, &format!("/v1/vms/{name}"), None::<&()>).await?;
         body(checked(response).await?).await.map(drop)
+    }
+
+    pub(crate) async fn fork(&self, name: &VmName, new: &NewForks) -> Result<ForkInfo, ClientError> {
+        self.json(Method::POST, &format!("/v1/vms/{name}/fork"), Some(new)).await
     }
 
     /// A session with the agent of a VM, through the daemon.

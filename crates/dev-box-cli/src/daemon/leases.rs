@@ -58,7 +58,7 @@ impl Daemon {
         }
         let pool = self.pools.serving(&new.vm.templates(), &request).ok_or(CreateError::NoPool)?;
         let name = VmName::generate("run").map_err(CreateError::Name)?;
-        let reservation = self.reserve(&name, &request, new.vm, peer)?;
+        let reservation = self.reserve(&name, &request.image, new.vm, peer)?;
         let machine = self.lease(&*pool, &request, PATIENCE, peer).await?;
         let info = LeaseInfo {
             name: name.clone(),

@@ -25,6 +25,7 @@ mod adopt;
 pub(crate) mod api;
 pub(crate) mod client;
 pub(crate) mod events;
+pub(crate) mod fork;
 mod leases;
 mod metrics;
 mod pools;

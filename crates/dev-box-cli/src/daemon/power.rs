@@ -62,7 +62,12 @@ impl Daemon {
         Ok(resumed?)
     }
 
-    async fn begin(&self, event: AuditEvent, domain: &VmName, peer: &Peer) -> Result<Act, AuditError> {
+    pub(super) async fn begin(
+        &self,
+        event: AuditEvent,
+        domain: &VmName,
+        peer: &Peer,
+    ) -> Result<Act, AuditError> {
         Act::begin(&self.dev_box.audit(), Entry::intent(event).by(peer.actor()).vm(domain)).await
     }
 }

@@ -125,7 +125,7 @@ impl Daemon {
             None => VmName::generate("vm").map_err(CreateError::Name)?,
         };
         let request = new.vm.request(&self.dev_box, "serve")?;
-        let reservation = self.reserve(&name, &request, new.vm, peer)?;
+        let reservation = self.reserve(&name, &request.image, new.vm, peer)?;
         self.events.say(Happening::VmStarting { vm: name.clone() });
         let began = Instant::now();
         let provisioner =
@@ -148,7 +148,7 @@ impl Daemon {
     pub(super) fn reserve(
         &self,
         name: &VmName,
-        request: &VmRequest,
+        image: &str,
         options: VmOptions,
         peer: &Peer,
     ) -> Result<Reservation, VmsError> {
@@ -157,7 +157,7 @@ impl Daemon {
             domain: None,
             state: VmState::Starting,
             owner: peer.to_string(),
-            image: request.image.clone(),
+            image: image.to_owned(),
             created_at: self.clock.now(),
             options,
         })
@@ -189,7 +189,10 @@ impl Daemon {
     }
 
     /// A VM that is retired when whoever waits for it leaves first.
-    fn guarded(self: &Arc<Self>, machine: ReadyVm) -> ScopeGuard<ReadyVm, impl FnOnce(ReadyVm) + use<>> {
+    pub(super) fn guarded(
+        self: &Arc<Self>,
+        machine: ReadyVm,
+    ) -> ScopeGuard<ReadyVm, impl FnOnce(ReadyVm) + use<>> {
         let daemon = Arc::clone(self);
         scopeguard::guard(machine, move |machine| {
             let tasks = daemon.tasks.clone();

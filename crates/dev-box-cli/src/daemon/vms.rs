@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dev_box::comm::Session;
 use dev_box::core::id::VmName;
 use dev_box::exec::ReadyVm;
-use dev_box::provision::provisioner::Paused;
+use dev_box::provision::provisioner::{Original, Paused};
 use tokio::sync::Notify;
 
 use super::api::{VmInfo, VmState};
@@ -106,6 +106,17 @@ impl Vms {
             }
             (state, _) => Err(VmsError::NotReady { name: name.clone(), state: state.clone() }),
         }
+    }
+
+    /// A VM that is ready, to be forked, and what it was asked to be like.
+    pub(crate) fn original(&self, name: &VmName) -> Result<(Original, VmOptions), VmsError> {
+        let (vm, session) = self.channel(name)?;
+        let entries = self.entries();
+        let entry = entries.get(name).ok_or_else(|| VmsError::NotFound(name.clone()))?;
+        let machine = entry.machine.as_ref().filter(|machine| machine.name == vm);
+        let facts = machine.ok_or_else(|| VmsError::NotFound(name.clone()))?.facts.clone();
+        let options = entry.info.options.clone();
+        Ok((Original { vm, session, facts, mounts: options.mount.mounts() }, options))
     }
 
     /// The domain and the channel of a VM that can be let run on. One that was paused by somebody else is listed as ready.

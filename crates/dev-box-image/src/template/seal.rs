@@ -23,8 +23,9 @@ pub struct Seal {
     pub bytes: u64,
     /// When its content last changed, in nanoseconds since 1970 by the file system's clock. Compared, never shown.
     pub changed_ns: i64,
-    /// Of where its data lie and what they are.
-    pub digest: Digest,
+    /// Of where its data lie and what they are; a file that is kept for a short time only has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<Digest>,
 }
 
 impl Seal {
@@ -33,8 +34,13 @@ impl Seal {
     /// # Errors
     /// What reading it said.
     pub fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { digest: Some(digest(path)?), ..Self::unread(path)? })
+    }
+
+    /// The same, without reading it.
+    pub(super) fn unread(path: &Path) -> io::Result<Self> {
         let meta = path.metadata()?;
-        Ok(Self { bytes: meta.len(), changed_ns: changed(&meta), digest: digest(path)? })
+        Ok(Self { bytes: meta.len(), changed_ns: changed(&meta), digest: None })
     }
 
     /// Whether size and time are those of the sealed file.
@@ -47,11 +53,12 @@ impl Seal {
         }
     }
 
-    /// Whether its bytes are.
+    /// Whether its bytes are, where they were read when it was sealed.
     pub(super) fn holds_every_byte(&self, path: &Path) -> Result<(), &'static str> {
         self.holds(path)?;
+        let Some(sealed) = self.digest else { return Ok(()) };
         match digest(path) {
-            Ok(found) if found == self.digest => Ok(()),
+            Ok(found) if found == sealed => Ok(()),
             Ok(_) => Err("has other content"),
             Err(_) => Err("cannot be read"),
         }
@@ -63,7 +70,7 @@ fn changed(meta: &std::fs::Metadata) -> i64 {
 }
 
 /// The next stretch of data at or after `from`; a file system that knows no holes calls everything data.
-fn data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
+pub(super) fn data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
     let start = match seek(file, Extent::Data(from)) {
         Ok(start) => start,
         Err(Errno::NXIO) => return Ok(None),

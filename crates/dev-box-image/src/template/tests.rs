@@ -4,11 +4,11 @@ use dev_box_core::size::ByteSize;
 use super::*;
 use crate::digest::Digest;
 
-fn me() -> (u32, u32) {
+pub(super) fn me() -> (u32, u32) {
     (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
 }
 
-fn name(text: &str) -> ImageName {
+pub(super) fn name(text: &str) -> ImageName {
     text.parse().unwrap()
 }
 
@@ -46,10 +46,14 @@ fn staged(store: &TemplateStore, replace: bool) -> (TemplateStaging, TemplateMan
     fs::write(staged.ram(), &ram).unwrap();
     fs::write(staged.state(), "devices").unwrap();
     fs::write(staged.disk(), "a disk").unwrap();
-    let [ram, state, disk] = staged.seal(me().1).unwrap();
-    let manifest = TemplateManifest {
+    let manifest = manifest("t", staged.seal(me().1).unwrap());
+    (staged, manifest)
+}
+
+pub(super) fn manifest(of: &str, [ram, state, disk]: [Seal; 3]) -> TemplateManifest {
+    TemplateManifest {
         format: TemplateManifest::FORMAT,
-        name: name("t"),
+        name: name(of),
         created: "2026-01-15T12:00:00.000-05:00".parse().unwrap(),
         image: name("default"),
         image_digest: Digest::of(b"image"),
@@ -59,8 +63,7 @@ fn staged(store: &TemplateStore, replace: bool) -> (TemplateStaging, TemplateMan
         ram,
         state,
         disk,
-    };
-    (staged, manifest)
+    }
 }
 
 fn publish(store: &TemplateStore) -> Template {

@@ -146,6 +146,14 @@ events! {
     VmPause = "vm.pause" {}
     /// A VM's CPUs go on.
     VmResume = "vm.resume" {}
+    /// A VM's moment is taken, for others to run on from: each of those is made like any.
+    VmFork = "vm.fork" {
+        /// How many.
+        clones: u32,
+        /// For how long it stood still.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        paused_ms: Option<u64>,
+    }
     /// Somebody attaches to a VM's console.
     VmConsole = "vm.console" {}
     /// A VM is destroyed.

@@ -35,7 +35,7 @@ use crate::vm_dir::{QemuUser, VmDir};
 #[derive(Debug)]
 pub(super) struct Started {
     plan: Plan,
-    vm: Vm,
+    pub(super) vm: Vm,
     template: VmTemplate,
     /// Its network's filter is in force, and libvirt takes its link for up.
     plugged: bool,
@@ -54,6 +54,7 @@ impl Inner {
     ) -> Result<Started, ProvisionError> {
         let (base, point) = match origin {
             Origin::Clone(template) => (template.disk(), Some(template.state())),
+            Origin::Moment(moment) => (moment.disk.clone(), None),
             Origin::Boot | Origin::Recorded(_) => (plan.image.disk(), None),
         };
         let path = machine.dir.overlay();
@@ -86,10 +87,18 @@ impl Inner {
 
         let mut spec = self.spec(&machine.dir, &plan, request, machine.lease.as_ref());
         let mode = match origin {
-            Origin::Boot => StartMode::Running,
+            Origin::Boot => {
+                spec.qemu_arguments = template::booted_arguments(spec.resources.memory);
+                StartMode::Running
+            }
             Origin::Recorded(ram) => {
                 spec.qemu_arguments = template::recording_arguments(ram, spec.resources.memory);
                 StartMode::Running
+            }
+            Origin::Moment(moment) => {
+                spec.qemu_arguments = template::moment_arguments(&moment.ram, spec.resources.memory);
+                spec.boot = BootSource::Disk;
+                StartMode::Paused
             }
             Origin::Clone(template) => {
                 spec.qemu_arguments = template::clone_arguments(template);
@@ -156,7 +165,12 @@ impl Inner {
         self.introduce(machine.lease.as_ref(), &session, &plan.name, vm.id()).await?;
         watch.step("configure");
         mounts::mount(&session, &request.mounts).await.map_err(step("mounting"))?;
-        Ok(Self::ready(machine, plan, request, (session, agent), watch))
+        let mut vm = Self::ready(machine, plan, request, (session, agent), watch);
+        if let Origin::Clone(template) = origin {
+            // The image may have been built anew since.
+            vm.facts.image_digest = Some(template.manifest.image_digest.to_string());
+        }
+        Ok(vm)
     }
 
     /// Tells the guest who it is, while its network is looked at a last time before somebody has it.

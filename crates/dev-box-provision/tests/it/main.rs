@@ -5,6 +5,7 @@
 
 mod apparmor;
 mod bench;
+mod fork;
 mod kept;
 mod layers;
 mod provisioner;

@@ -7,9 +7,10 @@ use axum::response::{IntoResponse, Response};
 use dev_box::core::id::{IdError, VmName};
 use dev_box::core::vm::VmError;
 use dev_box::exec::ProvisionError;
-use dev_box::provision::provisioner::ResumeError;
+use dev_box::provision::provisioner::{ForkError, ResumeError};
 
 use crate::daemon::api::Problem;
+use crate::daemon::fork::ForkFailure;
 use crate::daemon::pools::NoPool;
 use crate::daemon::power::PowerError;
 use crate::daemon::state::CreateError;
@@ -88,6 +89,29 @@ impl From<PowerError> for Refusal {
             | PowerError::Resume(ResumeError::Vm(VmError::Illegal(_))) => (StatusCode::CONFLICT, "not-ready"),
             PowerError::Audit(_) => (StatusCode::INSUFFICIENT_STORAGE, "not-audited"),
             PowerError::Pause(_) | PowerError::Resume(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        };
+        Self { status, code, message: Failure::new(error).to_string() }
+    }
+}
+
+impl From<ForkFailure> for Refusal {
+    fn from(error: ForkFailure) -> Self {
+        let (status, code) = match error {
+            ForkFailure::Vms(error) => return error.into(),
+            ForkFailure::Create(error) => return error.into(),
+            ForkFailure::Count | ForkFailure::Names => (StatusCode::BAD_REQUEST, "bad-request"),
+            ForkFailure::Fork(_, ForkError::Busy(_)) => (StatusCode::CONFLICT, "in-use"),
+            ForkFailure::Fork(_, ForkError::NotRunning(_)) => (StatusCode::CONFLICT, "not-ready"),
+            ForkFailure::Fork(_, ForkError::Unforkable) => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "unsatisfiable")
+            }
+            ForkFailure::Fork(_, ForkError::Exhausted { .. }) => {
+                (StatusCode::INSUFFICIENT_STORAGE, "exhausted")
+            }
+            ForkFailure::Audit(_) => (StatusCode::INSUFFICIENT_STORAGE, "not-audited"),
+            ForkFailure::Fork(..) | ForkFailure::Interrupted(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "failed")
+            }
         };
         Self { status, code, message: Failure::new(error).to_string() }
     }

@@ -9,7 +9,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 
 use super::problem::{Refusal, name};
-use crate::daemon::api::{NewVm, VmInfo};
+use crate::daemon::api::{ForkInfo, NewForks, NewVm, VmInfo};
 use crate::daemon::socket::Peer;
 use crate::daemon::state::Daemon;
 
@@ -17,6 +17,7 @@ pub(super) fn routes() -> Router<Arc<Daemon>> {
     Router::new()
         .route("/vms", get(list).post(create))
         .route("/vms/{name}", get(inspect).delete(remove))
+        .route("/vms/{name}/fork", post(fork))
         .route("/vms/{name}/pause", post(pause))
         .route("/vms/{name}/resume", post(resume))
 }
@@ -44,6 +45,18 @@ async fn inspect(State(daemon): State<Arc<Daemon>>, Path(vm): Path<String>) -> R
 async fn remove(State(daemon): State<Arc<Daemon>>, Path(vm): Path<String>) -> Result<StatusCode, Refusal> {
     daemon.remove(&name(vm)?).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Answers when all forks are ready; gives them up when nobody waits for the answer any more.
+async fn fork(
+    State(daemon): State<Arc<Daemon>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(vm): Path<String>,
+    new: Result<Json<NewForks>, JsonRejection>,
+) -> Result<(StatusCode, Json<ForkInfo>), Refusal> {
+    let Json(new) = new?;
+    let info = Box::pin(daemon.fork(&name(vm)?, new, &peer)).await?;
+    Ok((StatusCode::CREATED, Json(info)))
 }
 
 async fn pause(
