@@ -292,6 +292,26 @@ fn rules_are_put_back_although_somebody_leads_packets_past_them() {
     assert!(!lab.firewall.list().unwrap().contains(&VM_A));
 }
 
+/// Everything is listed as before, and nothing is in force.
+#[test]
+fn a_table_that_was_put_to_sleep_is_noticed_and_woken() {
+    let Some(lab) = Lab::new() else { return };
+    lab.guard(&EgressPolicy::NatFiltered);
+    let sound = lab.firewall.inspect(&[VM_A]).unwrap();
+    let forbidden = [Probe::datagram(Place::VmA, GATEWAY, 4444)];
+    none_arrives(&lab, &forbidden);
+    let host = lab.name(Place::Host);
+    for family in ["inet", "bridge"] {
+        let sleep = format!("add table {family} dev_box {{ flags dormant; }}");
+        assert!(Command::new("ip").args(["netns", "exec", &host, "nft", &sleep]).status().unwrap().success());
+        assert_ne!(lab.firewall.inspect(&[VM_A]).unwrap(), sound, "{family}");
+    }
+    all_arrive(&lab, &forbidden, "with both tables asleep");
+    lab.guard(&EgressPolicy::NatFiltered);
+    assert_eq!(lab.firewall.inspect(&[VM_A]).unwrap(), sound);
+    none_arrives(&lab, &forbidden);
+}
+
 #[test]
 fn a_custom_policy_is_what_it_says() {
     both_ways(|lab, _| {

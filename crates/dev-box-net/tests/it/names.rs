@@ -1,6 +1,7 @@
 //! Policies with names: the real dnsmasq, asked by VMs, in front of a name server of the world's.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
@@ -19,6 +20,26 @@ use crate::probe::Probe;
 const SERVER: Ipv4Addr = Ipv4Addr::new(45, 33, 32, 2);
 const PRIVATE: Ipv4Addr = SPECIAL[1];
 const SHARED: Ipv4Addr = SPECIAL[4];
+
+const PATIENCE: Duration = Duration::from_secs(2);
+
+fn question(name: &str) -> Vec<u8> {
+    let mut question = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        question.push(u8::try_from(label.len()).unwrap());
+        question.extend(label.as_bytes());
+    }
+    question.extend([0, 0, 1, 0, 1]);
+    question
+}
+
+/// The code and the addresses of an answer.
+fn read(question: &[u8], answer: &[u8]) -> (u8, Vec<Ipv4Addr>) {
+    // An address's record ends with its length, 4, and itself.
+    let records = answer[question.len()..].chunks_exact(16);
+    let addresses = records.map(|record| <[u8; 4]>::try_from(&record[12..16]).unwrap().into());
+    (answer[3] & 15, addresses.take(usize::from(answer[7])).collect())
+}
 
 /// A lab with a name server, and resolvers in front of it.
 struct Names<'a> {
@@ -65,21 +86,28 @@ impl<'a> Names<'a> {
 
     /// The answer's code and addresses; `None` for silence.
     fn ask(&self, from: Place, server: Ipv4Addr, name: &str) -> Option<(u8, Vec<Ipv4Addr>)> {
-        let mut question = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-        for label in name.split('.') {
-            question.push(u8::try_from(label.len()).unwrap());
-            question.extend(label.as_bytes());
-        }
-        question.extend([0, 0, 1, 0, 1]);
+        let question = question(name);
         let socket = self.lab.within(from, || UdpSocket::bind("0.0.0.0:0").unwrap());
-        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket.send_to(&question, (server, 53)).unwrap();
         let mut answer = [0; 1500];
         let length = socket.recv(&mut answer).ok()?;
-        // An address's record ends with its length, 4, and itself.
-        let records = answer[question.len()..length].chunks_exact(16);
-        let addresses = records.map(|record| <[u8; 4]>::try_from(&record[12..16]).unwrap().into());
-        Some((answer[3] & 15, addresses.take(usize::from(answer[7])).collect()))
+        Some(read(&question, &answer[..length]))
+    }
+
+    /// The same over TCP, where each message begins with its length (RFC 1035, 4.2.2).
+    fn ask_by_tcp(&self, from: Place, server: Ipv4Addr, name: &str) -> Option<(u8, Vec<Ipv4Addr>)> {
+        let question = question(name);
+        let connect = || TcpStream::connect_timeout(&(server, 53).into(), PATIENCE);
+        let mut stream = self.lab.within(from, connect).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = u16::try_from(question.len()).unwrap().to_be_bytes();
+        stream.write_all(&[&length[..], &question].concat()).ok()?;
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).ok()?;
+        let mut answer = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut answer).ok()?;
+        Some(read(&question, &answer))
     }
 
     fn connects(&self, from: Place, to: Ipv4Addr) -> bool {
@@ -117,6 +145,10 @@ fn names_open_their_own_vm_s_way_and_nothing_else() {
         assert!(names.connects(Place::VmA, PUBLIC), "its name is on the list");
         assert!(!names.connects(Place::VmB, PUBLIC), "the other VM's name opens no way for this one");
         assert!(!Probe::connect(Place::VmA, PUBLIC, 8080).arrives(lab), "a name opens no other port");
+
+        assert_eq!(names.ask_by_tcp(Place::VmA, GATEWAY, "github.com"), Some((0, vec![PUBLIC])));
+        assert_eq!(names.ask_by_tcp(Place::VmA, GATEWAY, "other.org"), Some((3, vec![])), "its own resolver");
+        assert_eq!(names.ask_by_tcp(Place::VmA, SERVER, "github.com"), None, "no other server");
 
         let missing =
             |name: &&str| assert_eq!(names.ask(Place::VmA, GATEWAY, name), Some((3, vec![])), "{name}");
