@@ -13,6 +13,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Counts in the memory of a process, and says how far it is.
 const COUNT: &str = "n=0; while :; do n=$((n + 1)); echo $n > /dev/shm/n; sleep 0.1; done";
+/// Notes who its machine is, by what the agent says, all the time.
+const NOTE: &str =
+    "while :; do read -r id < /run/dev-box-boot-id; echo \"$id\" >> /dev/shm/ids; sleep 0.05; done";
 /// What only one VM may have; a line each.
 const WHO: &str = "cat /etc/machine-id /run/dev-box-boot-id; head -c 16 /dev/urandom | od -An -tx1; hostname; \
                    cat /sys/class/net/eth0/address; hostname -I";
@@ -58,6 +61,7 @@ fn forks_run_on_from_where_the_original_is() {
     with_a_mount(&host);
     host.dev_box(["start", "--name", "work"]).expect_code(0);
     background(&host, "work", COUNT);
+    background(&host, "work", NOTE);
     sh(&host, "work", "echo disk > /root/disk; echo memory > /dev/shm/memory");
 
     let mut client = host.start(["exec", "work", "--", "sh", "-c", "echo on; exec sleep 54321"]);
@@ -94,6 +98,9 @@ fn forks_run_on_from_where_the_original_is() {
             assert_ne!(who[one][line], who[other][line], "{who:#?}");
         }
     }
+    // Both begin at the same moment: what ran on as the original, before it was told, would have noted that for a while.
+    let as_the_original = |vm: &str| sh(&host, vm, &format!("grep -c {} /dev/shm/ids", who[0][1]));
+    assert_eq!(as_the_original("a"), as_the_original("b"));
     for vm in all {
         let own = "test ! -e /root/own; test ! -e /dev/shm/own";
         sh(&host, vm, &format!("{own}; echo {vm} | tee /root/own > /dev/shm/own"));

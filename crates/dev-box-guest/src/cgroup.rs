@@ -153,9 +153,28 @@ impl Cgroups {
         Ok(group)
     }
 
+    /// Stops every job's processes, or lets them go on. Returns when they stand still, which those in a system call do when that returns, or
+    /// after 200 ms.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn hold_jobs(&self, held: bool) -> io::Result<()> {
+        let jobs = self.root.join(JOBS_GROUP);
+        write(&jobs.join("cgroup.freeze"), if held { "1" } else { "0" })?;
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let stands =
+            || keyed(&fs::read_to_string(jobs.join("cgroup.events")).unwrap_or_default(), "frozen") == 1;
+        while held && !stands() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Kills whatever is in any job's group and removes the groups: what an agent that was killed left behind.
     pub fn sweep(&self) {
         let jobs = self.root.join(JOBS_GROUP);
+        // The agent before this one may have been about to let them go on.
+        let _ = self.hold_jobs(false);
         let Ok(entries) = fs::read_dir(&jobs) else { return };
         for entry in entries.flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

@@ -33,6 +33,7 @@ pub(crate) fn identity(
         entropy: Some(entropy.to_vec().into()),
         unix_time_ns: Some(clock.now().unix_nanos()),
         network,
+        hold_jobs: false,
     })
 }
 

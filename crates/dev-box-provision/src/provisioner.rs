@@ -58,7 +58,7 @@ use crate::vm_dir::{QemuUser, VmDir};
 
 use shells::{Kind, Shelf};
 
-pub use fork::{Fork, ForkError, Original};
+pub use fork::{Fork, ForkError, HoldError, Original};
 pub use power::{Paused, ResumeError};
 
 /// How VMs are made here.

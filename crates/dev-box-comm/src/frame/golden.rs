@@ -129,6 +129,7 @@ fn requests() -> Vec<Request> {
             entropy: Some(vec![0xFF; 32].into()),
             unix_time_ns: Some(1_700_000_000_000_000_000),
             network: Some(network),
+            hold_jobs: false,
         }),
         Request::Mount(Mount {
             tag: "workspace".into(),
@@ -225,6 +226,16 @@ fn lines<T: serde::Serialize>(values: &[T]) -> String {
 fn requests_are_as_frozen_and_read_back() {
     frozen("requests.jsonl", &lines(&requests()));
     for (request, line) in requests().iter().zip(lines(&requests()).lines()) {
+        assert_eq!(message::decode::<Request>(line.as_bytes()).as_ref(), Ok(request), "{line}");
+    }
+}
+
+/// What a later version has added within the generation.
+#[test]
+fn additions_are_as_frozen_and_read_back() {
+    let added = [Request::Configure(Configure { hold_jobs: true, ..Configure::default() })];
+    frozen("requests-0.2.jsonl", &lines(&added));
+    for (request, line) in added.iter().zip(lines(&added).lines()) {
         assert_eq!(message::decode::<Request>(line.as_bytes()).as_ref(), Ok(request), "{line}");
     }
 }

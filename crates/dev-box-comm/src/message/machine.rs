@@ -25,6 +25,10 @@ pub struct Configure {
     /// Its address; with nothing here the network is left as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkConfig>,
+    /// Jobs stand still from now on: until the next of these requests has taken effect, or for 60 s of the guest's time. So whatever
+    /// goes on from a moment that is kept goes on as who it is then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hold_jobs: bool,
 }
 
 /// Without the entropy: it is a secret.
@@ -36,6 +40,7 @@ impl std::fmt::Debug for Configure {
             .field("entropy_bytes", &self.entropy.as_ref().map(WireBytes::len))
             .field("unix_time_ns", &self.unix_time_ns)
             .field("network", &self.network)
+            .field("hold_jobs", &self.hold_jobs)
             .finish()
     }
 }

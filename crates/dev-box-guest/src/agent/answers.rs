@@ -1,16 +1,19 @@
 //! Requests that have one answer: some messages, then `Done` or `Failed`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use dev_box_comm::message::{GuestError, GuestErrorKind, Message, Request, Shutdown};
 use dev_box_comm::session::GuestStream;
 
-use super::{Agent, configure, info, share};
+use super::{Agent, Surroundings, configure, info, share};
 use crate::files;
 use crate::job::run::Command;
 
 /// Between the answer to a power-off and the power-off, so that the answer gets out.
 const LAST_WORDS: Duration = Duration::from_millis(30);
+/// How long jobs are held at most.
+const HOLD: Duration = Duration::from_secs(60);
 
 /// Runs what blocks on a thread that may.
 ///
@@ -54,6 +57,9 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
     let surroundings = agent.surroundings.clone();
     match request {
         Request::Configure(request) => {
+            if request.hold_jobs {
+                tokio::spawn(release_in_time(surroundings.clone()));
+            }
             blocking(move || configure::configure(&surroundings, &request)).await.map(none)
         }
         Request::Mount(request) => {
@@ -96,6 +102,14 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
             let text = format!("this agent cannot answer {}", kind(&other));
             Err(GuestError::new(GuestErrorKind::Unsupported, text))
         }
+    }
+}
+
+/// A host that has gone away lets nothing stand for good.
+async fn release_in_time(surroundings: Arc<Surroundings>) {
+    tokio::time::sleep(HOLD).await;
+    if let Err(error) = surroundings.hold_jobs(false) {
+        crate::console::say(format_args!("held jobs cannot go on: {error}"));
     }
 }
 

@@ -9,11 +9,22 @@ use dev_box_comm::message::{Configure, GuestError, GuestErrorKind, NetworkConfig
 use super::Surroundings;
 use crate::network::{self, Addressing};
 
-/// Applies everything that is given: clock and randomness first, since what follows may use them.
+/// Applies everything that is given. Jobs that were held go on afterwards, whatever became of it.
 ///
 /// # Errors
 /// `InvalidRequest` before anything is done; otherwise the first step that failed.
 pub fn configure(surroundings: &Surroundings, wanted: &Configure) -> Result<(), GuestError> {
+    let applied = apply(surroundings, wanted);
+    if wanted.hold_jobs {
+        applied?;
+        return surroundings.hold_jobs(true).map_err(|error| GuestError::from_io("hold the jobs", &error));
+    }
+    let released = surroundings.hold_jobs(false);
+    applied.and(released.map_err(|error| GuestError::from_io("let the jobs go on", &error)))
+}
+
+/// Clock and randomness first, since what follows may use them.
+fn apply(surroundings: &Surroundings, wanted: &Configure) -> Result<(), GuestError> {
     let addressing = wanted.network.as_ref().map(addressing).transpose()?;
     check(wanted)?;
     let failed = |what: &'static str| move |error: io::Error| GuestError::from_io(what, &error);
@@ -110,7 +121,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::agent::Containment;
     use crate::agent::tests::{Doubles, surroundings};
+    use crate::cgroup::Cgroups;
 
     fn all() -> Configure {
         Configure {
@@ -125,7 +138,32 @@ mod tests {
                 gateway: Ipv4Addr::new(10, 0, 0, 1),
                 dns: vec![Ipv4Addr::new(10, 0, 0, 1)],
             }),
+            hold_jobs: false,
         }
+    }
+
+    #[test]
+    fn jobs_are_held_until_the_next_one() {
+        let Doubles { mut surroundings, root, .. } = surroundings();
+        let jobs = root.path().join("jobs");
+        std::fs::create_dir(&jobs).unwrap();
+        std::fs::write(jobs.join("cgroup.freeze"), "").unwrap();
+        std::fs::write(jobs.join("cgroup.events"), "populated 1\nfrozen 1\n").unwrap();
+        surroundings.containment = Containment::Full(Cgroups::new(root.path()));
+        let written = || std::fs::read_to_string(jobs.join("cgroup.freeze")).unwrap();
+        let hold = Configure { hold_jobs: true, ..Configure::default() };
+        configure(&surroundings, &Configure::default()).unwrap();
+        assert_eq!(written(), "", "nothing was held");
+        configure(&surroundings, &hold).unwrap();
+        assert_eq!(written(), "1");
+        let wrong = Configure { hostname: Some("-x".into()), ..Configure::default() };
+        assert!(configure(&surroundings, &wrong).is_err());
+        assert_eq!(written(), "0", "they go on whatever was wrong");
+        let refused = Configure { hold_jobs: true, ..wrong };
+        assert_eq!(configure(&surroundings, &refused).unwrap_err().kind, GuestErrorKind::InvalidRequest);
+        assert_eq!(written(), "0");
+        std::fs::remove_dir_all(&jobs).unwrap();
+        assert!(configure(&surroundings, &hold).unwrap_err().to_string().contains("hold the jobs"));
     }
 
     #[test]

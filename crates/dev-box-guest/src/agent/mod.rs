@@ -22,7 +22,7 @@ pub mod transfer;
 pub mod watch;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dev_box_comm::message::Request;
@@ -62,6 +62,8 @@ pub struct Surroundings {
     pub modules: Settled,
     /// How jobs are contained.
     pub containment: Containment,
+    /// Whether they stand still.
+    pub held: Mutex<bool>,
     /// Beneath which `/etc` lies.
     pub root: PathBuf,
     /// Times the agent was started again by pid 1.
@@ -90,9 +92,23 @@ impl Surroundings {
             mounts: Box::new(mounts::Linux),
             modules: Settled::marked_by(modules::MARK),
             containment: Containment::Full(Cgroups::new(cgroup::ROOT)),
+            held: Mutex::new(false),
             root: PathBuf::from("/"),
             restarts,
         }
+    }
+}
+
+impl Surroundings {
+    /// Stops the jobs, or lets them go on if they were stopped. Without control groups they run on.
+    pub(crate) fn hold_jobs(&self, held: bool) -> std::io::Result<()> {
+        let Containment::Full(cgroups) = &self.containment else { return Ok(()) };
+        let mut now = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if *now != held {
+            cgroups.hold_jobs(held)?;
+            *now = held;
+        }
+        Ok(())
     }
 }
 
@@ -169,6 +185,7 @@ pub(crate) mod tests {
             mounts: Box::new(mounts.clone()),
             modules: Settled::already(),
             containment: Containment::None,
+            held: Mutex::new(false),
             root: root.path().to_owned(),
             restarts: 0,
         };

@@ -16,7 +16,8 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use dev_box_comm::session::Session;
+use dev_box_comm::message::{Configure, Request};
+use dev_box_comm::session::{CallError, Session};
 use dev_box_core::accel::{Accelerator, AcceleratorPolicy};
 use dev_box_core::id::{IdError, VmName};
 use dev_box_core::size::ByteSize;
@@ -33,6 +34,7 @@ use dev_box_image::template::{
 use dev_box_image::{ImageName, Overlay, space};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
@@ -43,6 +45,9 @@ use crate::mounts::{self, MountsError};
 use crate::stopwatch::Stopwatch;
 use crate::template::{self, MonitorError, monitor};
 use crate::vm_dir::{QemuUser, VmDir};
+
+/// How long the agent may take to hold the jobs.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// A VM to be forked.
 #[derive(Debug, Clone)]
@@ -83,6 +88,9 @@ pub enum ForkError {
     /// Libvirt does not tell about it.
     #[error("it cannot be looked at")]
     Look(#[source] VmError),
+    /// Its jobs were not held.
+    #[error("its agent could not have its jobs stand still")]
+    Hold(#[source] HoldError),
     /// It did not stand still.
     #[error("it could not be paused")]
     Pause(#[source] VmError),
@@ -252,7 +260,16 @@ impl LibvirtProvisioner {
             _ => ForkError::Unmount(error.into()),
         })?;
         let frozen = async {
-            let paused = self.pause(vm, session).await.map_err(ForkError::Pause)?;
+            // What goes on in a fork begins when that knows who it is: its agent's next word to them is theirs to go on.
+            hold_jobs(session).await.map_err(ForkError::Hold)?;
+            let paused = match self.pause(vm, session).await {
+                Ok(paused) => paused,
+                Err(error) => {
+                    // They go on by themselves after a while.
+                    let _ = timeout(ANSWER, session.call(Request::Configure(Configure::default()))).await;
+                    return Err(ForkError::Pause(error));
+                }
+            };
             let saved = self.save_whole(vm, domain, staged, qemu).await;
             let resumed = self.resume(vm, session).await.map_err(ForkError::Resume);
             drop(paused);
@@ -360,6 +377,26 @@ impl Inner {
                 "what a VM was forked from stays until `dev-box gc`"
             ),
         }
+    }
+}
+
+/// Why a VM's jobs were not held.
+#[derive(Debug, thiserror::Error)]
+pub enum HoldError {
+    /// The agent says why.
+    #[error("it was not done")]
+    Refused(#[source] CallError),
+    /// The agent says nothing.
+    #[error("it has not answered within {} s", ANSWER.as_secs())]
+    Silent,
+}
+
+async fn hold_jobs(session: &Session) -> Result<(), HoldError> {
+    let hold = Configure { hold_jobs: true, ..Configure::default() };
+    match timeout(ANSWER, session.call(Request::Configure(hold))).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(HoldError::Refused(error)),
+        Err(_) => Err(HoldError::Silent),
     }
 }
 

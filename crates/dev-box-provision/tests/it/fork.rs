@@ -2,6 +2,7 @@ use std::fs;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use dev_box_comm::message::Configure;
 use dev_box_core::libvirt::{Domains, XmlView};
 use dev_box_core::state::VmState;
 use dev_box_core::template::VmTemplate;
@@ -105,7 +106,14 @@ async fn a_vm_is_forked_and_runs_on() {
         ]
     );
     assert_eq!(bench.vm_dirs(), [vm.name.to_string()], "the moment's own VM is gone");
-    let told = bench.configured.lock().unwrap().last().cloned().unwrap();
+    let configured = bench.configured.lock().unwrap().clone();
+    let [.., held, told] = &configured[..] else { panic!("told of nothing") };
+    assert_eq!(
+        *held,
+        Configure { hold_jobs: true, ..Configure::default() },
+        "its jobs stand still before it does"
+    );
+    assert!(!told.hold_jobs, "and go on when it does");
     assert!(told.unix_time_ns.is_some() && told.machine_id.is_none(), "the original's clock alone: {told:?}");
 
     // It is asked for what the original is, and lies on a copy of its disk.
