@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use dev_box_tests::{Host, Running, wait_until};
 use nix::sched::{CloneFlags, setns};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::guest::{CUT_OFF, HOST, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
 use super::layers::{Layer, nft, run, set_filter, set_guard};
@@ -56,6 +58,25 @@ fn command(host: &Host) -> Command {
     command
 }
 
+/// Takes away the worlds of tests that were killed: their routes are in the way.
+fn strike_the_dead() -> Result<(), String> {
+    for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(number) = name.strip_prefix("dbworld") else { continue };
+        if !Path::new("/proc").join(number).exists() {
+            let there = Command::new("ip").args(["netns", "pids", &name]).output();
+            let there = there.map_err(|error| error.to_string())?.stdout;
+            for pid in String::from_utf8_lossy(&there).split_whitespace().filter_map(|pid| pid.parse().ok()) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            // The namespace may live on for as long as something holds it: its link goes by itself.
+            let _ = run(&format!("ip link delete dbw{number}"));
+            run(&format!("ip netns delete {name}"))?;
+        }
+    }
+    Ok(())
+}
+
 impl Stage {
     /// Puts the world up and starts the guests; the reason where that cannot be.
     pub(super) fn set(host: &Host) -> Result<Self, String> {
@@ -71,6 +92,7 @@ impl Stage {
             guests: Vec::new(),
             name_server: 0,
         };
+        strike_the_dead()?;
         stage.wire()?;
         stage.serve_names(host)?;
         let (namespace, seen) = (stage.namespace.clone(), Arc::clone(&stage.seen));

@@ -208,7 +208,7 @@ mod tests {
             "signal": 9, "root": "/x", "totals": { "files": 1, "bytes": 1 }, "path": "x", "policy": "x", "mac": "x",
             "from": "x", "to": "x", "protocol": "tcp", "address": "x", "sent_bytes": 1, "received_bytes": 1, "packets": 1,
             "name": "x", "kind": "A", "rule": "x", "score": 0.5, "why": "x", "response": "kill", "version": "1", "role": "run",
-            "chain": "x", "bytes": 1, "suspect": false, "entries": 1, "by_ms": 1, "through_seq": 1, "hash": "x"
+            "chain": "x", "bytes": 1, "suspect": false, "entries": 1, "by_ms": 1, "through_seq": 1, "hash": "x", "clones": 1
         }"#,
         )
         .unwrap();
