@@ -84,7 +84,23 @@ impl Scene {
         };
         tokio::time::timeout(PATIENCE, seen).await.unwrap();
     }
+
+    /// A snapshot that has the VM held still, for which QEMU takes its time.
+    async fn snapshot_under_way(&self, takes: Duration) -> (Arc<VmResponder>, String, Taking) {
+        self.bench.libvirt.delay("monitor", takes);
+        let (responder, name) = (self.responder(), self.vm.name.as_str().to_owned());
+        let since = self.bench.libvirt.calls().len();
+        let taking = {
+            let (responder, name) = (Arc::clone(&responder), name.clone());
+            tokio::spawn(async move { responder.respond(&name, ResponseAction::Snapshot, &finding()).await })
+        };
+        // By its call: to look at the VM's state would say that it is paused already.
+        self.called("suspend", since).await;
+        (responder, name, taking)
+    }
 }
+
+type Taking = tokio::task::JoinHandle<Result<(), RespondError>>;
 
 fn finding() -> Finding {
     Finding { rule: Rule::PortScan, score: 0.9, why: "30 ports".into(), evidence: Evidence::Host, at_ms: 1 }
@@ -178,15 +194,7 @@ async fn a_snapshot_is_a_bundle_and_the_vm_goes_on() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pause_that_comes_during_a_snapshot_lasts() {
     let scene = Scene::new(request()).await;
-    scene.bench.libvirt.delay("monitor", Duration::from_millis(300));
-    let (responder, name) = (scene.responder(), scene.vm.name.as_str().to_owned());
-    let since = scene.bench.libvirt.calls().len();
-    let taking = {
-        let (responder, name) = (Arc::clone(&responder), name.clone());
-        tokio::spawn(async move { responder.respond(&name, ResponseAction::Snapshot, &finding()).await })
-    };
-    // Held still by the snapshot: to look at it now would say that it is paused already.
-    scene.called("suspend", since).await;
+    let (responder, name, taking) = scene.snapshot_under_way(Duration::from_millis(300)).await;
     responder.respond(&name, ResponseAction::Pause, &finding()).await.unwrap();
     taking.await.unwrap().unwrap();
     assert_eq!((scene.state(), scene.bundles().len()), (Some(VmState::Paused), 1));
@@ -195,14 +203,7 @@ async fn a_pause_that_comes_during_a_snapshot_lasts() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_does_not_wait_for_a_snapshot() {
     let scene = Scene::new(request()).await;
-    scene.bench.libvirt.delay("monitor", Duration::from_millis(500));
-    let (responder, name) = (scene.responder(), scene.vm.name.as_str().to_owned());
-    let since = scene.bench.libvirt.calls().len();
-    let taking = {
-        let (responder, name) = (Arc::clone(&responder), name.clone());
-        tokio::spawn(async move { responder.respond(&name, ResponseAction::Snapshot, &finding()).await })
-    };
-    scene.called("suspend", since).await;
+    let (responder, name, taking) = scene.snapshot_under_way(Duration::from_millis(500)).await;
     responder.respond(&name, ResponseAction::Kill, &finding()).await.unwrap();
     assert!(!taking.is_finished(), "it was killed first");
     assert_eq!(scene.state(), None);
