@@ -3,6 +3,7 @@
 
 mod collector;
 mod daemon;
+mod internet;
 mod screen;
 
 use std::ffi::OsStr;
@@ -17,6 +18,7 @@ use tempfile::TempDir;
 
 pub use collector::Collector;
 pub use daemon::Daemon;
+pub use internet::{Internet, run};
 pub use screen::Screen;
 
 /// Where `cargo xtask setup` puts the guest image that all tests share.

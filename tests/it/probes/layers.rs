@@ -5,6 +5,8 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use dev_box_tests::run;
+
 /// A layer of the policy's enforcement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layer {
@@ -34,17 +36,6 @@ impl Drop for BridgeNetfilter {
             let _ = std::fs::write(path, before);
         }
     }
-}
-
-/// Runs a command to its end.
-pub(super) fn run(command: &str) -> Result<(), String> {
-    let mut words = command.split_whitespace();
-    let program = words.next().unwrap_or_default();
-    let output = Command::new(program).args(words).output().map_err(|error| format!("{program}: {error}"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(format!("{command}: {}", String::from_utf8_lossy(&output.stderr).trim()))
 }
 
 /// Has nft take a script as one transaction.

@@ -1,27 +1,23 @@
 //! The world that guests try to reach, the guests, and what became of their tries.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dev_box_tests::{Host, Running, wait_until};
-use nix::sched::{CloneFlags, setns};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use dev_box_tests::{Host, Internet, Running, run, wait_until};
+use nix::sys::signal::Signal;
 
 use super::guest::{CUT_OFF, HOST, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
-use super::layers::{Layer, nft, run, set_filter, set_guard};
+use super::layers::{Layer, nft, set_filter, set_guard};
 use super::observers::{Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket};
 
-/// The host's end of the wire to the world, and the world's.
+/// Of the wire to the world, and the host's end of it.
+const SUBNET: [u8; 3] = [45, 33, 32];
 const WAN: &str = "45.33.32.1";
-const WORLD: &str = "45.33.32.2";
 /// A packet is on its way for less than this.
 const SETTLE: Duration = Duration::from_millis(1500);
 /// Each probe is sent every half second or two.
@@ -43,106 +39,33 @@ impl Guest {
 
 /// All of it. Dropped, it goes.
 pub(super) struct Stage {
-    namespace: String,
-    wire: String,
+    #[expect(dead_code, reason = "it goes with the stage")]
+    world: Internet,
     seen: Seen,
     over: Arc<AtomicBool>,
     guests: Vec<Guest>,
-    name_server: u32,
-}
-
-/// `dev-box`, asking the world's name server.
-fn command(host: &Host) -> Command {
-    let mut command = host.command();
-    command.env("DEV_BOX_HOST__RESOLV_CONF", host.root().join("resolv.conf"));
-    command
-}
-
-/// Takes away the worlds of tests that were killed: their routes are in the way.
-fn strike_the_dead() -> Result<(), String> {
-    for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(number) = name.strip_prefix("dbworld") else { continue };
-        if !Path::new("/proc").join(number).exists() {
-            let there = Command::new("ip").args(["netns", "pids", &name]).output();
-            let there = there.map_err(|error| error.to_string())?.stdout;
-            for pid in String::from_utf8_lossy(&there).split_whitespace().filter_map(|pid| pid.parse().ok()) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-            // The namespace may live on for as long as something holds it: its link goes by itself.
-            let _ = run(&format!("ip link delete dbw{number}"));
-            run(&format!("ip netns delete {name}"))?;
-        }
-    }
-    Ok(())
 }
 
 impl Stage {
     /// Puts the world up and starts the guests; the reason where that cannot be.
     pub(super) fn set(host: &Host) -> Result<Self, String> {
-        for program in ["ip", "nft", "bridge", "dnsmasq", "virsh"] {
+        for program in ["nft", "bridge", "virsh"] {
             Command::new(program).arg("--version").output().map_err(|_| format!("needs {program}"))?;
         }
-        let number = std::process::id();
-        let mut stage = Self {
-            namespace: format!("dbworld{number}"),
-            wire: format!("dbw{number}"),
-            seen: Seen::default(),
-            over: Arc::default(),
-            guests: Vec::new(),
-            name_server: 0,
-        };
-        strike_the_dead()?;
-        stage.wire()?;
-        stage.serve_names(host)?;
-        let (namespace, seen) = (stage.namespace.clone(), Arc::clone(&stage.seen));
-        let sniffer = thread::spawn(move || {
-            setns(File::open(format!("/run/netns/{namespace}")).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
-            packet_socket("eth0")
-        });
-        let sniffer = sniffer.join().map_err(|_| "the world cannot be listened to".to_owned())?;
+        let mut world = Internet::new(SUBNET)?;
+        let places: BTreeSet<&str> = PLACES.iter().map(|(address, ..)| *address).collect();
+        places.into_iter().try_for_each(|address| world.add(address))?;
+        world.serve_names(host, &[("named.example.com", NAMED), ("other.example.org", OTHER)])?;
+        let sniffer = world.inside(|| packet_socket("eth0"))?;
+        let mut stage = Self { world, seen: Seen::default(), over: Arc::default(), guests: Vec::new() };
+        let seen = Arc::clone(&stage.seen);
         observe(sniffer, Arc::clone(&stage.over), move |frame| at_world(&seen, frame));
         stage.listen()?;
-        let resolv_conf = host.root().join("resolv.conf");
-        std::fs::write(&resolv_conf, format!("nameserver {WORLD}\n")).map_err(|error| error.to_string())?;
         stage.without_network(host);
         for (script, word) in [(STAY, "here as "), (TRY, "trying as ")] {
             stage.start(host, script, word);
         }
         Ok(stage)
-    }
-
-    fn wire(&self) -> Result<(), String> {
-        let Self { namespace: ns, wire, .. } = self;
-        run(&format!("ip netns add {ns}"))?;
-        run(&format!("ip link add {wire} type veth peer name eth0 netns {ns}"))?;
-        run(&format!("ip address add {WAN}/24 dev {wire}"))?;
-        run(&format!("ip link set {wire} up"))?;
-        run(&format!("ip -n {ns} address add {WORLD}/24 dev eth0"))?;
-        for device in ["eth0", "lo"] {
-            run(&format!("ip -n {ns} link set {device} up"))?;
-        }
-        run(&format!("ip -n {ns} route add default via {WAN}"))?;
-        let places: BTreeSet<&str> = PLACES.iter().map(|(address, ..)| *address).collect();
-        for address in places {
-            run(&format!("ip -n {ns} address add {address}/32 dev lo"))?;
-            run(&format!("ip route add {address}/32 via {WORLD} dev {wire}"))?;
-        }
-        Ok(())
-    }
-
-    /// A name server in the world; its process id is remembered, to end it.
-    fn serve_names(&mut self, host: &Host) -> Result<(), String> {
-        let pid_file = host.root().join("names.pid");
-        run(&format!(
-            "ip netns exec {} dnsmasq --conf-file=/dev/null --listen-address={WORLD} --bind-interfaces --no-resolv \
-             --no-hosts --address=/named.example.com/{NAMED} --address=/other.example.org/{OTHER} --pid-file={}",
-            self.namespace,
-            pid_file.display()
-        ))?;
-        let pid = std::fs::read_to_string(pid_file).map_err(|error| error.to_string())?;
-        self.name_server = pid.trim().parse().map_err(|_| "no process id".to_owned())?;
-        Ok(())
     }
 
     /// The host's own services.
@@ -180,7 +103,7 @@ impl Stage {
     }
 
     fn start(&mut self, host: &Host, script: &str, word: &str) {
-        let mut command = command(host);
+        let mut command = Internet::resolves_for(host);
         command.args(["run", "--quiet", "--", "python3", "-c", script]);
         if let Some(neighbour) = self.guests.first() {
             command.arg(neighbour.address.to_string());
@@ -255,7 +178,9 @@ impl Stage {
 
     /// Gives the VM that tries another policy; that it was about to be changed, and was, is on record.
     pub(super) fn apply(&self, host: &Host, policy: &[&str]) {
-        host.spawn(command(host).args(["net", "apply", self.vm()]).args(policy)).finish().expect_code(0);
+        host.spawn(Internet::resolves_for(host).args(["net", "apply", self.vm()]).args(policy))
+            .finish()
+            .expect_code(0);
         let query = ["audit", "query", "--vm", self.vm(), "--action", "net.policy"];
         let records = host.dev_box(query).expect_code(0).text();
         let status = |line: &str| {
@@ -366,12 +291,5 @@ impl Drop for Stage {
                 owner.end();
             }
         }
-        if self.name_server != 0 {
-            let pid = nix::unistd::Pid::from_raw(self.name_server.cast_signed());
-            let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
-        }
-        // The routes go with the wire.
-        let _ = run(&format!("ip link del {}", self.wire));
-        let _ = run(&format!("ip netns del {}", self.namespace));
     }
 }
