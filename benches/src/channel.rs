@@ -1,4 +1,7 @@
-//! What goes over a VM's channel: round trips, output, files, and the news that the VM is gone.
+//! What goes over a VM's channel: round trips, output, files, and the news that the VM is gone. Beside what can be compared stands the
+//! same by a plain pipe over a port of the same kind, by turns.
+
+mod baseline;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,6 +13,7 @@ use dev_box::comm::{Message, Request, Session};
 use dev_box::exec::{Limits, NetworkMode, Provisioner, ReadyVm, background, transfer};
 use dev_box::{Config, DevBox};
 
+use self::baseline::Port;
 use crate::end_to_end::{block_on, milliseconds};
 use crate::figure::{Figure, Unit};
 use crate::registry::NotRun;
@@ -30,7 +34,7 @@ pub(crate) fn run() -> Result<Vec<Figure>, NotRun> {
     block_on(async {
         let dev_box = DevBox::open(Config::load(None)?).await?;
         let vm = ready(&dev_box).await?;
-        let measured = Box::pin(measure(&vm.session)).await;
+        let measured = Box::pin(measure(&vm)).await;
         dev_box.provisioner().retire(vm).await?;
         dev_box.close().await;
         measured
@@ -78,18 +82,20 @@ fn qemu_of(name: &str) -> Option<String> {
     })
 }
 
-async fn measure(session: &Session) -> Result<Vec<Figure>, NotRun> {
-    let mut figures = vec![echo(session).await?];
+async fn measure(vm: &ReadyVm) -> Result<Vec<Figure>, NotRun> {
+    let session = &vm.session;
+    let port = Port::plug_in(vm).await?;
+    let mut figures = echo(session, &port).await?;
     figures.extend(overhead(session).await?);
     figures.push(attach(session).await?);
-    figures.push(stdout(session).await?);
-    figures.extend(large(session).await?);
+    figures.extend(stdout(session, &port).await?);
+    figures.extend(large(session, &port).await?);
     figures.extend(small(session).await?);
     Ok(figures)
 }
 
 /// 64 bytes there and back.
-async fn echo(session: &Session) -> Result<Figure, NotRun> {
+async fn echo(session: &Session, port: &Port) -> Result<Vec<Figure>, NotRun> {
     let mut parts = session.open(Request::Echo).await?.split();
     let payload = Bytes::from_static(&[7; 64]);
     let mut samples = Vec::new();
@@ -104,7 +110,12 @@ async fn echo(session: &Session) -> Result<Figure, NotRun> {
             samples.push(milliseconds(began.elapsed()));
         }
     }
-    Ok(Figure::of("channel.echo", Unit::Milliseconds, samples))
+    let plain = port.echo(session, &payload, WARM_UP + ECHOES).await?;
+    let plain = plain.into_iter().skip(WARM_UP).map(milliseconds).collect();
+    Ok(vec![
+        Figure::of("channel.echo", Unit::Milliseconds, samples),
+        Figure::of("baseline.pipe_echo", Unit::Milliseconds, plain),
+    ])
 }
 
 /// /bin/true as the host sees it, less what the guest says that it took from start to exit.
@@ -154,8 +165,8 @@ async fn attach(session: &Session) -> Result<Figure, NotRun> {
 }
 
 /// A command's output.
-async fn stdout(session: &Session) -> Result<Figure, NotRun> {
-    let mut samples = Vec::new();
+async fn stdout(session: &Session, port: &Port) -> Result<Vec<Figure>, NotRun> {
+    let (mut samples, mut plain) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let size = LARGE.to_string();
         let request = ExecRequest::new(["head", "-c", size.as_str(), "/dev/zero"]);
@@ -167,14 +178,18 @@ async fn stdout(session: &Session) -> Result<Figure, NotRun> {
             got += bytes.len() as u64;
         }
         samples.push(throughput(got, LARGE, began)?);
+        plain.push(port.stdout(session).await?);
     }
-    Ok(Figure::of("exec.stdout", Unit::MebibytesPerSecond, samples))
+    Ok(vec![
+        Figure::of("exec.stdout", Unit::MebibytesPerSecond, samples),
+        Figure::of("baseline.pipe_stdout", Unit::MebibytesPerSecond, plain),
+    ])
 }
 
 /// One large file in and out.
-async fn large(session: &Session) -> Result<Vec<Figure>, NotRun> {
-    let path = Path::new("/root/large");
-    let (mut put, mut get) = (Vec::new(), Vec::new());
+async fn large(session: &Session, port: &Port) -> Result<Vec<Figure>, NotRun> {
+    let (path, piped) = (Path::new("/root/large"), "/root/piped");
+    let [mut put, mut get, mut plain_put, mut plain_get] = [const { Vec::new() }; 4];
     for _ in 0..ROUNDS {
         let mut from = tokio::io::AsyncReadExt::take(tokio::io::repeat(7), LARGE);
         let began = Instant::now();
@@ -183,10 +198,14 @@ async fn large(session: &Session) -> Result<Vec<Figure>, NotRun> {
         let began = Instant::now();
         let got = transfer::get_file(session, path, LARGE, &mut tokio::io::sink()).await?;
         get.push(throughput(got, LARGE, began)?);
+        plain_put.push(port.put(session, piped).await?);
+        plain_get.push(port.get(session, piped).await?);
     }
     Ok(vec![
         Figure::of("files.put", Unit::MebibytesPerSecond, put),
         Figure::of("files.get", Unit::MebibytesPerSecond, get),
+        Figure::of("baseline.pipe_put", Unit::MebibytesPerSecond, plain_put),
+        Figure::of("baseline.pipe_get", Unit::MebibytesPerSecond, plain_get),
     ])
 }
 

@@ -119,8 +119,8 @@ const ALL: &[Benchmark] = &[
     },
     Benchmark {
         name: "channel",
-        about: "a VM's channel: echo, exec's overhead, attach, output, files",
-        figures: &[],
+        about: "a VM's channel: echo, exec's overhead, attach, output, files; and a plain pipe over the same kind of port",
+        figures: &["baseline.pipe"],
         run: |_, report| report.take(channel::run()),
     },
     Benchmark {
