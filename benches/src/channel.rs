@@ -1,5 +1,5 @@
 //! What goes over a VM's channel: round trips, output, files, and the news that the VM is gone. Beside what can be compared stands the
-//! same by a plain pipe over a port of the same kind, by turns.
+//! same by a plain pipe over a port of the same kind, in the same run.
 
 mod baseline;
 
