@@ -7,6 +7,20 @@ use crate::accel::Accelerator;
 use crate::spec::{BootSource, Channel, Disk, Interface, LinkState, ResourceProfile, RunAs, Share, VmSpec};
 use crate::xml::Node;
 
+/// Virtio as of 1.0 only, as a device behind a root port would be: on the root bus QEMU adds the legacy interface otherwise.
+const MODERN: &str = "virtio-non-transitional";
+
+/// Slots of the root bus. The chipset has 0 and 0x1f, and libvirt keeps 1 for a display.
+mod slot {
+    pub(super) const INTERFACE: usize = 0x02;
+    pub(super) const SERIAL: usize = 0x03;
+    pub(super) const RNG: usize = 0x04;
+    pub(super) const VSOCK: usize = 0x05;
+    pub(super) const FIRST_DISK: usize = 0x08;
+    pub(super) const FIRST_SHARE: usize = 0x10;
+    pub(super) const LAST: usize = 0x1e;
+}
+
 /// The period of the CPU quota, in microseconds.
 pub(super) const CPU_PERIOD_US: u64 = 100_000;
 
@@ -135,13 +149,40 @@ fn cpu(accelerator: Accelerator) -> Node {
     }
 }
 
+/// A place on the root bus. Behind a root port each, as libvirt puts them by itself, a guest has as many bridges more to
+/// find and to set up while it boots, for a hot-plug that no device of ours is for.
+fn on_root_bus(slot: usize) -> Node {
+    Node::new("address")
+        .attr("type", "pci")
+        .attr("domain", "0x0000")
+        .attr("bus", "0x00")
+        .attr("slot", format!("{slot:#04x}"))
+        .attr("function", "0x0")
+}
+
+/// The places from `first` until the next kind of device begins; whatever comes after them is left to libvirt.
+fn places(first: usize, end: usize) -> impl Iterator<Item = Option<Node>> {
+    (first..end).map(|slot| Some(on_root_bus(slot))).chain(std::iter::repeat(None))
+}
+
 fn devices(spec: &VmSpec) -> Node {
     let r = &spec.resources;
+    let disks = spec.disks.iter().zip(places(slot::FIRST_DISK, slot::FIRST_SHARE));
+    let shares = spec.shares.iter().zip(places(slot::FIRST_SHARE, slot::LAST + 1));
     let mut devices = Node::new("devices")
-        .with_all(spec.disks.iter().map(|d| disk(d, r)))
+        .with_all(disks.map(|(d, place)| disk(d, r).with_all(place)))
         .with(Node::new("controller").attr("type", "usb").attr("model", "none"))
-        .with_all(spec.shares.iter().map(share))
-        .with_all(spec.interface.as_ref().map(|i| interface(i, r)));
+        .with_all(shares.map(|(s, place)| share(s).with_all(place)))
+        .with_all(spec.interface.as_ref().map(|i| interface(i, r).with(on_root_bus(slot::INTERFACE))));
+    if spec.guest_agent || !spec.channels.is_empty() {
+        devices = devices.with(
+            Node::new("controller")
+                .attr("type", "virtio-serial")
+                .attr("index", "0")
+                .attr("model", MODERN)
+                .with(on_root_bus(slot::SERIAL)),
+        );
+    }
     devices = devices.with_all(console(spec));
     if spec.guest_agent {
         devices = devices.with(
@@ -155,8 +196,9 @@ fn devices(spec: &VmSpec) -> Node {
     if let Some(cid) = spec.vsock_cid {
         devices = devices.with(
             Node::new("vsock")
-                .attr("model", "virtio")
-                .with(Node::new("cid").attr("auto", "no").attr("address", cid.to_string())),
+                .attr("model", MODERN)
+                .with(Node::new("cid").attr("auto", "no").attr("address", cid.to_string()))
+                .with(on_root_bus(slot::VSOCK)),
         );
     }
     devices
@@ -165,9 +207,10 @@ fn devices(spec: &VmSpec) -> Node {
         .with(Node::new("memballoon").attr("model", "none"))
         .with(
             Node::new("rng")
-                .attr("model", "virtio")
+                .attr("model", MODERN)
                 .with(Node::new("rate").attr("bytes", "65536").attr("period", "1000"))
-                .with(Node::text("backend", "/dev/urandom").attr("model", "random")),
+                .with(Node::text("backend", "/dev/urandom").attr("model", "random"))
+                .with(on_root_bus(slot::RNG)),
         )
 }
 
@@ -199,6 +242,7 @@ fn disk(disk: &Disk, resources: &ResourceProfile) -> Node {
     let mut node = Node::new("disk")
         .attr("type", "file")
         .attr("device", "disk")
+        .attr("model", MODERN)
         .with(
             Node::new("driver")
                 .attr("name", "qemu")
@@ -224,6 +268,7 @@ fn disk(disk: &Disk, resources: &ResourceProfile) -> Node {
 fn share(share: &Share) -> Node {
     Node::new("filesystem")
         .attr("type", "mount")
+        .attr("model", MODERN)
         .attr("accessmode", "mapped")
         .attr("multidevs", "remap")
         .attr("fmode", "0600")
@@ -262,7 +307,7 @@ pub(super) fn interface(interface: &Interface, resources: &ResourceProfile) -> N
         .with(Node::new("mac").attr("address", interface.mac.to_string()))
         .with(Node::new("source").attr("network", &interface.network))
         .with_all(interface.target_dev.as_ref().map(|dev| Node::new("target").attr("dev", dev)))
-        .with(Node::new("model").attr("type", "virtio"))
+        .with(Node::new("model").attr("type", MODERN))
         // Nothing boots from it: the firmware need not run its boot program.
         .with(Node::new("rom").attr("enabled", "no"))
         .with_all(filter)

@@ -15,7 +15,7 @@ use crate::manifest::MANIFEST;
 use crate::name::ImageName;
 
 /// The generation of manifests this crate reads and writes.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 const MAX_BYTES: u64 = 1 << 20;
 
 /// A template's manifest.
