@@ -3,11 +3,16 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
+use dev_box::exec::NetworkMode;
+use dev_box::exec::pool::{PoolSettings, ResetPolicy, VmPool};
 use dev_box_tests::{Host, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::in_process::InProcess;
 
 fn daemon() -> Option<i32> {
     fs::read_to_string("/run/libvirtd.pid").ok()?.trim().parse().ok()
@@ -72,4 +77,38 @@ fn jobs_and_kept_vms_outlive_libvirtd() {
     host.dev_box(["snapshot", "create", vm, "after"]).expect_code(0);
     host.dev_box(["snapshot", "restore", vm, "after"]).expect_code(0);
     host.dev_box(["vm", "rm", "--force", vm]).expect_code(0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_outlives_libvirtd() {
+    const NAME: &str = "a_pool_outlives_libvirtd";
+    const PATIENCE: Duration = Duration::from_secs(90);
+    let Some(host) = Host::new(NAME) else { return };
+    let Some(pid) = daemon() else {
+        dev_box_tests::skip(NAME, "libvirtd is not a daemon of this host's");
+        return;
+    };
+    let with = InProcess::with_template(&host, NetworkMode::Isolated).await;
+    let settings = PoolSettings {
+        reset: ResetPolicy::Rewind,
+        backoff: Duration::from_millis(200),
+        ..PoolSettings::new(1, 2)
+    };
+    let pool = VmPool::new(settings, Arc::new(with.clones()), with.request.clone());
+    pool.initialize().await.unwrap();
+    let leased = pool.acquire(PATIENCE).await.unwrap();
+    with.sh(leased.vm(), "touch /root/mine").await;
+    tokio::task::spawn_blocking(move || restart(pid)).await.unwrap();
+
+    // A lease needs no libvirtd; what it takes to make the next does, and waits for it.
+    assert_eq!(with.sh(leased.vm(), "ls /root/mine").await, "/root/mine\n");
+    leased.release();
+    let leases = [pool.acquire(PATIENCE).await.unwrap(), pool.acquire(PATIENCE).await.unwrap()];
+    for lease in &leases {
+        with.sh(lease.vm(), "test ! -e /root/mine; cat /root/setup").await;
+    }
+    drop(leases);
+    pool.shutdown().await;
+    wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
+    with.close().await;
 }
