@@ -3,7 +3,7 @@
 //! ```text
 //!   unseen --sound--> sound --unsound--> (pause, restore) --> held --sound--> (resume) --> sound
 //!     |                                                      ^    |
-//!     +--unsound---------------------------------------------+    +--unsound--> (restore again) --> held
+//!     +--unsound---------------------------------------------+    +--unsound--> (pause, restore again) --> held
 //! ```
 //!
 //! A VM whose rules are not as they should be is paused before anything else, so that what it does meanwhile is nothing.
@@ -94,7 +94,11 @@ impl Watch {
                         actions.push(Action::Report(vm, NetEventKind::Restored));
                     }
                 }
-                (Finding::Unsound(_), State::Held) => actions.push(Action::Restore(vm)),
+                (Finding::Unsound(_), State::Held) => {
+                    // Somebody else may have let it run.
+                    actions.push(Action::Pause(vm.clone()));
+                    actions.push(Action::Restore(vm));
+                }
                 (Finding::Unsound(finding), State::Unseen | State::Sound) => {
                     seen.verified = None;
                     seen.state = State::Held;

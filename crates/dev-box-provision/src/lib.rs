@@ -12,6 +12,7 @@
 //! | [`blocking`] | calls that block, where they do no harm |
 //! | [`kept`] | VMs that outlive their owner, and how another takes them over |
 //! | [`sweep`] | what owners that died have left |
+//! | [`holds`] | which VMs stay paused, whoever lets others run on |
 //! | [`respond`] | what is done to a VM about a finding |
 //! | [`forensics`] | a VM's memory, disk and traces in one archive |
 //! | [`watch`] | what VMs do: counters, drops, files, claims, to the observer and the metrics |
@@ -22,6 +23,7 @@ pub mod blocking;
 mod console;
 pub mod doctor;
 pub mod forensics;
+pub mod holds;
 mod identity;
 pub mod kept;
 mod machine;

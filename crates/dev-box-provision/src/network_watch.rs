@@ -177,6 +177,7 @@ impl Custody for Inner {
     fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
         Box::pin(async move {
             let vms = self.networked();
+            self.holds.keep(&vms);
             if vms.is_empty() {
                 return BTreeMap::new();
             }
@@ -234,8 +235,16 @@ impl Custody for Inner {
 
     fn resume<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(async move {
+            if self.holds.holds(vm) {
+                return Ok(());
+            }
             let domain = Vm::find(&self.connection, vm.as_str()).await.map_err(|error| error.to_string())?;
-            domain.resume().await.map_err(|error| error.to_string())
+            match domain.resume().await {
+                Ok(()) | Err(VmError::Illegal(_)) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+            // Who held it meanwhile saw that it stood still, and left it at that.
+            if self.holds.holds(vm) { self.pause(vm).await } else { Ok(()) }
         })
     }
 

@@ -48,6 +48,7 @@ use tracing::Instrument as _;
 use crate::admission::{HostMemory, MemoryLimits, Promises};
 use crate::blocking::{self, BlockingError};
 use crate::console;
+use crate::holds::Holds;
 use crate::machine::Machine;
 use crate::mounts;
 use crate::network_watch::{self, NetworkNews};
@@ -148,6 +149,7 @@ pub(crate) struct Inner {
     machines: Mutex<HashMap<VmName, Machine>>,
     promises: Promises,
     shelf: Shelf,
+    pub(crate) holds: Holds,
     work: TaskTracker,
     pub(crate) closing: CancellationToken,
 }
@@ -183,6 +185,7 @@ impl LibvirtProvisioner {
                 machines: Mutex::default(),
                 promises: Promises::default(),
                 shelf: Shelf::default(),
+                holds: Holds::default(),
                 work: TaskTracker::new(),
                 closing: CancellationToken::new(),
             }),
@@ -219,6 +222,12 @@ impl LibvirtProvisioner {
     #[must_use]
     pub fn network_watch(&self) -> WatchHandle {
         self.0.watch.clone()
+    }
+
+    /// Which of its VMs stay paused: also for those who pause one for a reason of their own.
+    #[must_use]
+    pub fn holds(&self) -> Holds {
+        self.0.holds.clone()
     }
 
     pub(crate) fn settings(&self) -> &Settings {

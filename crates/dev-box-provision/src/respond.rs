@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use dev_box_core::clock::Clock;
 use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::id::VmName;
 use dev_box_core::state::VmState;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_net::{NftThrottle, ThrottleError, VmNetwork};
@@ -18,6 +19,7 @@ use dev_box_observe::audit::ResponseAction;
 
 use crate::blocking;
 use crate::forensics::{self, ForensicsRequest};
+use crate::holds::Holds;
 
 /// What slows a VM down.
 pub trait Throttle: std::fmt::Debug + Send + Sync {
@@ -41,6 +43,8 @@ pub struct Means {
     pub connection: LibvirtConnection,
     /// Whose counters go into a bundle.
     pub network: VmNetwork,
+    /// Where it is kept that a VM stays paused.
+    pub holds: Holds,
     /// What slows VMs down.
     pub throttle: Arc<dyn Throttle>,
     /// Who is told; the log only, where there is none.
@@ -119,6 +123,10 @@ impl VmResponder {
         let turn = self.turn(vm);
         let _held = turn.lock().await;
         let domain = self.find(vm).await?;
+        // Also of one that stands still for another reason, which will end.
+        if let Ok(name) = VmName::new(vm) {
+            self.means.holds.hold(&name);
+        }
         let state = domain.state().await.map_err(|error| named(vm, error))?.state;
         if state == VmState::Paused {
             return Ok(());

@@ -159,8 +159,7 @@ impl DevBox {
         );
         provisioner.audit_network_to(Arc::clone(&audit) as _);
         let sink: Arc<dyn AuditSink> = Arc::clone(&audit) as _;
-        let observing =
-            Observing::start(&config, &connection, &network, &sink, &clock, provisioner.network_events())?;
+        let observing = Observing::start(&config, &connection, &network, &sink, &clock, &provisioner)?;
         let mut executor = AgentExecutor::new(clock, sink).on_behalf_of(actor());
         if let Some(observing) = &observing {
             executor = executor.watched_by(observing.watcher());

@@ -6,15 +6,13 @@ use std::time::Duration;
 use dev_box_core::clock::Clock;
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_exec::Watcher;
-use dev_box_net::events::NetEvent;
 use dev_box_net::{NftThrottle, VmNetwork};
 use dev_box_observe::AuditSink;
 use dev_box_observe::alert::{AlertError, Webhook};
 use dev_box_observe::anomaly::{BaselineStore, Observer, ObserverSettings, RuleConfigError};
+use dev_box_provision::LibvirtProvisioner;
 use dev_box_provision::respond::{Means, VmResponder};
 use dev_box_provision::watch::{HostWatch, WatchParts};
-
-use tokio::sync::broadcast;
 
 use crate::Config;
 
@@ -52,7 +50,7 @@ impl Observing {
         network: &VmNetwork,
         audit: &Arc<dyn AuditSink>,
         clock: &Arc<dyn Clock>,
-        events: broadcast::Receiver<NetEvent>,
+        provisioner: &LibvirtProvisioner,
     ) -> Result<Option<Self>, ObserveError> {
         let observe = &config.observe;
         observe.rules.validate()?;
@@ -63,6 +61,7 @@ impl Observing {
         let responder = VmResponder::new(Means {
             connection: connection.clone(),
             network: network.clone(),
+            holds: provisioner.holds(),
             throttle: Arc::clone(&throttle) as _,
             webhook: webhook(config, clock)?.map(Arc::new),
             forensics_dir: config.host.state_root.join("forensics"),
@@ -83,7 +82,11 @@ impl Observing {
             clock: Arc::clone(clock),
             observer: observer.clone(),
         };
-        let watch = HostWatch::start(parts, events, Duration::from_millis(observe.sample_ms.max(100)));
+        let watch = HostWatch::start(
+            parts,
+            provisioner.network_events(),
+            Duration::from_millis(observe.sample_ms.max(100)),
+        );
         Ok(Some(Self { observer, watch }))
     }
 

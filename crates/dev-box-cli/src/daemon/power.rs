@@ -52,7 +52,7 @@ impl Daemon {
         let act = self.begin(AuditEvent::VmResume {}, &domain, peer).await?;
         let resumed = self.dev_box.provisioner().resume(&domain, &session).await;
         // Whatever its agent says of the clock, it runs.
-        if !matches!(resumed, Err(ResumeError::Vm(_))) {
+        if !resumed.as_ref().is_err_and(ResumeError::is_paused) {
             self.vms.set_paused(name, &domain, None);
             self.dev_box.watched_provisioner().paused(&domain, false);
             self.events.say(Happening::VmResumed { vm: name.clone() });

@@ -262,7 +262,7 @@ impl LibvirtProvisioner {
         let frozen = async {
             // What goes on in a fork begins when that knows who it is: its agent's next word to them is theirs to go on.
             hold_jobs(session).await.map_err(ForkError::Hold)?;
-            let paused = match self.pause(vm, session).await {
+            let paused = match self.stop(vm, session).await {
                 Ok(paused) => paused,
                 Err(error) => {
                     // They go on by themselves after a while.
@@ -271,11 +271,17 @@ impl LibvirtProvisioner {
                 }
             };
             let saved = self.save_whole(vm, domain, staged, qemu).await;
-            let resumed = self.resume(vm, session).await.map_err(ForkError::Resume);
+            let resumed = self.go_on(vm, session).await.map_err(ForkError::Resume);
             drop(paused);
             resumed.and(saved)
         };
         let frozen = frozen.await;
+        if let Err(ForkError::Resume(error)) = &frozen
+            && error.is_paused()
+        {
+            // Its agent answers nobody.
+            return frozen;
+        }
         let mounted = mounts::mount(session, mounts).await;
         let staged = frozen?;
         mounted.map_err(|error| ForkError::Remount(error.into()))?;

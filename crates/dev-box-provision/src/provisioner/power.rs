@@ -21,6 +21,12 @@ pub enum ResumeError {
     /// It does not run.
     #[error("the VM cannot be let run on")]
     Vm(#[from] VmError),
+    /// Its network is not as it should be: what stopped it lets it run on.
+    #[error("its network's rules were tampered with: it stays paused until they are back; then try again")]
+    Quarantined,
+    /// It was paused meanwhile, to stay so.
+    #[error("it was paused meanwhile, and stays so")]
+    Held,
     /// It runs, in the past.
     #[error("the VM runs on, and its clock was not set: what asks it for the time is told a wrong one")]
     Clock(#[source] CallError),
@@ -29,22 +35,59 @@ pub enum ResumeError {
     Silent,
 }
 
+impl ResumeError {
+    /// Whether it still stands.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        matches!(self, Self::Vm(_) | Self::Quarantined | Self::Held)
+    }
+}
+
 impl LibvirtProvisioner {
     /// Stops a VM's CPUs, wherever they are. Memory, disk and what is on its channel stay.
     ///
     /// # Errors
     /// [`VmError`]; also when it does not run. It is as it was then.
     pub async fn pause(&self, vm: &VmName, session: &Session) -> Result<Paused, VmError> {
+        self.0.holds.hold(vm);
+        match self.stop(vm, session).await {
+            // It stands still for its network's sake, and now for longer.
+            Err(VmError::Illegal(_)) if self.0.watch.is_held(vm) => Ok(Paused(session.hold_deadlines())),
+            Err(error) => {
+                self.0.holds.release(vm);
+                Err(error)
+            }
+            paused => paused,
+        }
+    }
+
+    /// Lets it run on, whoever paused it, and has its agent set the clock, which has stood still.
+    ///
+    /// # Errors
+    /// [`ResumeError`].
+    pub async fn resume(&self, vm: &VmName, session: &Session) -> Result<(), ResumeError> {
+        if self.0.watch.is_held(vm) {
+            return Err(ResumeError::Quarantined);
+        }
+        self.0.holds.release(vm);
+        self.go_on(vm, session).await
+    }
+
+    /// Stops it for a moment.
+    pub(super) async fn stop(&self, vm: &VmName, session: &Session) -> Result<Paused, VmError> {
         let hold = session.hold_deadlines();
         Vm::find(&self.0.connection, vm.as_str()).await?.pause().await?;
         Ok(Paused(hold))
     }
 
-    /// Lets it run on, and has its agent set the clock, which has stood still.
-    ///
-    /// # Errors
-    /// [`ResumeError`].
-    pub async fn resume(&self, vm: &VmName, session: &Session) -> Result<(), ResumeError> {
+    /// The moment is over; unless somebody wants it to last.
+    pub(super) async fn go_on(&self, vm: &VmName, session: &Session) -> Result<(), ResumeError> {
+        if self.0.watch.is_held(vm) {
+            return Err(ResumeError::Quarantined);
+        }
+        if self.0.holds.holds(vm) {
+            return Err(ResumeError::Held);
+        }
         Vm::find(&self.0.connection, vm.as_str()).await?.resume().await?;
         let now = Configure { unix_time_ns: Some(self.0.clock.now().unix_nanos()), ..Configure::default() };
         match timeout(ANSWER, session.call(Request::Configure(now))).await {

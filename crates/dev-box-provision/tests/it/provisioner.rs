@@ -4,8 +4,11 @@ use dev_box_core::accel::AcceleratorPolicy;
 use dev_box_core::libvirt::{Domains, LibvirtError, XmlView};
 use dev_box_core::size::ByteSize;
 use dev_box_core::spec::LinkState;
+use dev_box_core::state::VmState;
 use dev_box_core::template::VmTemplate;
 use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, TransportChoice};
+use dev_box_net::events::{NetEvent, NetEventKind};
+use dev_box_provision::provisioner::ResumeError;
 
 use crate::bench::{Bench, Guest, request};
 
@@ -258,5 +261,51 @@ async fn a_closing_provisioner_makes_no_further_vm() {
     let bench = Bench::new(Guest::Obeys).await;
     bench.provisioner.drain().await;
     assert!(matches!(bench.provisioner.provision(&request()).await, Err(ProvisionError::ShuttingDown)));
+    bench.assert_clean();
+}
+
+/// Waits for the end of a quarantine.
+async fn restored(events: &mut tokio::sync::broadcast::Receiver<NetEvent>) {
+    let seen = async { while events.recv().await.unwrap().what != NetEventKind::Restored {} };
+    tokio::time::timeout(Duration::from_secs(20), seen).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_end_of_a_quarantine_lets_run_on_only_what_nobody_else_paused() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let (provisioner, vm) = (&bench.provisioner, bench.provisioner.provision(&request()).await.unwrap());
+    let state = || {
+        let domain = bench.libvirt.find(vm.name.as_str()).unwrap().unwrap();
+        bench.libvirt.state(domain.id).unwrap().state
+    };
+    let mut events = provisioner.network_events();
+    bench.firewall.flush();
+    restored(&mut events).await;
+    assert_eq!(state(), VmState::Running);
+
+    let paused = provisioner.pause(&vm.name, &vm.session).await.unwrap();
+    bench.firewall.flush();
+    restored(&mut events).await;
+    assert_eq!(state(), VmState::Paused, "its user paused it");
+    provisioner.resume(&vm.name, &vm.session).await.unwrap();
+    drop(paused);
+    assert_eq!(state(), VmState::Running);
+
+    // While its rules are put back nobody lets it run, and a pause that comes then lasts.
+    bench.libvirt.delay("update_device", Duration::from_millis(500));
+    bench.firewall.flush();
+    let held = async {
+        while !provisioner.network_watch().is_held(&vm.name) || state() != VmState::Paused {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), held).await.unwrap();
+    let refused = provisioner.resume(&vm.name, &vm.session).await;
+    assert!(matches!(refused, Err(ResumeError::Quarantined)), "{refused:?}");
+    let _paused = provisioner.pause(&vm.name, &vm.session).await.unwrap();
+    restored(&mut events).await;
+    assert_eq!(state(), VmState::Paused, "its user paused it");
+    provisioner.resume(&vm.name, &vm.session).await.unwrap();
+    provisioner.retire(vm).await.unwrap();
     bench.assert_clean();
 }

@@ -51,6 +51,7 @@ impl Scene {
         let means = Means {
             connection: bench.connection.clone(),
             network: bench.network.clone(),
+            holds: bench.provisioner.holds(),
             throttle: Arc::clone(&throttle) as _,
             webhook: None,
             forensics_dir: bench.root.path().join("forensics"),

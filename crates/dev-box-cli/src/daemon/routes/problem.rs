@@ -86,7 +86,9 @@ impl From<PowerError> for Refusal {
         let (status, code) = match error {
             PowerError::Vms(error) => return error.into(),
             PowerError::Pause(VmError::Illegal(_))
-            | PowerError::Resume(ResumeError::Vm(VmError::Illegal(_))) => (StatusCode::CONFLICT, "not-ready"),
+            | PowerError::Resume(
+                ResumeError::Quarantined | ResumeError::Held | ResumeError::Vm(VmError::Illegal(_)),
+            ) => (StatusCode::CONFLICT, "not-ready"),
             PowerError::Audit(_) => (StatusCode::INSUFFICIENT_STORAGE, "not-audited"),
             PowerError::Pause(_) | PowerError::Resume(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
         };
