@@ -26,6 +26,8 @@ pub(crate) struct Environment {
     pub(crate) qemu: String,
     pub(crate) libvirt: String,
     pub(crate) rustc: String,
+    /// `/sys/kernel/rcu_expedited`: what a change of the firewall waits for.
+    pub(crate) rcu_expedited: String,
     /// Whether the benchmarks were compiled with optimisation; if not, the figures say nothing.
     pub(crate) optimised: bool,
 }
@@ -48,6 +50,7 @@ impl Environment {
             qemu: known(printed("qemu-system-x86_64", &["--version"]).as_deref()),
             libvirt: known(printed("libvirtd", &["--version"]).as_deref()),
             rustc: known(printed("rustc", &["--version"]).as_deref()),
+            rcu_expedited: known(Some(read("/sys/kernel/rcu_expedited").trim())),
             optimised: !cfg!(debug_assertions),
         }
     }

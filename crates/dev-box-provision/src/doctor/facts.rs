@@ -45,6 +45,8 @@ pub struct HostFacts {
     pub vhost_vsock: bool,
     /// `net.bridge.bridge-nf-call-iptables`; none where the kernel's bridge filter is not loaded.
     pub bridge_nf_call_iptables: Option<bool>,
+    /// Whether the kernel hurries its grace periods, which changes of the firewall wait for; none where it cannot.
+    pub rcu_expedited: Option<bool>,
     /// Control groups.
     pub cgroups: Cgroups,
     /// What the kernel's seccomp can do; empty where it has none.
@@ -80,6 +82,9 @@ impl HostFacts {
             bridge_nf_call_iptables: fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables")
                 .ok()
                 .map(|text| text.trim() == "1"),
+            rcu_expedited: fs::read_to_string("/sys/kernel/rcu_expedited")
+                .ok()
+                .map(|text| text.trim() != "0"),
             cgroups: cgroups(Path::new("/sys/fs/cgroup")),
             seccomp_actions: words(Path::new("/proc/sys/kernel/seccomp/actions_avail")),
             apparmor: apparmor::look(

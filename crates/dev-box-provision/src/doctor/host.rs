@@ -25,6 +25,7 @@ pub fn evaluate(facts: &HostFacts) -> Vec<Check> {
         image(facts),
         channel(facts),
         bridge_filter(facts),
+        grace_periods(facts),
         nwfilter(facts),
         cgroups(facts),
         seccomp(facts),
@@ -116,6 +117,19 @@ fn bridge_filter(facts: &HostFacts) -> Check {
             format!("modprobe br_netfilter; {FIX}"),
         ),
     }
+}
+
+/// Speed, and no layer: nothing is wrong with either.
+fn grace_periods(facts: &HostFacts) -> Check {
+    let detail = match facts.rcu_expedited {
+        Some(true) => "expedited: changes of the firewall do not wait long",
+        Some(false) => {
+            "normal: libvirt's filter waits for one with each of its rules. VMs with a network are ready sooner after \
+             `echo 1 > /sys/kernel/rcu_expedited` (see docs/performance.md)"
+        }
+        None => "normal, and the kernel cannot expedite them",
+    };
+    Check::ok("grace-periods", detail)
 }
 
 fn nwfilter(facts: &HostFacts) -> Check {
@@ -225,6 +239,7 @@ mod tests {
             image: Ok("default".into()),
             vhost_vsock: true,
             bridge_nf_call_iptables: Some(true),
+            rcu_expedited: Some(false),
             cgroups: Cgroups { version: 2, controllers: vec!["cpu".into(), "io".into(), "memory".into()] },
             seccomp_actions: vec!["kill_process".into()],
             apparmor: AppArmor::Off,
@@ -269,6 +284,8 @@ mod tests {
         assert_eq!(told(|f| f.vhost_vsock = false), []);
         assert_eq!(told(|f| f.bridge_nf_call_iptables = Some(false)), [("bridge-nf-call-iptables", Warn)]);
         assert_eq!(told(|f| f.bridge_nf_call_iptables = None), [("bridge-nf-call-iptables", Warn)]);
+        assert_eq!(told(|f| f.rcu_expedited = None), []);
+        assert_eq!(told(|f| f.rcu_expedited = Some(true)), []);
         assert_eq!(told(|f| f.cgroups.controllers.clear()), [("cgroups", Warn)]);
         assert_eq!(told(|f| f.seccomp_actions.clear()), [("seccomp", Fail)]);
         assert_eq!(told(|f| f.disk_free = Some(ByteSize::mib(1))), [("disk", Warn)]);
