@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, ErrorKind, Write as _};
 use std::net::Ipv4Addr;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+use super::generation::{Changes, Counter};
 use super::render::{FAMILIES, TABLE, render_entries};
 use super::{
-    FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, filters, generation, listing,
-    render_apply, render_clear, render_remove,
+    FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, filters, listing, render_apply,
+    render_clear, render_remove,
 };
 
 /// How much of nft's complaint is kept, in characters.
@@ -57,19 +58,45 @@ impl NftFirewall {
         self.run(what, &["-f", "-"], script).map(drop)
     }
 
-    /// As [`Self::change`], for a VM whose entries in the maps may lead somewhere else by somebody's doing: nft adds no entry
-    /// beside another one, so these go first. In between the VM has no entry, and its packets are dropped.
-    fn change_of(&self, address: Ipv4Addr, what: &str, script: &str) -> Result<(), FirewallError> {
-        match self.change(what, script) {
+    /// Makes a change of a VM's rules whose entries in the maps may lead somewhere else by somebody's doing: nft adds no entry
+    /// beside another one, so these go first then. In between the VM has no entry, and its packets are dropped.
+    fn clearing_the_way<T>(
+        &self,
+        address: Ipv4Addr,
+        change: impl Fn() -> Result<T, FirewallError>,
+    ) -> Result<T, FirewallError> {
+        match change() {
             Err(FirewallError::Refused { message, .. }) if message.contains("File exists") => {
                 for entry in render_entries(address) {
                     // Most are not there.
                     let _ = self.change("to remove an entry", &entry);
                 }
-                self.change(what, script)
+                change()
             }
             done => done,
         }
+    }
+
+    /// Changes rules, and lists what stands then. When nft ends, the kernel has it wait until what was replaced is freed (a grace
+    /// period of RCU, longer than all that nft does): the listing goes on meanwhile, from the moment that the change
+    /// is in force.
+    fn change_and_list(
+        &self,
+        what: &str,
+        script: &str,
+    ) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
+        let changes = self.known.as_ref().and_then(|_| {
+            let deaf = |error: &io::Error| tracing::debug!(%error, "changes of nftables cannot be heard of");
+            Changes::listen().inspect_err(deaf).ok()
+        });
+        let running = Running::start(&self.nft, what, &["-f", "-"], script)?;
+        if changes.as_ref().is_some_and(|changes| changes.wait_for(&running.child)) {
+            let found = self.fingerprints();
+            running.end()?;
+            return found;
+        }
+        running.end()?;
+        self.fingerprints()
     }
 
     /// All tables; an absent one is an empty listing. (One run for all of them lists nothing in nft 1.0.6.)
@@ -99,9 +126,9 @@ impl NftFirewall {
         // Held while listing, so that whoever asks meanwhile need not.
         let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
         // Asked before, so that what changes meanwhile is found the next time.
-        let generation = generation::current()
-            .inspect_err(|error| tracing::debug!(%error, "changes of nftables cannot be counted"))
-            .ok();
+        let uncounted = |error: &io::Error| tracing::debug!(%error, "changes of nftables cannot be counted");
+        let counter = Counter::open().inspect_err(uncounted).ok();
+        let generation = counter.as_ref().and_then(|counter| counter.current().inspect_err(uncounted).ok());
         if let (Some(now), Some((then, fingerprints))) = (generation, known.as_ref())
             && now == *then
         {
@@ -115,15 +142,16 @@ impl NftFirewall {
 
 impl Firewall for NftFirewall {
     fn apply(&self, guard: &VmGuard) -> Result<Fingerprint, FirewallError> {
-        let address = guard.address();
-        self.change_of(address, &format!("the rules of {}", guard.tap()), &render_apply(guard))?;
-        self.inspect(&[address])?
+        let (address, tap) = (guard.address(), guard.tap());
+        let (what, script) = (format!("the rules of {tap}"), render_apply(guard));
+        self.clearing_the_way(address, || self.change_and_list(&what, &script))?
             .remove(&address)
-            .ok_or_else(|| FirewallError::Listing(format!("the rules of {} are not in it", guard.tap())))
+            .ok_or_else(|| FirewallError::Listing(format!("the rules of {tap} are not in it")))
     }
 
     fn remove(&self, address: Ipv4Addr) -> Result<(), FirewallError> {
-        self.change_of(address, &format!("to remove the rules of {address}"), &render_remove(address))
+        let (what, script) = (format!("to remove the rules of {address}"), render_remove(address));
+        self.clearing_the_way(address, || self.change(&what, &script))
     }
 
     fn list(&self) -> Result<Vec<Ipv4Addr>, FirewallError> {
@@ -152,38 +180,62 @@ impl Firewall for NftFirewall {
 
 /// Runs a command to its end; what it prints.
 fn run(command: &[OsString], what: &str, arguments: &[&str], input: &str) -> Result<String, FirewallError> {
-    let (program, first) = command.split_first().ok_or_else(|| io::Error::from(ErrorKind::InvalidInput))?;
-    let mut command = Command::new(program);
-    let mut child = command
-        .args(first)
-        .args(arguments)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|source| match source.kind() {
-            ErrorKind::NotFound => {
-                FirewallError::NotInstalled { program: program.to_string_lossy().into_owned(), source }
-            }
-            _ => FirewallError::Io(source),
-        })?;
-    if let Some(mut stdin) = child.stdin.take()
-        && let Err(error) = stdin.write_all(input.as_bytes())
-        && error.kind() != ErrorKind::BrokenPipe
-    {
-        // A pipe that closed early is explained by the exit status below.
-        return Err(error.into());
+    Running::start(command, what, arguments, input)?.end()
+}
+
+/// A command that has all its input.
+struct Running<'a> {
+    what: &'a str,
+    child: Child,
+}
+
+impl<'a> Running<'a> {
+    fn start(
+        command: &[OsString],
+        what: &'a str,
+        arguments: &[&str],
+        input: &str,
+    ) -> Result<Self, FirewallError> {
+        let (program, first) =
+            command.split_first().ok_or_else(|| io::Error::from(ErrorKind::InvalidInput))?;
+        let mut command = Command::new(program);
+        let mut child = command
+            .args(first)
+            .args(arguments)
+            .env("LC_ALL", "C")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|source| match source.kind() {
+                ErrorKind::NotFound => {
+                    FirewallError::NotInstalled { program: program.to_string_lossy().into_owned(), source }
+                }
+                _ => FirewallError::Io(source),
+            })?;
+        if let Some(mut stdin) = child.stdin.take()
+            && let Err(error) = stdin.write_all(input.as_bytes())
+            && error.kind() != ErrorKind::BrokenPipe
+        {
+            // A pipe that closed early is explained by the exit status below.
+            return Err(error.into());
+        }
+        Ok(Self { what, child })
     }
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return String::from_utf8(output.stdout).map_err(|error| FirewallError::Listing(error.to_string()));
+
+    fn end(self) -> Result<String, FirewallError> {
+        let output = self.child.wait_with_output()?;
+        if output.status.success() {
+            return String::from_utf8(output.stdout)
+                .map_err(|error| FirewallError::Listing(error.to_string()));
+        }
+        let message: String =
+            String::from_utf8_lossy(&output.stderr).trim().chars().take(MAX_MESSAGE).collect();
+        if message.contains("Operation not permitted") {
+            return Err(FirewallError::NotPermitted { message });
+        }
+        Err(FirewallError::Refused { what: self.what.to_owned(), message })
     }
-    let message: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(MAX_MESSAGE).collect();
-    if message.contains("Operation not permitted") {
-        return Err(FirewallError::NotPermitted { message });
-    }
-    Err(FirewallError::Refused { what: what.to_owned(), message })
 }
 
 #[cfg(test)]
