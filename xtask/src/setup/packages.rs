@@ -74,8 +74,9 @@ const PACKAGES: &[Package] = &[
     // dev-box-core's tests boot a kernel with nothing else.
     plain("busybox-static", Why::Gate),
     plain("git", Why::Gate),
-    // A test's server of git by ssh; the program alone, started by the test: no service of the machine's.
+    // Tests' servers of ssh, and their client; the programs alone, started by the tests: no service of the machine's.
     plain("dropbear-bin", Why::Gate),
+    plain("openssh-client", Why::Gate),
     plain("python3", Why::Gate),
     // Its promtool checks metrics, alert rules and configuration; it scrapes a real run in a test.
     plain("prometheus", Why::Gate),
