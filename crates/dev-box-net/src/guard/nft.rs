@@ -286,4 +286,34 @@ mod tests {
         assert!(matches!(script("exit 1").filters(), Err(FirewallError::Refused { .. })));
         assert!(matches!(script("printf '\\377'").list(), Err(FirewallError::Listing(_))));
     }
+
+    /// In a network namespace of this thread's own, with the real kernel and nft.
+    #[test]
+    fn a_change_is_heard_of_before_nft_has_ended_and_nothing_else_is() {
+        use nix::sched::{CloneFlags, unshare};
+        if Command::new("nft").arg("--version").output().is_err()
+            || unshare(CloneFlags::CLONE_NEWNET).is_err()
+        {
+            eprintln!("SKIPPED: needs root, and nft");
+            return;
+        }
+        let nft = [OsString::from("nft")];
+        let heard = |script: &str| {
+            let changes = Changes::listen().unwrap();
+            let running = Running::start(&nft, "a test", &["-f", "-"], script).unwrap();
+            let heard = changes.wait_for(&running.child);
+            (heard, running.end().is_ok())
+        };
+        assert_eq!(heard("add table inet a\n"), (true, true));
+        assert_eq!(heard("list tables\n"), (false, true), "no change");
+        assert_eq!(heard("delete table inet b\n"), (false, false), "refused");
+
+        // Another's is not taken for it, however many there are: a full buffer loses some, and the end is seen.
+        let changes = Changes::listen().unwrap();
+        let others: String = (0..300).map(|n| format!("add table inet t{n}\n")).collect();
+        Running::start(&nft, "others", &["-f", "-"], &others).unwrap().end().unwrap();
+        let running = Running::start(&nft, "a test", &["list", "tables"], "").unwrap();
+        assert!(!changes.wait_for(&running.child));
+        running.end().unwrap();
+    }
 }
