@@ -5,4 +5,5 @@ mod guest_agent;
 pub(crate) mod host;
 mod life;
 mod restore;
+mod ssh;
 mod uris;
