@@ -25,8 +25,7 @@ mod slot {
 pub(super) const CPU_PERIOD_US: u64 = 100_000;
 
 /// With it libvirt asks QEMU for each of the CPU's 460 properties by itself, to learn what the CPU has come to: the better half of a
-/// start. Without it, it reads the CPUID words, as it did with QEMU before 4.1 (`qemuProcessFetchGuestCPU` in libvirt's
-/// `src/qemu/qemu_process.c`).
+/// start. Without it, it reads the CPUID words, as it did with QEMU before 4.1. See docs/adr/0010.
 const ONE_BY_ONE: &str = "cpu-unavailable-features";
 
 pub(super) fn domain(spec: &VmSpec) -> Node {
