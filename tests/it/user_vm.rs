@@ -92,6 +92,30 @@ fn a_vm_that_is_kept_from_its_making_to_its_end() {
     console.ask("ls /root /dev/shm | tr '\\n' ' '; echo lis''ted", "listed");
     console.ask("test -e /root/after || test -e /dev/shm/after || echo n''one", "none");
     console.leave();
+
+    // Interrupted at any moment: what has begun goes on to its end, and the memory limit, which is lifted meanwhile, is there.
+    let limits = || host.dev_box(["doctor", "--vm", vm]);
+    let mut outlasted = 0;
+    for milliseconds in [200, 350, 500, 700] {
+        let name = &*format!("cut-{milliseconds}");
+        let cut = host.start(["snapshot", "create", vm, name]);
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        cut.signal(Signal::SIGINT);
+        let cut = cut.finish();
+        outlasted += usize::from(cut.stderr.contains("interrupt again"));
+        assert!(!limits().expect_code(0).text().contains("FAIL"));
+        // Before it listened it had done nothing.
+        if cut.status.success() {
+            host.dev_box(["snapshot", "rm", vm, name]).expect_code(0);
+        }
+    }
+    assert!(outlasted > 0, "no interrupt came in between");
+    // Whoever was killed there left it without: a start puts it back, as doctor says.
+    virsh(&["memtune", vm, "--live", "--hard-limit", "-1"]);
+    assert!(limits().expect_code(1).text().contains("no memory limit"));
+    host.dev_box(["vm", "start", vm]).expect_code(0);
+    assert!(!limits().expect_code(0).text().contains("FAIL"));
+
     host.dev_box(["snapshot", "restore", vm, "clean", "--mode", "restart"]).expect_code(0);
     let mut console = Console::attach(&host, vm);
     console.ask(

@@ -8,6 +8,9 @@ pub(crate) const USAGE: u8 = 2;
 /// dev-box itself failed, so the job did not run, or not to its end.
 pub(crate) const DEV_BOX_FAILED: u8 = 125;
 
+/// Cut off by a second interrupt, as shells say it of SIGINT.
+pub(crate) const INTERRUPTED: u8 = 130;
+
 /// An error on its way to the user, with all its causes.
 #[derive(Debug)]
 pub(crate) struct Failure(Box<dyn Error + Send + Sync>);

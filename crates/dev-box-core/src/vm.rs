@@ -239,6 +239,16 @@ impl Vm {
         Ok(())
     }
 
+    /// Puts the limits that a definition cannot carry in force again: a start or a snapshot that was cut off leaves a VM
+    /// without them.
+    ///
+    /// # Errors
+    /// Libvirt's.
+    pub async fn renew_limits(&self) -> Result<(), VmError> {
+        let id = self.id;
+        Ok(self.connection.call(move |libvirt| enforce(libvirt, id)).await?)
+    }
+
     /// Asks the guest to reboot. dev-box's own domains end at a reboot (`on_reboot` is `destroy`).
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use dev_box::{Config, DevBox};
 use serde_json::json;
 
 use crate::exit::Failure;
-use crate::output;
+use crate::{interrupt, output};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SnapshotCommand {
@@ -116,7 +116,7 @@ pub(crate) enum Mode {
 
 pub(crate) async fn run(config: Config, command: SnapshotCommand) -> Result<ExitCode, Failure> {
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
-    let done = dispatch(&dev_box, command).await;
+    let done = interrupt::outlast(dispatch(&dev_box, command)).await;
     dev_box.close().await;
     done
 }

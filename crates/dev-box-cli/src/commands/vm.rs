@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::args::{NetArgs, duration};
 use crate::console;
 use crate::exit::Failure;
-use crate::output;
+use crate::{interrupt, output};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VmCommand {
@@ -178,7 +178,11 @@ pub(crate) struct CreateArgs {
 
 pub(crate) async fn run(config: Config, command: VmCommand) -> Result<ExitCode, Failure> {
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
-    let done = dispatch(&dev_box, command).await;
+    let done = match command {
+        // Its keys and signals are its own.
+        VmCommand::Console { .. } => dispatch(&dev_box, command).await,
+        _ => interrupt::outlast(dispatch(&dev_box, command)).await,
+    };
     dev_box.close().await;
     done
 }

@@ -319,6 +319,14 @@ async fn the_memory_limit_is_in_force_after_every_start() {
     assert_eq!(libvirt.memory_limit(NAME), None);
     vm.start().await.unwrap();
     assert_eq!(libvirt.memory_limit(NAME), limit);
+    // Somebody lifted it and was killed.
+    vm.connection()
+        .call(move |libvirt| libvirt.limit_memory(plain(Accelerator::Tcg).id, None))
+        .await
+        .unwrap();
+    assert_eq!(libvirt.memory_limit(NAME), None);
+    vm.renew_limits().await.unwrap();
+    assert_eq!(libvirt.memory_limit(NAME), limit);
     vm.destroy().await.unwrap();
     // A host without the cgroup: it runs, and a warning says so. Any other failure: it does not run.
     libvirt

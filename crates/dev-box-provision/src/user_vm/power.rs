@@ -37,7 +37,8 @@ pub enum Stop {
 }
 
 impl UserVms {
-    /// Starts it: network, definition, boot, identity. It runs on when this process ends.
+    /// Starts it: network, definition, boot, identity. It runs on when this process ends. One that runs gets back the limits
+    /// that an operation which was cut off has left it without.
     ///
     /// # Errors
     /// [`UserVmError::Paused`], [`UserVmError::NoAnswer`] and others; it does not run then, and has no address.
@@ -46,7 +47,10 @@ impl UserVms {
         if let Some(vm) = self.domain(&held).await? {
             match vm.state().await?.state {
                 VmState::Paused => return Err(UserVmError::Paused { name: name.clone() }),
-                state if state.is_active() => return Ok(Start::Already),
+                state if state.is_active() => {
+                    vm.renew_limits().await?;
+                    return Ok(Start::Already);
+                }
                 _ => {}
             }
         }
