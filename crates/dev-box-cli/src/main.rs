@@ -80,7 +80,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Rm(args) => commands::rm::run(config, args).await,
             Command::Image(command) => commands::image::run(config, command).await,
             Command::Template(command) => commands::template::run(config, command).await,
-            Command::Vm(command) => commands::vm::run(config, command).await,
+            Command::Vm(command) => Box::pin(commands::vm::run(config, command)).await,
             Command::Snapshot(command) => commands::snapshot::run(config, command).await,
             Command::Net(command) => commands::net::run(config, command).await,
             Command::Audit(command) => commands::audit::run(&config, command).await,
