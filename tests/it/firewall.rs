@@ -2,11 +2,14 @@
 //! other programs had there is put back.
 
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dev_box::net::identity::tap_of;
 use dev_box_tests::{Daemon, Host, wait_until};
+
+use crate::libvirtd::{self, Going};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -74,6 +77,12 @@ fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// What it prints, also where it fails.
+fn output(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 fn paused(vm: &str) -> bool {
     let state = Command::new("virsh").args(["-c", "qemu:///system", "domstate", vm]).output().unwrap();
     String::from_utf8_lossy(&state.stdout).trim() == "paused"
@@ -129,6 +138,26 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
         let last = on_record().lines().last().unwrap_or_default().to_owned();
         assert!(last.contains(finding), "{last}");
         eprintln!("noticed after {noticed:?}: {finding}");
+    }
+    // The same while libvirtd is away, which could pause nobody: the guard comes back, and with libvirtd the rest, its own rules among it.
+    match libvirtd::daemon().filter(|_| !Path::new("/run/systemd/system").exists()) {
+        Some(pid) => {
+            let away = Going::stop(pid);
+            run("nft", &["flush", "ruleset"]);
+            let guarded = || output("nft", &["list", "table", "inet", "dev_box"]).contains(&tap);
+            wait_until("the guard is back", LIMIT, guarded);
+            drop(away);
+            let sound = || host.dev_box(["net", "verify", &vm]).code() == 0;
+            wait_until("every layer stands again", LIMIT, || sound() && !paused(&vm));
+            assert!(output("iptables", &["-t", "nat", "-S"]).contains("LIBVIRT_PRT"), "libvirt's NAT");
+            let away = || {
+                host.dev_box(["audit", "query", "--action", "net.guard_lost"])
+                    .text()
+                    .contains("libvirt is away")
+            };
+            wait_until("it is audited", LIMIT, away);
+        }
+        None => dev_box_tests::skip(NAME, "with libvirtd away: it is no daemon that a test can start again"),
     }
     drop(others);
     let answered = host.dev_box(["exec", "work", "--", "echo", "alive"]).expect_code(0);

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use crate::in_process::InProcess;
 
-fn daemon() -> Option<i32> {
+pub(crate) fn daemon() -> Option<i32> {
     fs::read_to_string("/run/libvirtd.pid").ok()?.trim().parse().ok()
 }
 
@@ -24,15 +24,21 @@ fn restart(pid: i32) {
         assert!(Command::new("systemctl").args(["restart", "libvirtd"]).status().unwrap().success());
         return;
     }
-    let going = Going(pid);
-    kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
-    wait_until("libvirtd ends", SHUTDOWN, || !going.runs());
+    drop(Going::stop(pid));
 }
 
 /// A libvirtd that has been told to end; another takes its place whatever becomes of the test, since all others need one.
-struct Going(i32);
+pub(crate) struct Going(i32);
 
 impl Going {
+    /// Returns when it has ended.
+    pub(crate) fn stop(pid: i32) -> Self {
+        let going = Self(pid);
+        kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+        wait_until("libvirtd ends", SHUTDOWN, || !going.runs());
+        going
+    }
+
     /// Where pid 1 does not reap, its entry stays.
     fn runs(&self) -> bool {
         fs::read_to_string(format!("/proc/{}/stat", self.0)).is_ok_and(|stat| !stat.contains(") Z "))

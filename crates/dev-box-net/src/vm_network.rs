@@ -109,6 +109,11 @@ pub struct NetLease {
 }
 
 impl NetLease {
+    /// The network that it is in.
+    pub fn shape(&self) -> &NetworkShape {
+        &self.shape
+    }
+
     /// The policy's digest, for the audit.
     pub fn policy_digest(&self) -> PolicyDigest {
         self.policy.digest()

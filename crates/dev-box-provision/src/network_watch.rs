@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
 
 use dev_box_core::clock::Clock;
+use dev_box_core::connection::Link;
 use dev_box_core::id::VmName;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_net::events::{EventSource, RecordFile};
@@ -162,6 +163,29 @@ impl Inner {
     }
 }
 
+impl Inner {
+    /// While libvirt is away no VM can be paused and no filter looked at. The guard, which holds everything by itself, is seen to all
+    /// the same.
+    async fn without_libvirt(&self, vms: Vec<VmName>) -> BTreeMap<VmName, Finding> {
+        let shape =
+            self.machines().values().find_map(|machine| Some(machine.lease.as_ref()?.shape().clone()));
+        let Some(shape) = shape else { return BTreeMap::new() };
+        let network = self.network.clone();
+        let restored = blocking::run(move || network.restore_guards(&shape)).await;
+        let what = match restored {
+            Ok(restored) => {
+                for vm in restored {
+                    let finding = "the guard's rules were changed or gone while libvirt is away".to_owned();
+                    self.report(&vm, NetEventKind::Tampered { finding, paused: false });
+                }
+                "libvirt is away; the guard's rules stand".to_owned()
+            }
+            Err(error) => error.to_string(),
+        };
+        vms.into_iter().map(|vm| (vm, Finding::Unknown(what.clone()))).collect()
+    }
+}
+
 /// A VM's network is not known to be as it should be, so that nobody gets the VM.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unverified {
@@ -182,8 +206,14 @@ impl Custody for Inner {
                 return BTreeMap::new();
             }
             let network = self.network.clone();
-            let verified =
-                blocking::with_libvirt(&self.connection, move |libvirt| network.verify_all(libvirt)).await;
+            let mut link = self.connection.link();
+            let away = async { link.wait_for(|link| matches!(link, Link::Down { .. })).await.is_ok() };
+            let verified = tokio::select! {
+                biased;
+                true = away => None,
+                verified = blocking::with_libvirt(&self.connection, move |libvirt| network.verify_all(libvirt)) => Some(verified),
+            };
+            let Some(verified) = verified else { return self.without_libvirt(vms).await };
             let finding = |vm: &VmName| match &verified {
                 Err(error) => Finding::Unknown(error.to_string()),
                 Ok(found) => match found.get(vm).map(dev_box_net::Verification::finding) {

@@ -390,6 +390,27 @@ fn verification_finds_what_is_gone() {
 }
 
 #[test]
+fn guards_are_put_back_without_libvirt() {
+    let world = World::new();
+    let (runs, starts) = (world.attach("a").unwrap(), world.attach("b").unwrap());
+    world.make_tap(runs.address);
+    let restore = || world.network.restore_guards(runs.shape()).unwrap();
+    let calls = world.libvirt.calls().len();
+    assert_eq!(restore(), []);
+    world.firewall.flush();
+    assert_eq!(restore(), [name("a")]);
+    assert!(world.firewall.rules_of(runs.address).is_some());
+    assert!(world.firewall.rules_of(starts.address).is_none(), "it does not run yet");
+    assert_eq!(restore(), []);
+    assert_eq!(world.libvirt.calls().len(), calls, "libvirt was asked");
+    let found = world.network.verify(&world.libvirt, &runs).unwrap();
+    assert_eq!(found.guard, GuardState::Intact, "on record as it was put back");
+    world.firewall.flush();
+    world.firewall.fail_next(Call::List);
+    assert!(matches!(world.network.restore_guards(runs.shape()), Err(NetError::Firewall(_))));
+}
+
+#[test]
 fn a_policy_is_changed_at_once_and_put_on_record() {
     let world = World::new();
     let mut lease = world.attach("a").unwrap();

@@ -148,6 +148,29 @@ impl VmNetwork {
         Ok(true)
     }
 
+    /// Puts the guard's rules back of every VM on record that runs without them, for while libvirt does not answer: nothing
+    /// else can be seen to then. Whose they were is returned.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn restore_guards(&self, shape: &NetworkShape) -> Result<Vec<VmName>, NetError> {
+        let _lock = self.lock()?;
+        let mut records = self.leases(shape)?.records()?;
+        // Without a tap it does not run, or not any more, and somebody makes or removes its rules.
+        records.retain(|address, _| self.settings.host.has_interface(&tap_of(*address)));
+        let addresses: Vec<Ipv4Addr> = records.keys().copied().collect();
+        let rules = self.firewall.inspect(&addresses)?;
+        records.retain(|address, record| {
+            record.fingerprint.is_some() && rules.get(address) != record.fingerprint.as_ref()
+        });
+        let mut restored = Vec::new();
+        for (address, record) in records {
+            restored.push(record.vm.clone());
+            self.put(shape, address, record, false)?;
+        }
+        Ok(restored)
+    }
+
     /// As [`VmNetwork::change_policy`], for a VM that another process may own. `false` when there is no lease in its name.
     ///
     /// # Errors

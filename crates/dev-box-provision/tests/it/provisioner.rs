@@ -309,3 +309,29 @@ async fn the_end_of_a_quarantine_lets_run_on_only_what_nobody_else_paused() {
     provisioner.retire(vm).await.unwrap();
     bench.assert_clean();
 }
+
+#[tokio::test]
+async fn the_guard_is_put_back_while_libvirt_is_away() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    let network = vm.facts.network.as_ref().unwrap();
+    let mut events = bench.provisioner.network_events();
+    bench.libvirt.stop_daemon();
+    bench.make_tap(&network.tap);
+    bench.firewall.flush();
+    let told = async {
+        loop {
+            if let NetEventKind::Tampered { finding, paused } = events.recv().await.unwrap().what {
+                return (finding, paused);
+            }
+        }
+    };
+    let (finding, paused) = tokio::time::timeout(Duration::from_secs(20), told).await.unwrap();
+    assert!(finding.contains("libvirt is away") && !paused, "{finding}");
+    assert!(bench.firewall.rules_of(network.address).is_some());
+    assert!(!bench.provisioner.network_watch().is_held(&vm.name), "nobody could let it go on");
+    std::fs::remove_dir(bench.root.path().join("interfaces").join(&network.tap)).unwrap();
+    bench.libvirt.start_daemon();
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.assert_clean();
+}
