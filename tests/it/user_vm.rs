@@ -187,6 +187,8 @@ fn what_befalls_a_vm_that_is_kept() {
     host.dev_box(["vm", "start", vm]).expect_code(0);
     let mut console = Console::attach(&host, vm);
     console.ask("test -e /root/kept && echo sti''ll", "still");
+    host.dev_box(["snapshot", "create", vm, "files", "--disk-only", "--freeze"]).expect_code(0);
+    console.ask("touch /root/after; sync; ls /root/after | tr a A", "/root/After");
     console.leave();
     let attached = attach();
     keys.write_all(b"\x1d").unwrap();
@@ -202,7 +204,18 @@ fn what_befalls_a_vm_that_is_kept() {
     let log = host.dev_box(["vm", "console", vm, "--log"]).expect_code(0).text();
     assert!(log.contains("Kernel panic"), "{log}");
     assert!(host.dev_box(["vm", "pause", vm]).expect_code(1).stderr.contains("does not run"));
-    host.dev_box(["vm", "rm", vm]).expect_code(0);
+
+    // Back to the disk of a moment when it ran.
+    let listed = host.dev_box(["snapshot", "ls", vm]).expect_code(0).text();
+    assert!(listed.contains("files: disk"), "{listed}");
+    host.dev_box(["snapshot", "restore", vm, "files"]).expect_code(0);
+    assert_eq!(state(&host, vm), "shutoff");
+    host.dev_box(["vm", "start", vm]).expect_code(0);
+    let mut console = Console::attach(&host, vm);
+    console.ask("test -e /root/kept && test ! -e /root/after && echo ba''ck", "back");
+    console.leave();
+    host.dev_box(["snapshot", "rm", vm, "files"]).expect_code(0);
+    host.dev_box(["vm", "rm", "--force", vm]).expect_code(0);
 }
 
 #[test]

@@ -328,14 +328,8 @@ fn create(libvirt: &dyn Libvirt, id: VmId, vm: &str, new: &NewSnapshot) -> Resul
     }
     let active = report.state.is_active();
     let disk_only = active && new.contents == Contents::DiskOnly;
-    let request = SnapshotRequest {
-        xml: request_xml(new).to_xml(),
-        disk_only,
-        // Several disks must not end up at different times.
-        atomic: disk_only,
-        redefine: false,
-        validate: true,
-    };
+    let request =
+        SnapshotRequest { xml: request_xml(new).to_xml(), disk_only, redefine: false, validate: true };
     let frozen = (new.freeze && disk_only).then(|| Wire::new(id));
     if let Some(agent) = &frozen {
         agent.freeze(libvirt)?;

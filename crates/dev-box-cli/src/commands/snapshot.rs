@@ -21,7 +21,8 @@ pub(crate) enum SnapshotCommand {
     #[command(after_help = "\
 Examples:
   dev-box snapshot create web clean
-  dev-box snapshot create web before-upgrade --description 'apt 2026-11' --tag apt --tag safe")]
+  dev-box snapshot create web before-upgrade --description 'apt 2026-11' --tag apt --tag safe
+  dev-box snapshot create web files --disk-only --freeze")]
     Create(CreateArgs),
     /// Take a VM back to a snapshot. What happened since is lost.
     #[command(after_help = "\
@@ -79,6 +80,12 @@ pub(crate) struct CreateArgs {
     /// Mark it with a word; may be given several times.
     #[arg(long = "tag", value_name = "WORD")]
     tags: Vec<Tag>,
+    /// Leave the memory of a VM that runs out of it: the disk as a crash would leave it. To be restored is to be off.
+    #[arg(long)]
+    disk_only: bool,
+    /// Have the guest's agent bring its file systems to rest for the moment of it.
+    #[arg(long, requires = "disk_only")]
+    freeze: bool,
     /// Print it as JSON.
     #[arg(long)]
     json: bool,
@@ -127,6 +134,10 @@ async fn dispatch(dev_box: &DevBox, command: SnapshotCommand) -> Result<ExitCode
         SnapshotCommand::Create(args) => {
             let mut new = NewSnapshot::named(args.name).described(args.description);
             new.tags = args.tags;
+            new.freeze = args.freeze;
+            if args.disk_only {
+                new = new.disk_only();
+            }
             let taken = vms.create_snapshot(&args.vm, new).await.map_err(Failure::new)?;
             if args.json {
                 output::json(&taken)?;

@@ -147,10 +147,8 @@ pub struct NicStats {
 pub struct SnapshotRequest {
     /// `<domainsnapshot>` XML.
     pub xml: String,
-    /// Leave the memory out of it: a running domain's disks as a crash would leave them.
+    /// Leave the memory out of it: a running domain's disks as a crash would leave them, inside their files, all or none.
     pub disk_only: bool,
-    /// Do all disks or none.
-    pub atomic: bool,
     /// Only (re)create libvirt's record of a snapshot that the disks hold already, and make it the current one.
     pub redefine: bool,
     /// Have libvirt check the XML against its schema.

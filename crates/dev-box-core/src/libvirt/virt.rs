@@ -4,6 +4,7 @@
 //! looks its object up by UUID or name, since `virt`'s objects are tied to a thread and a handle says nothing about
 //! whether the object still exists.
 
+mod disk_snapshot;
 mod domains;
 mod events;
 mod networks;

@@ -103,13 +103,8 @@ fn in_place(
         text,
     })?;
     // Libvirt does not know what QEMU did. The VM is right without this; only "current" would not be.
-    let current = SnapshotRequest {
-        xml: kept.xml.clone(),
-        disk_only: false,
-        atomic: false,
-        redefine: true,
-        validate: false,
-    };
+    let current =
+        SnapshotRequest { xml: kept.xml.clone(), disk_only: false, redefine: true, validate: false };
     if let Err(error) = libvirt.create_snapshot(id, &current) {
         tracing::warn!(vm, %name, %error, "libvirt's record of the current snapshot was not brought up to date");
     }

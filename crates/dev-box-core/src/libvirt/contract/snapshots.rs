@@ -12,7 +12,7 @@ fn take(name: &str) -> SnapshotRequest {
     let xml = Node::new("domainsnapshot")
         .with(Node::text("name", name))
         .with(Node::text("description", format!("about {name} & <more>")));
-    SnapshotRequest { xml: xml.to_xml(), disk_only: false, atomic: false, redefine: false, validate: true }
+    SnapshotRequest { xml: xml.to_xml(), disk_only: false, redefine: false, validate: true }
 }
 
 fn kept(libvirt: &dyn Libvirt, id: VmId) -> Vec<(String, Option<String>, bool)> {

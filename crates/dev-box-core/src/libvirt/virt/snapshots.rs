@@ -4,15 +4,16 @@ use virt::domain::Domain;
 use virt::domain_snapshot::DomainSnapshot;
 use virt_sys as sys;
 
-use super::{VirtDriver, of};
+use super::{VirtDriver, disk_snapshot, of};
 use crate::id::VmId;
 use crate::libvirt::{DeleteScope, Result, Revert, SnapshotRecord, SnapshotRequest, Snapshots};
 
 impl Snapshots for VirtDriver {
     fn create_snapshot(&self, id: VmId, request: &SnapshotRequest) -> Result<()> {
+        if request.disk_only {
+            return disk_snapshot::take(self, id, request);
+        }
         let flags = [
-            (request.disk_only, sys::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY),
-            (request.atomic, sys::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC),
             (
                 request.redefine,
                 sys::VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | sys::VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT,

@@ -99,10 +99,18 @@ async fn a_tree_of_them_and_disks_alone() {
     snapshots.delete(&off.name, DeleteScope::WithChildren).await.unwrap();
     assert!(snapshots.list().await.unwrap().is_empty());
 
-    // Of a VM that runs, the disks alone: libvirt puts a new file on top.
+    // Of a VM that runs, the disks alone, within their files: its definition stays, and it can be taken back.
+    let defined = vm.0.template().await.unwrap();
+    let before = snapshots.create(named("before").disk_only()).await.unwrap();
     let disks = snapshots.create(named("disks").disk_only()).await.unwrap();
-    assert_eq!(disks.contents, Contents::DiskOnly);
+    assert_eq!((disks.contents, disks.state), (Contents::DiskOnly, VmState::Shutoff));
+    assert_eq!(disks.parent.as_deref(), Some("before"));
     assert_eq!(vm.0.state().await.unwrap().state, VmState::Running);
+    assert_eq!(vm.0.template().await.unwrap(), defined);
+    snapshots.delete(&before.name, DeleteScope::One).await.unwrap();
+    snapshots.restore(&disks.name, RestoreOptions::restart()).await.unwrap();
+    assert_eq!(vm.0.state().await.unwrap().state, VmState::Shutoff);
+    vm.0.start().await.unwrap();
     let asked =
         snapshots.create(NewSnapshot { freeze: true, ..named("frozen").disk_only() }).await.unwrap_err();
     assert!(
