@@ -34,8 +34,8 @@ impl Holds {
         self.held().contains(vm)
     }
 
-    /// Forgets those that are not among these.
-    pub(crate) fn keep(&self, vms: &[VmName]) {
-        self.held().retain(|vm| vms.contains(vm));
+    /// Forgets those that are not there any more.
+    pub(crate) fn keep(&self, is_there: impl Fn(&VmName) -> bool) {
+        self.held().retain(is_there);
     }
 }

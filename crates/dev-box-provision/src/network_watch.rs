@@ -201,7 +201,7 @@ impl Custody for Inner {
     fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
         Box::pin(async move {
             let vms = self.networked();
-            self.holds.keep(&vms);
+            self.holds.keep(|vm| self.machines().contains_key(vm));
             if vms.is_empty() {
                 return BTreeMap::new();
             }
