@@ -185,9 +185,10 @@ fn what_befalls_a_vm_that_is_kept() {
     virsh(&["undefine", vm]);
     assert_eq!(state(&host, vm), "undefined");
     host.dev_box(["vm", "start", vm]).expect_code(0);
+    // The guest still boots: its agent is waited for.
+    host.dev_box(["snapshot", "create", vm, "files", "--disk-only", "--freeze"]).expect_code(0);
     let mut console = Console::attach(&host, vm);
     console.ask("test -e /root/kept && echo sti''ll", "still");
-    host.dev_box(["snapshot", "create", vm, "files", "--disk-only", "--freeze"]).expect_code(0);
     console.ask("touch /root/after; sync; ls /root/after | tr a A", "/root/After");
     console.leave();
     let attached = attach();

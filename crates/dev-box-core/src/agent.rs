@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::clock::EasternTime;
@@ -36,6 +37,8 @@ pub use reply::{AgentInfo, OsInfo, ReplyError};
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often getting into step again is tried before giving up.
 const SYNC_ATTEMPTS: u32 = 3;
+/// The first interval between looks for an agent that is not there yet, and the longest.
+const POLL: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
 /// Why a command of the guest agent failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -99,6 +102,25 @@ impl GuestAgent {
     /// [`AgentError`].
     pub async fn ping(&self) -> Result<(), AgentError> {
         self.run(|wire, libvirt| wire.ask(libvirt, "guest-ping", None).map(drop)).await
+    }
+
+    /// Waits until it answers: a guest that has just been started has no agent yet.
+    ///
+    /// # Errors
+    /// What stood in the way last when `limit` is over; at once what waiting does not mend.
+    pub async fn wait_ready(&self, limit: Duration) -> Result<(), AgentError> {
+        let deadline = Instant::now() + limit;
+        let mut interval = POLL.0;
+        loop {
+            let answered = self.ping().await;
+            let silent =
+                matches!(&answered, Err(AgentError::Libvirt(LibvirtError::AgentUnresponsive { .. })));
+            if !silent || Instant::now() + interval >= deadline {
+                return answered;
+            }
+            sleep(interval).await;
+            interval = interval.saturating_mul(2).min(POLL.1);
+        }
     }
 
     /// Its version and how many commands it offers.

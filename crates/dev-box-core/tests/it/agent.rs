@@ -1,6 +1,7 @@
 //! The guest agent's client, against a hostile guest on the fake.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use dev_box_core::accel::Accelerator;
 use dev_box_core::agent::{AgentError, GuestAgent, ReplyError};
@@ -17,7 +18,7 @@ use crate::specs::plain;
 async fn agent(libvirt: &FakeLibvirt) -> GuestAgent {
     let connection = connect(libvirt).await;
     let vm = Vm::create(&connection, &VmTemplate::new(plain(Accelerator::Tcg)).unwrap()).await.unwrap();
-    GuestAgent::new(&vm).with_timeout(std::time::Duration::from_secs(1))
+    GuestAgent::new(&vm).with_timeout(Duration::from_secs(1))
 }
 
 /// A guest that answers as `answer` says; gives the log of what it was asked.
@@ -127,6 +128,29 @@ async fn hostile_answers() {
     libvirt.on_agent(|_| Ok(r#"{"error": {"class": "\u001b]0;x\u0007", "desc": "no"}}"#.into()));
     let refused = agent.info().await.unwrap_err();
     assert_eq!(refused.to_string(), "the guest agent refuses guest-info: ]0;x: no");
+}
+
+#[tokio::test]
+async fn a_guest_that_has_just_been_started_is_waited_for() {
+    let libvirt = FakeLibvirt::new();
+    let agent = agent(&libvirt).await;
+    let never = agent.wait_ready(Duration::from_millis(100)).await.unwrap_err();
+    assert!(matches!(never, AgentError::Libvirt(LibvirtError::AgentUnresponsive { .. })), "{never:?}");
+    let mut silent = 2;
+    let asked = guest(&libvirt, move |name, arguments| match name {
+        _ if silent > 0 => {
+            silent -= 1;
+            Err(timed_out())
+        }
+        "guest-sync" => Ok(arguments["id"].clone()),
+        _ => Ok(json!({})),
+    });
+    agent.wait_ready(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(asked.lock().unwrap().len(), 4, "two without an answer, into step, and the ping");
+    // What waiting does not mend.
+    libvirt.on_agent(|_| Ok(r#"{"error": {"class": "a", "desc": "no"}}"#.into()));
+    let refused = agent.wait_ready(Duration::from_secs(3600)).await.unwrap_err();
+    assert!(matches!(refused, AgentError::Refused { .. }), "{refused:?}");
 }
 
 #[tokio::test]

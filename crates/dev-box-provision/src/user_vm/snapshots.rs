@@ -3,10 +3,14 @@
 //! A snapshot that has memory knows the network interface of its time: MAC and IP address are in the guest's memory, the
 //! tap's name is in libvirt's definition of then. So a VM that is taken back gets that address, or is not taken back.
 
+use std::time::Duration;
+
+use dev_box_core::agent::GuestAgent;
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::DeleteScope;
 use dev_box_core::snapshot::{
-    Contents, NewSnapshot, RestoreMode, RestoreOptions, Snapshot, SnapshotManager, SnapshotName, SnapshotTree,
+    Contents, NewSnapshot, RestoreMode, RestoreOptions, Snapshot, SnapshotError, SnapshotManager,
+    SnapshotName, SnapshotTree,
 };
 use dev_box_core::state::VmState;
 use dev_box_core::vm::Vm;
@@ -26,6 +30,17 @@ pub struct Restored {
     pub state: VmState,
 }
 
+/// How long the guest's agent may take to be there, where file systems are to be frozen.
+const AGENT_WAIT: Duration = Duration::from_secs(20);
+
+async fn take(vm: &Vm, new: NewSnapshot) -> Result<Snapshot, SnapshotError> {
+    if new.freeze && vm.state().await.is_ok_and(|report| report.state == VmState::Running) {
+        // Of a VM just started, the guest is still booting.
+        GuestAgent::new(vm).wait_ready(AGENT_WAIT).await?;
+    }
+    SnapshotManager::new(vm).create(new).await
+}
+
 impl UserVms {
     /// Takes a snapshot: memory and disk of a VM that runs, the disk of one that does not.
     ///
@@ -35,7 +50,7 @@ impl UserVms {
         let held = self.hold(name)?;
         let vm = self.known(&held).await?;
         let act = self.begin(name, AuditEvent::SnapshotCreate { name: new.name.to_string().into() }).await?;
-        let taken = SnapshotManager::new(&vm).create(new).await.map_err(UserVmError::from);
+        let taken = take(&vm, new).await.map_err(UserVmError::from);
         if taken.is_ok() && vm.state().await.is_ok_and(|report| report.state == VmState::Running) {
             // It stood still meanwhile.
             self.remind(&held).await;
