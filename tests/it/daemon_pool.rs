@@ -9,16 +9,22 @@ use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 
-fn number(host: &Host, what: &str) -> Option<u64> {
+/// These numbers of the first pool, all of one moment.
+fn numbers<const N: usize>(host: &Host, names: [&str; N]) -> [Option<u64>; N] {
     let done = host.dev_box(["pool", "status", "--json"]);
-    let pools: Value = serde_json::from_slice(&done.stdout).ok()?;
-    pools[0][what].as_u64()
+    let pools: Value = serde_json::from_slice(&done.stdout).unwrap_or_default();
+    names.map(|name| pools[0][name].as_u64())
+}
+
+fn number(host: &Host, name: &str) -> Option<u64> {
+    let [number] = numbers(host, [name]);
+    number
 }
 
 /// Nobody has a VM of the pool, there is one for the next, and so many were reset.
 fn is_settled(host: &Host, reset: u64) -> bool {
-    let numbers = ["leased", "resetting", "retiring", "reset"].map(|what| number(host, what));
-    numbers == [Some(0), Some(0), Some(0), Some(reset)] && number(host, "ready") >= Some(1)
+    let [ready, busy @ .., done] = numbers(host, ["ready", "leased", "resetting", "retiring", "reset"]);
+    ready >= Some(1) && busy == [Some(0); 3] && done == Some(reset)
 }
 
 fn json(text: &[u8]) -> Value {
@@ -62,10 +68,7 @@ fn the_daemon_keeps_vms_ready_and_start_and_run_take_them() {
     runs(&host, &wait);
 
     host.dev_box(["pool", "drain"]).expect_code(0);
-    wait_until("it is drained", PATIENCE, || {
-        (number(&host, "ready"), number(&host, "retiring"), number(&host, "shells"))
-            == (Some(0), Some(0), Some(0))
-    });
+    wait_until("it is drained", PATIENCE, || numbers(&host, ["ready", "retiring", "shells"]) == [Some(0); 3]);
     host.dev_box(["pool", "fill", "1"]).expect_code(0);
     wait_until("it is filled", PATIENCE, || number(&host, "ready") == Some(1));
     let text = host.dev_box(["pool", "status"]).expect_code(0).text();

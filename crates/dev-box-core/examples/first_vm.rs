@@ -6,6 +6,8 @@
 //!
 //! `DIRECTORY` is made; it must lie where libvirt's QEMU user can get at it (`/var/tmp/first-vm`, say), as must the
 //! kernel and the initial RAM file system. `/var/lib/dev-box/images/default` has both, once the image is built.
+//!
+//! Without root: `LIBVIRT_DEFAULT_URI=qemu:///session`, and all three where your own user can get at them.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -64,7 +66,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     spec.disks.push(Disk::qcow2(&disk, "vda"));
     let template = VmTemplate::new(spec)?;
 
-    let connection = LibvirtConnection::open(LibvirtConnection::DEFAULT_URI).await?;
+    let uri = std::env::var("LIBVIRT_DEFAULT_URI").unwrap_or_else(|_| LibvirtConnection::DEFAULT_URI.into());
+    let connection = LibvirtConnection::open(&uri).await?;
     let vm = Vm::define(&connection, &template).await?;
     say(&format!("defined {} ({})", vm.name(), vm.id()));
 
