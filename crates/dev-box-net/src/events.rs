@@ -79,6 +79,11 @@ pub enum NetEventKind {
     },
     /// The rules are back as they should be.
     Restored,
+    /// What the host does for VMs' packets is not as it was. It keeps nobody in; see [`crate::Verification::hindrance`].
+    HostChanged {
+        /// What is different now.
+        finding: String,
+    },
     /// Reports that were lost, because nobody read them fast enough.
     Lost {
         /// How many, at least.

@@ -21,7 +21,7 @@ use dev_box_core::libvirt::{LibvirtError, NetworkSummary, Networks, NwFilters};
 use dev_box_core::spec::{FilterRef, Interface, LinkState, MacAddress};
 
 use crate::events::RecordFile;
-use crate::guard::{Fingerprint, Firewall, Traffic, VmGuard};
+use crate::guard::{Fingerprint, Firewall, NetworkRules, Traffic, VmGuard};
 use crate::host::HostPaths;
 use crate::identity::{mac_of, tap_of};
 use crate::lease::{AddressLease, AddressLeases, LeaseError, LeaseRecord, Owner};
@@ -148,6 +148,8 @@ pub struct Verification {
     pub names_served: Option<bool>,
     /// Whether the host forwards IPv4: without, nothing gets out.
     pub forwarding: bool,
+    /// What stands of libvirt's own rules for the network.
+    pub network_rules: NetworkRules,
     /// `bridge-nf-call-iptables`; `None` while br_netfilter is not loaded. For information: neither the guard nor the
     /// filter needs it.
     pub bridge_nf_call_iptables: Option<bool>,
@@ -161,7 +163,12 @@ impl Verification {
             && self.filter_defined
             && self.filter_in_force != Some(false)
             && self.names_served != Some(false)
-            && self.forwarding
+            && self.hindrance().is_none()
+    }
+
+    /// Whether what the VM may send can get out.
+    pub fn carries(&self) -> bool {
+        self.forwarding && self.network_rules.carries()
     }
 }
 

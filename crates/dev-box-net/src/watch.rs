@@ -8,7 +8,8 @@
 //!
 //! A VM whose rules are not as they should be is paused before anything else, so that what it does meanwhile is nothing.
 //! It runs again once a verification finds every layer in place. What cannot be verified is neither sound nor unsound: it
-//! stays as it is, and counts as unverified ([`Watch::verified_within`]).
+//! stays as it is, and counts as unverified ([`Watch::verified_within`]). What only hinders a VM's packets is no reason to hold
+//! the VM: it is told when it begins, and when it is over.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -35,11 +36,16 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub enum Finding {
     /// Every layer stands.
     Sound,
-    /// Something does not; in words.
+    /// Every layer stands, but what the VM may send may not get out; in words.
+    Hindered(String),
+    /// Something does not stand; in words.
     Unsound(String),
     /// It could not be found out; in words.
     Unknown(String),
 }
+
+/// What is told when a hindrance is over.
+const UNHINDERED: &str = "nothing hinders the VM's packets any more";
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,16 +67,23 @@ enum State {
     Held,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Seen {
     state: State,
     verified: Option<Instant>,
+    hindrance: Option<String>,
+}
+
+impl Seen {
+    const NOT_YET: Self = Self { state: State::Unseen, verified: None, hindrance: None };
 }
 
 /// The state of all VMs that are watched. Pure: time and findings come in, actions go out.
 #[derive(Debug, Clone, Default)]
 pub struct Watch {
     vms: BTreeMap<VmName, Seen>,
+    /// `bridge-nf-call-iptables`, once it was looked at.
+    bridged: Option<Option<bool>>,
 }
 
 impl Watch {
@@ -84,14 +97,24 @@ impl Watch {
         let mut actions = Vec::new();
         self.vms.retain(|vm, _| findings.contains_key(vm));
         for (vm, finding) in findings {
-            let seen = self.vms.entry(vm.clone()).or_insert(Seen { state: State::Unseen, verified: None });
+            let seen = self.vms.entry(vm.clone()).or_insert(Seen::NOT_YET);
             match (finding, seen.state) {
-                (Finding::Sound, state) => {
-                    seen.verified = Some(now);
+                (finding @ (Finding::Sound | Finding::Hindered(_)), state) => {
+                    let hindrance = match finding {
+                        Finding::Hindered(hindrance) => Some(hindrance),
+                        _ => None,
+                    };
+                    // Whoever gets a VM that is hindered looks for himself how much.
+                    seen.verified = hindrance.is_none().then_some(now);
                     seen.state = State::Sound;
                     if state == State::Held {
                         actions.push(Action::Resume(vm.clone()));
-                        actions.push(Action::Report(vm, NetEventKind::Restored));
+                        actions.push(Action::Report(vm.clone(), NetEventKind::Restored));
+                    }
+                    if seen.hindrance != hindrance {
+                        let finding = hindrance.clone().unwrap_or_else(|| UNHINDERED.to_owned());
+                        actions.push(Action::Report(vm, NetEventKind::HostChanged { finding }));
+                        seen.hindrance = hindrance;
                     }
                 }
                 (Finding::Unsound(_), State::Held) => {
@@ -113,6 +136,24 @@ impl Watch {
         actions
     }
 
+    /// Takes what `bridge-nf-call-iptables` is, and says whom to tell that it is another than before.
+    pub fn bridged(&mut self, now: Option<bool>) -> Vec<Action> {
+        let Some(before) = self.bridged.replace(now).filter(|before| *before != now) else {
+            return Vec::new();
+        };
+        let word = |value| match value {
+            Some(true) => "1",
+            Some(false) => "0",
+            None => "absent (br_netfilter is not loaded)",
+        };
+        let (before, now) = (word(before), word(now));
+        let finding =
+            format!("net.bridge.bridge-nf-call-iptables was {before} and is {now}; no layer needs it");
+        let told =
+            |vm: &VmName| Action::Report(vm.clone(), NetEventKind::HostChanged { finding: finding.clone() });
+        self.vms.keys().map(told).collect()
+    }
+
     /// Whether the VM was found sound by a verification that began at most `limit` before `now`.
     pub fn verified_within(&self, vm: &VmName, now: Instant, limit: Duration) -> bool {
         let verified = self.vms.get(vm).and_then(|seen| seen.verified);
@@ -129,6 +170,9 @@ impl Watch {
 pub trait Custody: Send + Sync {
     /// What holds of each VM right now.
     fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>>;
+
+    /// `bridge-nf-call-iptables` of the host; `None` while it has none.
+    fn bridge_netfilter(&self) -> Option<bool>;
 
     /// Stops the VM's CPUs. A VM that is gone, or stands still already, is no failure.
     fn pause<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>>;
@@ -176,6 +220,11 @@ pub async fn run(custody: &dyn Custody, handle: &WatchHandle) {
 
 /// One round: a verification, and a second one at once where something had to be restored.
 pub async fn round(custody: &dyn Custody, handle: &WatchHandle) {
+    let bridged = custody.bridge_netfilter();
+    let told = handle.watch().bridged(bridged);
+    for action in told {
+        perform(custody, action).await;
+    }
     for _ in 0..2 {
         let begun = Instant::now();
         let findings = custody.verify().await;

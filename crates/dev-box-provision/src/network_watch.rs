@@ -9,7 +9,7 @@ use dev_box_core::id::VmName;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_net::events::{EventSource, RecordFile};
 use dev_box_net::watch::{self, BoxFuture, Custody, Finding};
-use dev_box_net::{NetError, NetEvent, NetEventKind, NetLease, VmNetwork};
+use dev_box_net::{NetError, NetEvent, NetEventKind, NetLease, Verification, VmNetwork};
 use dev_box_observe::audit::Text;
 use dev_box_observe::{AuditEvent, AuditSink, Entry};
 use tokio::sync::broadcast;
@@ -85,6 +85,7 @@ fn audited(event: &NetEventKind) -> Option<AuditEvent> {
             }),
         },
         NetEventKind::Tampered { finding, .. } => AuditEvent::GuardLost { what: Text::new(finding) },
+        NetEventKind::HostChanged { finding } => AuditEvent::NetHostChanged { what: Text::new(finding) },
         _ => return None,
     })
 }
@@ -155,7 +156,11 @@ impl Inner {
         let (network, name) = (self.network.clone(), vm.clone());
         let found =
             blocking::with_libvirt(&self.connection, move |libvirt| network.verify_by_name(libvirt, &name));
-        match found.await?.map(|found| found.finding()) {
+        let missing = |found: Verification| {
+            let hindrance = found.hindrance().filter(|_| !found.carries());
+            found.finding().or(hindrance)
+        };
+        match found.await?.map(missing) {
             Some(None) => Ok(()),
             Some(Some(finding)) => Err(Unverified::Unsound(finding)),
             None => Err(Unverified::NoLease),
@@ -216,9 +221,10 @@ impl Custody for Inner {
             let Some(verified) = verified else { return self.without_libvirt(vms).await };
             let finding = |vm: &VmName| match &verified {
                 Err(error) => Finding::Unknown(error.to_string()),
-                Ok(found) => match found.get(vm).map(dev_box_net::Verification::finding) {
-                    Some(None) => Finding::Sound,
-                    Some(Some(finding)) => Finding::Unsound(finding),
+                Ok(found) => match found.get(vm).map(|found| (found.finding(), found.hindrance())) {
+                    Some((Some(finding), _)) => Finding::Unsound(finding),
+                    Some((None, Some(hindrance))) => Finding::Hindered(hindrance),
+                    Some((None, None)) => Finding::Sound,
                     None => Finding::Unsound("its lease is gone".to_owned()),
                 },
             };
@@ -226,6 +232,10 @@ impl Custody for Inner {
             let present = self.networked();
             vms.into_iter().filter(|vm| present.contains(vm)).map(|vm| (vm.clone(), finding(&vm))).collect()
         })
+    }
+
+    fn bridge_netfilter(&self) -> Option<bool> {
+        self.network.bridge_netfilter()
     }
 
     fn pause<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>> {

@@ -87,7 +87,7 @@ async fn verify(config: &Config, connection: &LibvirtConnection, vm: VmName) -> 
             Ok("guard intact, nwfilter in force, network active".to_owned())
         }
         Ok(Some(found)) => Err(format!(
-            "guard {}, nwfilter {}, network {}, forwarding {}",
+            "guard {}, nwfilter {}, network {}, {}",
             match found.guard {
                 GuardState::Intact => "intact",
                 GuardState::Changed => "changed",
@@ -99,7 +99,7 @@ async fn verify(config: &Config, connection: &LibvirtConnection, vm: VmName) -> 
                 (true, _) => "defined",
             },
             if found.network_active { "active" } else { "down" },
-            if found.forwarding { "on" } else { "off" },
+            found.hindrance().as_deref().unwrap_or("nothing hinders its packets"),
         )),
     }
 }

@@ -22,7 +22,10 @@ pub(crate) enum NetCommand {
     /// Remove what `ensure` made; refused while a VM uses it.
     Rm,
     /// List the VMs that have a network: address, policy, traffic.
-    #[command(visible_alias = "list")]
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  dev-box net ls\n  dev-box net ls --json | jq '.[].address'"
+    )]
     Ls {
         /// As JSON.
         #[arg(long)]
@@ -43,6 +46,9 @@ Examples:
         vm: VmName,
         #[command(flatten)]
         net: NetArgs,
+        /// As JSON: the VM, and the digest of the policy that holds now.
+        #[arg(long)]
+        json: bool,
     },
     /// Check that every layer of the VMs' networks stands.
     #[command(after_help = "\
@@ -96,7 +102,7 @@ async fn perform(dev_box: &DevBox, command: NetCommand) -> Result<ExitCode, Fail
         }
         NetCommand::Ls { json } => list(dev_box, json).await?,
         NetCommand::Show(of) => return show(dev_box, of).await,
-        NetCommand::Apply { vm, net } => return apply(dev_box, vm, &net).await,
+        NetCommand::Apply { vm, net, json } => return apply(dev_box, vm, &net, json).await,
         NetCommand::Verify { vm, json } => return verify(dev_box, vm, json).await,
         NetCommand::Flows(of) => {
             let flow = |event: &NetEventKind| {
@@ -197,11 +203,22 @@ async fn show(dev_box: &DevBox, of: OfVm) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn apply(dev_box: &DevBox, vm: VmName, net: &NetArgs) -> Result<ExitCode, Failure> {
+/// A changed policy, for programs.
+#[derive(Debug, Serialize)]
+struct Applied {
+    vm: VmName,
+    policy_digest: String,
+}
+
+async fn apply(dev_box: &DevBox, vm: VmName, net: &NetArgs, json: bool) -> Result<ExitCode, Failure> {
     let policy = dev_box.policies().get(&net.mode(dev_box).map_err(Failure::new)?).map_err(Failure::new)?;
     let digest = policy.digest();
     if dev_box.change_policy(&vm, policy).await.map_err(Failure::new)? {
-        output::line(&format!("{vm}: policy {digest}"))?;
+        let policy_digest = digest.to_string();
+        match json {
+            true => output::json(&Applied { vm, policy_digest })?,
+            false => output::line(&format!("{vm}: policy {policy_digest}"))?,
+        }
         return Ok(ExitCode::SUCCESS);
     }
     output::note(format_args!("no VM {vm} has a network: dev-box net ls"));
@@ -224,7 +241,11 @@ async fn verify(dev_box: &DevBox, vm: Option<VmName>, json: bool) -> Result<Exit
     let of = |(vm, verification): (VmName, Verification)| Verified {
         vm,
         sound: verification.is_sound(),
-        finding: verification.finding(),
+        finding: {
+            let wrong = [verification.finding(), verification.hindrance()];
+            let wrong: Vec<String> = wrong.into_iter().flatten().collect();
+            (!wrong.is_empty()).then(|| wrong.join("; "))
+        },
         bridge_nf_call_iptables: verification.bridge_nf_call_iptables,
     };
     let verified: Vec<Verified> =

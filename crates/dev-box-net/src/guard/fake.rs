@@ -6,7 +6,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 
-use super::{FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, render_apply};
+use super::{
+    FilterRules, Fingerprint, Firewall, FirewallError, NetworkRules, Traffic, VmGuard, render_apply,
+};
+use crate::network::NetworkShape;
 
 /// A call of the seam.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +18,8 @@ pub enum Call {
     Apply,
     /// [`Firewall::remove`]
     Remove,
-    /// [`Firewall::list`], [`Firewall::inspect`], [`Firewall::traffic`] and [`Firewall::filters`]
+    /// [`Firewall::list`], [`Firewall::inspect`], [`Firewall::traffic`], [`Firewall::filters`] and
+    /// [`Firewall::network_rules`]
     List,
     /// [`Firewall::clear`]
     Clear,
@@ -33,6 +37,8 @@ struct State {
     traffic: BTreeMap<Ipv4Addr, Traffic>,
     names: BTreeMap<Ipv4Addr, BTreeSet<Ipv4Addr>>,
     filters: BTreeMap<Ipv4Addr, FilterRules>,
+    /// `None` for whole ones.
+    network_rules: Option<NetworkRules>,
     faults: VecDeque<Call>,
 }
 
@@ -97,6 +103,11 @@ impl FakeFirewall {
         self.state().filters.insert(address, rules);
     }
 
+    /// What becomes of libvirt's own rules for the network; whole until then.
+    pub fn set_network_rules(&self, rules: NetworkRules) {
+        self.state().network_rules = Some(rules);
+    }
+
     /// Sets what [`Firewall::traffic`] reports for an address that has rules.
     pub fn set_traffic(&self, address: Ipv4Addr, traffic: Traffic) {
         self.state().traffic.insert(address, traffic);
@@ -152,6 +163,10 @@ impl Firewall for FakeFirewall {
 
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
         Ok(self.enter(Call::List)?.filters.clone())
+    }
+
+    fn network_rules(&self, _: &NetworkShape) -> Result<NetworkRules, FirewallError> {
+        Ok(self.enter(Call::List)?.network_rules.unwrap_or(NetworkRules::WHOLE))
     }
 
     fn clear(&self) -> Result<(), FirewallError> {

@@ -72,6 +72,25 @@ impl FilterRule {
         Self { conditions: conditions.into_iter().filter(|condition| !always(condition)).collect(), target }
     }
 
+    /// Whether it has that condition; `value` as [`normal`] spells it.
+    pub(super) fn has(&self, option: &str, value: &str) -> bool {
+        self.conditions.iter().any(|known| known.option == option && !known.negated && known.value == value)
+    }
+
+    /// Whether a condition of it is about that, whatever it is.
+    pub(super) fn speaks_of(&self, option: &str) -> bool {
+        self.conditions.iter().any(|known| known.option == option)
+    }
+
+    pub(super) fn is_for_all(&self) -> bool {
+        self.conditions.is_empty()
+    }
+
+    /// What becomes of a packet that it is for.
+    pub(super) fn target(&self) -> &str {
+        &self.target
+    }
+
     /// Whether it may be for frames of this interface; `option` is `-i` or `-o`.
     fn concerns(&self, option: &str, tap: &str) -> bool {
         let others = |condition: &Condition| {

@@ -8,6 +8,7 @@
 //!                                                                                   v
 //!  the host <-- inet input: DNS to the gateway only       inet prerouting: none of the host's addresses
 //!  internet <-- inet forward: connection tracking, the classes and ports again, limits
+//!               inet postrouting:  leaves in the host's name
 //!
 //!  internet --> inet forward: replies only --> bridge postrouting (to the tap): from the gateway's MAC,
 //!  the host --> inet output: DNS replies only                                   to this VM, same classes and ports
@@ -16,7 +17,8 @@
 //! The bridge half sees a frame's tap, so it ties tap, Ethernet and IP address together; the inet half can then go by
 //! IP address, and knows connections. Neither needs `bridge-nf-call-iptables`. Every packet is judged, established
 //! or not, so that a changed policy cuts what it no longer allows. Under a policy with names the VM's DNS goes to a
-//! resolver of its own ([`crate::resolver`]), which puts the answers' addresses into a set that the classes look at last. Frames from a tap (`dbt*`) that no VM's rules
+//! resolver of its own ([`crate::resolver`]), which puts the answers' addresses into a set that the classes look at last. Addresses are translated here as libvirt does it, after libvirt, whose own rules for that are
+//! not put back by anybody when they are flushed. Frames from a tap (`dbt*`) that no VM's rules
 //! claim are dropped: a VM whose rules are missing has no network rather than an open one, as long as the tables
 //! stand; that they stand is what [`Firewall::inspect`] is for.
 
@@ -25,6 +27,7 @@ pub mod fake;
 mod filters;
 mod generation;
 mod listing;
+mod network_rules;
 mod nft;
 mod render;
 
@@ -41,6 +44,7 @@ use crate::network::NetworkShape;
 use crate::policy::EgressPolicy;
 
 pub use filters::{FilterRule, FilterRules};
+pub use network_rules::NetworkRules;
 pub use nft::NftFirewall;
 pub use render::{render_apply, render_clear, render_remove};
 
@@ -169,6 +173,12 @@ pub trait Firewall: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`FirewallError`].
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError>;
+
+    /// What stands of libvirt's own rules for the network: NAT, and that it is forwarded.
+    ///
+    /// # Errors
+    /// [`FirewallError`].
+    fn network_rules(&self, shape: &NetworkShape) -> Result<NetworkRules, FirewallError>;
 
     /// Removes everything of ours and nothing else.
     ///

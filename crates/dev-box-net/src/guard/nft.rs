@@ -9,11 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use super::generation::{Changes, Counter};
+use super::network_rules::NFT_TABLE;
 use super::render::{FAMILIES, TABLE, render_entries};
 use super::{
-    FilterRules, Fingerprint, Firewall, FirewallError, Traffic, VmGuard, filters, listing, render_apply,
-    render_clear, render_remove,
+    FilterRules, Fingerprint, Firewall, FirewallError, NetworkRules, Traffic, VmGuard, filters, listing,
+    render_apply, render_clear, render_remove,
 };
+use crate::network::NetworkShape;
 
 /// How much of nft's complaint is kept, in characters.
 const MAX_MESSAGE: usize = 1000;
@@ -21,26 +23,37 @@ const MAX_MESSAGE: usize = 1000;
 /// What of the rules is known, and the kernel's count of changes at which it was so.
 type Known = (u32, BTreeMap<Ipv4Addr, Fingerprint>);
 
-/// Runs `nft`, and `ebtables-save`.
+/// What of libvirt's rules for a network is known, likewise.
+type KnownNetwork = (u32, NetworkShape, NetworkRules);
+
+/// Runs `nft`, `ebtables-save` and `iptables-save`.
 #[derive(Debug, Clone)]
 pub struct NftFirewall {
     nft: Vec<OsString>,
     ebtables_save: Vec<OsString>,
+    iptables_save: Vec<OsString>,
     /// `None` where the programs may see another network namespace than we do.
     known: Option<Arc<Mutex<Option<Known>>>>,
+    known_network: Arc<Mutex<Option<KnownNetwork>>>,
 }
 
 impl Default for NftFirewall {
     fn default() -> Self {
-        Self::with_commands(&["nft"], &["ebtables-save"]).here()
+        Self::with_commands(&["nft"], &["ebtables-save"], &["iptables-save"]).here()
     }
 }
 
 impl NftFirewall {
     /// Runs other commands, to which the programs' arguments are added, as `ip netns exec NAME nft`.
-    pub fn with_commands(nft: &[&str], ebtables_save: &[&str]) -> Self {
+    pub fn with_commands(nft: &[&str], ebtables_save: &[&str], iptables_save: &[&str]) -> Self {
         let words = |command: &[&str]| command.iter().map(OsString::from).collect();
-        Self { nft: words(nft), ebtables_save: words(ebtables_save), known: None }
+        Self {
+            nft: words(nft),
+            ebtables_save: words(ebtables_save),
+            iptables_save: words(iptables_save),
+            known: None,
+            known_network: Arc::default(),
+        }
     }
 
     /// The same, for programs that see the network namespace of the thread that asks: rules are not listed again while the
@@ -101,23 +114,51 @@ impl NftFirewall {
 
     /// All tables; an absent one is an empty listing. (One run for all of them lists nothing in nft 1.0.6.)
     fn tables(&self) -> Result<listing::Tables, FirewallError> {
-        let texts: Vec<Result<String, FirewallError>> = thread::scope(|scope| {
-            let runs = FAMILIES.map(|family| {
-                scope.spawn(move || self.run("to list a table", &["-j", "list", "table", family, TABLE], ""))
-            });
-            let lost = || Err(io::Error::other("a thread that lists a table ended").into());
+        let texts: Vec<Result<Option<String>, FirewallError>> = thread::scope(|scope| {
+            let runs = FAMILIES.map(|family| scope.spawn(move || self.table([family, TABLE])));
             runs.into_iter().map(|run| run.join().unwrap_or_else(|_| lost())).collect()
         });
         let mut tables = listing::Tables::default();
         for text in texts {
-            match text {
-                Ok(text) => tables.read(&text)?,
-                Err(FirewallError::Refused { message, .. })
-                    if message.contains("No such file or directory") => {}
-                Err(error) => return Err(error),
+            if let Some(text) = text? {
+                tables.read(&text)?;
             }
         }
         Ok(tables)
+    }
+
+    /// A table's listing; `None` for an absent one.
+    fn table(&self, [family, name]: [&str; 2]) -> Result<Option<String>, FirewallError> {
+        match self.run("to list a table", &["-j", "list", "table", family, name], "") {
+            Ok(text) => Ok(Some(text)),
+            Err(FirewallError::Refused { message, .. }) if message.contains("No such file or directory") => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The kernel's count of changes; `None` where the programs may see another network namespace, or it is not told.
+    fn generation(&self) -> Option<u32> {
+        self.known.as_ref()?;
+        let uncounted = |error: &io::Error| tracing::debug!(%error, "changes of nftables cannot be counted");
+        Counter::open().and_then(|counter| counter.current()).inspect_err(uncounted).ok()
+    }
+
+    /// What libvirt's rules for the network are, and whether changes of them are counted.
+    fn look_at_network(&self, shape: &NetworkShape) -> Result<(NetworkRules, bool), FirewallError> {
+        let (iptables, nft) = thread::scope(|scope| {
+            let nft = scope.spawn(|| self.table(NFT_TABLE));
+            let iptables = match run(&self.iptables_save, "to list libvirt's rules", &[], "") {
+                // Not everybody has it who has libvirt with nftables.
+                Err(FirewallError::NotInstalled { .. }) => Ok(String::new()),
+                listed => listed,
+            };
+            (iptables, nft.join().unwrap_or_else(|_| lost()))
+        });
+        let iptables = iptables?;
+        let counted = iptables.lines().next().is_none_or(|line| line.contains("(nf_tables)"));
+        Ok((NetworkRules::read(&iptables, nft?.as_deref(), shape)?, counted))
     }
 
     /// What stands for every address that has rules.
@@ -173,9 +214,27 @@ impl Firewall for NftFirewall {
         filters::read(&run(&self.ebtables_save, "to list libvirt's filters", &["-t", "nat"], "")?)
     }
 
+    fn network_rules(&self, shape: &NetworkShape) -> Result<NetworkRules, FirewallError> {
+        let mut known = self.known_network.lock().unwrap_or_else(PoisonError::into_inner);
+        let generation = self.generation();
+        if let (Some(now), Some((then, of, rules))) = (generation, known.as_ref())
+            && now == *then
+            && of == shape
+        {
+            return Ok(*rules);
+        }
+        let (rules, counted) = self.look_at_network(shape)?;
+        *known = generation.filter(|_| counted).map(|generation| (generation, shape.clone(), rules));
+        Ok(rules)
+    }
+
     fn clear(&self) -> Result<(), FirewallError> {
         self.change("to remove the tables", &render_clear())
     }
+}
+
+fn lost<T>() -> Result<T, FirewallError> {
+    Err(io::Error::other("a thread that lists a table ended").into())
 }
 
 /// Runs a command to its end; what it prints.
@@ -244,12 +303,12 @@ mod tests {
 
     fn script(text: &str) -> NftFirewall {
         let command = ["sh", "-c", text, "nft"];
-        NftFirewall::with_commands(&command, &command)
+        NftFirewall::with_commands(&command, &command, &command)
     }
 
     #[test]
     fn a_missing_program_names_the_package() {
-        let error = NftFirewall::with_commands(&["/nonexistent/nft"], &[]).clear().unwrap_err();
+        let error = NftFirewall::with_commands(&["/nonexistent/nft"], &[], &[]).clear().unwrap_err();
         assert!(matches!(&error, FirewallError::NotInstalled { .. }), "{error:?}");
         assert!(error.to_string().contains("install the packages nftables"));
     }
@@ -257,7 +316,7 @@ mod tests {
     #[test]
     fn a_program_that_cannot_be_run_is_an_error_of_io() {
         for command in [&["/"][..], &[]] {
-            let firewall = NftFirewall::with_commands(command, command);
+            let firewall = NftFirewall::with_commands(command, command, command);
             assert!(matches!(firewall.clear(), Err(FirewallError::Io(_))));
             assert!(matches!(firewall.filters(), Err(FirewallError::Io(_))));
         }

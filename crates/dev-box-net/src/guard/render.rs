@@ -56,8 +56,8 @@ const INET_REASONS: [DropReason; 11] = [
 ];
 
 const BRIDGE_CHAINS: [&str; 4] = ["in", "in-ports", "out", "out-ports"];
-const INET_CHAINS: [&str; 10] =
-    ["direct", "pre", "resolver", "input", "output", "out", "out-ports", "open", "in", "in-ports"];
+const INET_CHAINS: [&str; 11] =
+    ["direct", "pre", "resolver", "input", "output", "out", "out-ports", "open", "in", "in-ports", "nat"];
 const BRIDGE_COUNTERS: [&str; 2] = ["sent", "received"];
 const INET_COUNTERS: [&str; 1] = ["connections"];
 
@@ -72,7 +72,7 @@ const INET_SETS: [(&str, &str, &str); 2] = [NAMES, SEEN];
 
 /// Dispatch maps: name, key type, the chain a VM's element jumps to.
 const BRIDGE_MAPS: [(&str, &str, &str); 2] = [("from-guest", "ifname", "out"), ("to-guest", "ifname", "in")];
-const INET_MAPS: [(&str, &str, &str); 7] = [
+const INET_MAPS: [(&str, &str, &str); 8] = [
     ("direct-by", "ifname", "direct"),
     ("prerouting-by", "ipv4_addr", "pre"),
     ("resolver-by", "ipv4_addr", "resolver"),
@@ -80,6 +80,7 @@ const INET_MAPS: [(&str, &str, &str); 7] = [
     ("output-by", "ipv4_addr", "output"),
     ("from-guest", "ipv4_addr", "out"),
     ("to-guest", "ipv4_addr", "in"),
+    ("nat-by", "ipv4_addr", "nat"),
 ];
 
 /// The families that have a table of ours.
@@ -290,6 +291,9 @@ fn inet_base(script: &mut Script<'_>) {
     script.rule("forward", format_args!("iifname @bridges drop"));
     script.rule("forward", format_args!("oifname @bridges ip daddr vmap @to-guest"));
     script.rule("forward", format_args!("oifname @bridges drop"));
+    // After libvirt's (100): what it has translated does not come here.
+    script.base_of("nat", "nat", "postrouting", 110);
+    script.rule("nat", format_args!("ip saddr vmap @nat-by"));
 }
 
 /// ARP by the tap itself, as above: the host would tell all its addresses.
@@ -554,6 +558,11 @@ impl<'a> Rules<'a> {
         script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Unsolicited)));
 
         self.forward(script, &limit);
+        // As libvirt has it: no port below 1024, which some take for the host's root.
+        let (chain, subnet) = (format!("{tap}.nat"), self.guard.network().subnet());
+        script.rule(&chain, format_args!("ip daddr {subnet} accept"));
+        script.rule(&chain, format_args!("meta l4proto {{ tcp, udp }} masquerade to :1024-65535"));
+        script.rule(&chain, format_args!("masquerade"));
         elements(script, address, &INET_MAPS);
     }
 

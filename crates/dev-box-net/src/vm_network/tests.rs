@@ -375,8 +375,24 @@ fn verification_finds_what_is_gone() {
     world.firewall.put_filter(lease.address, rules);
 
     fs::write(world.dir.path().join("ip_forward"), "0\n").unwrap();
-    assert!(!verify(&lease).forwarding && !verify(&lease).is_sound());
+    assert!(!verify(&lease).forwarding && !verify(&lease).is_sound() && !verify(&lease).carries());
+    assert_eq!(verify(&lease).finding(), None, "it is kept in");
     fs::write(world.dir.path().join("ip_forward"), "1\n").unwrap();
+    for (rules, carries, words) in [
+        (NetworkRules::GONE, true, "for NAT and forwarding are gone (the guard translates"),
+        (NetworkRules { nat: false, ..NetworkRules::WHOLE }, true, "for NAT are gone"),
+        (NetworkRules { forward: false, ..NetworkRules::WHOLE }, true, "for forwarding are gone"),
+        (NetworkRules { forwards_the_rest: false, ..NetworkRules::GONE }, false, "nothing gets out"),
+    ] {
+        world.firewall.set_network_rules(rules);
+        let found = verify(&lease);
+        assert!(!found.is_sound() && found.carries() == carries && found.finding().is_none(), "{found:?}");
+        let hindrance = found.hindrance().unwrap();
+        assert!(hindrance.contains(words) && hindrance.contains("systemctl restart libvirtd"), "{hindrance}");
+    }
+    let accepting = NetworkRules { forwards_the_rest: false, ..NetworkRules::WHOLE };
+    world.firewall.set_network_rules(accepting);
+    assert!(verify(&lease).carries() && verify(&lease).hindrance().is_none());
     world.libvirt.stop_network("dev-box").unwrap();
     assert!(!verify(&lease).network_active);
     world.libvirt.undefine_filter(&lease.filter).unwrap();

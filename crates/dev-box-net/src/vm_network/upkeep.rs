@@ -24,7 +24,7 @@ const LOOKS: u32 = 3;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(150);
 
 impl Verification {
-    /// What is wrong, in words; `None` when it is sound.
+    /// What of the layers that keep the VM in is missing, in words; `None` when they stand.
     pub fn finding(&self) -> Option<String> {
         let mut wrong = Vec::new();
         match self.guard {
@@ -44,8 +44,35 @@ impl Verification {
         if self.names_served == Some(false) {
             wrong.push("the VM's resolver does not run");
         }
+        (!wrong.is_empty()).then(|| wrong.join("; "))
+    }
+
+    /// Why what the VM sends may not get out, in words, with what to do about it; `None` when nothing hinders it. It is as safe as
+    /// without that.
+    pub fn hindrance(&self) -> Option<String> {
+        let mut wrong = Vec::new();
         if !self.forwarding {
-            wrong.push("the host does not forward IPv4 (net.ipv4.ip_forward is 0)");
+            wrong.push(
+                "the host does not forward IPv4: sysctl net.ipv4.ip_forward=1, and the same in /etc/sysctl.d"
+                    .to_owned(),
+            );
+        }
+        let rules = self.network_rules;
+        if !rules.is_whole() {
+            let gone = match (rules.nat, rules.forward) {
+                (false, false) => "NAT and forwarding",
+                (false, true) => "NAT",
+                (true, _) => "forwarding",
+            };
+            let meanwhile = if rules.carries() {
+                "the guard translates addresses meanwhile"
+            } else {
+                "the host's chain FORWARD drops what no rule accepts, so nothing gets out"
+            };
+            wrong.push(format!(
+                "libvirt's rules of the network for {gone} are gone ({meanwhile}): libvirt makes them when its daemon \
+                 starts, so `systemctl restart libvirtd` (or virtnetworkd); VMs run on"
+            ));
         }
         (!wrong.is_empty()).then(|| wrong.join("; "))
     }
@@ -71,6 +98,7 @@ impl VmNetwork {
         let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
         let serving = self.resolver.serving()?;
         let in_force = self.filters_in_force(&shape, &records)?;
+        let network_rules = self.firewall.network_rules(&shape)?;
         let verification = |(address, record): (Ipv4Addr, LeaseRecord)| {
             let names = self.names_of(&record.vm, &shape, address, &record.policy);
             let guard = match (rules.get(&address), record.fingerprint.as_ref()) {
@@ -85,6 +113,7 @@ impl VmNetwork {
                 filter_in_force: in_force.get(&address).copied(),
                 names_served: names.map(|names| serving.get(&address) == Some(&names.digest())),
                 forwarding: self.settings.host.forwards(),
+                network_rules,
                 bridge_nf_call_iptables: self.settings.host.bridge_nf(),
             };
             (record.vm, verification)
@@ -203,6 +232,11 @@ impl VmNetwork {
     ) -> Result<Option<LeaseSummary>, NetError> {
         let is_it = |lease: &LeaseSummary| lease.record.as_ref().is_some_and(|record| record.vm == *vm);
         Ok(self.list(libvirt)?.into_iter().find(is_it))
+    }
+
+    /// `bridge-nf-call-iptables`, as [`Verification::bridge_nf_call_iptables`].
+    pub fn bridge_netfilter(&self) -> Option<bool> {
+        self.settings.host.bridge_nf()
     }
 
     /// Where the events of the VM with that address are kept ([`crate::events::RecordFile`]).

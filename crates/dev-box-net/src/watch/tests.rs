@@ -37,6 +37,48 @@ fn a_vm_without_rules_is_held_until_they_are_back() {
 }
 
 #[test]
+fn what_hinders_packets_is_told_once_and_holds_nobody() {
+    let (mut watch, a, now) = (Watch::new(), vm("dev-box-a"), Instant::now());
+    let hindered = || Finding::Hindered("libvirt's NAT is gone".to_owned());
+    let told =
+        |finding: &str| Action::Report(a.clone(), NetEventKind::HostChanged { finding: finding.to_owned() });
+    assert!(watch.round(now, one(Finding::Sound)).is_empty());
+    assert_eq!(watch.round(now, one(hindered())), [told("libvirt's NAT is gone")]);
+    assert!(!watch.is_held(&a) && !watch.verified_within(&a, now, FRESH));
+    assert!(watch.round(now, one(hindered())).is_empty(), "once");
+    assert!(watch.round(now, one(Finding::Unknown("no nft".to_owned()))).is_empty());
+    let other = Finding::Hindered("the host does not forward".to_owned());
+    assert_eq!(watch.round(now, one(other)), [told("the host does not forward")]);
+    assert_eq!(watch.round(now, one(Finding::Sound)), [told(UNHINDERED)]);
+    assert!(watch.verified_within(&a, now, FRESH));
+
+    // After a flush of everything: held until the layers stand, and the rest is told.
+    watch.round(now, one(unsound()));
+    let back = [
+        Action::Resume(a.clone()),
+        Action::Report(a.clone(), NetEventKind::Restored),
+        told("libvirt's NAT is gone"),
+    ];
+    assert_eq!(watch.round(now, one(hindered())), back);
+}
+
+#[test]
+fn a_sysctl_that_changes_is_told_to_each_vm_once() {
+    let (mut watch, now) = (Watch::new(), Instant::now());
+    assert!(watch.bridged(Some(true)).is_empty(), "there is nobody");
+    watch.round(now, one(Finding::Sound));
+    assert!(watch.bridged(Some(true)).is_empty(), "as it was");
+    let told = |actions: Vec<Action>| match &actions[..] {
+        [Action::Report(_, NetEventKind::HostChanged { finding })] => finding.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert!(told(watch.bridged(Some(false))).contains("was 1 and is 0"));
+    assert!(watch.bridged(Some(false)).is_empty(), "once");
+    assert!(told(watch.bridged(None)).contains("was 0 and is absent"));
+    assert!(told(watch.bridged(Some(true))).contains("and is 1"));
+}
+
+#[test]
 fn a_vm_that_is_gone_is_forgotten() {
     let (mut watch, a, now) = (Watch::new(), vm("dev-box-a"), Instant::now());
     watch.round(now, one(unsound()));
@@ -56,6 +98,7 @@ struct HostState {
     sound: bool,
     running: bool,
     restorable: bool,
+    bridged: Option<bool>,
     events: Vec<NetEventKind>,
 }
 
@@ -63,6 +106,10 @@ impl Custody for Host {
     fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
         let sound = self.state.lock().unwrap().sound;
         Box::pin(async move { one(if sound { Finding::Sound } else { unsound() }) })
+    }
+
+    fn bridge_netfilter(&self) -> Option<bool> {
+        self.state.lock().unwrap().bridged
     }
 
     fn pause<'a>(&'a self, _: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
@@ -148,22 +195,23 @@ async fn a_verification_is_good_for_two_seconds() {
 
 proptest! {
     /// Whatever is found, and whoever else lets it run: it stands still after each round that found it unsound, and is resumed
-    /// only when sound.
+    /// only when sound, hindered or not.
     #[test]
-    fn a_vm_runs_only_when_its_last_finding_was_not_unsound(findings in prop::collection::vec((0_u8..3, any::<bool>()), 1..50)) {
+    fn a_vm_runs_only_when_its_last_finding_was_not_unsound(findings in prop::collection::vec((0_u8..4, any::<bool>()), 1..50)) {
         let (mut watch, mut running, now) = (Watch::new(), true, Instant::now());
         for (number, let_run) in findings {
             running |= let_run;
             let finding = match number {
                 0 => Finding::Sound,
                 1 => unsound(),
+                2 => Finding::Hindered(String::new()),
                 _ => Finding::Unknown(String::new()),
             };
             for action in watch.round(now, one(finding.clone())) {
                 match action {
                     Action::Pause(_) => running = false,
                     Action::Resume(_) => {
-                        prop_assert_eq!(&finding, &Finding::Sound);
+                        prop_assert!(matches!(finding, Finding::Sound | Finding::Hindered(_)));
                         running = true;
                     }
                     Action::Restore(_) => prop_assert!(!running),
@@ -171,7 +219,7 @@ proptest! {
                 }
             }
             match finding {
-                Finding::Sound => prop_assert!(running),
+                Finding::Sound | Finding::Hindered(_) => prop_assert!(running),
                 Finding::Unsound(_) => prop_assert!(!running),
                 Finding::Unknown(_) => {}
             }

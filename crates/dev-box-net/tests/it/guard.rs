@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -443,7 +443,7 @@ fn rules_are_listed_again_only_when_some_have_changed() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("runs");
     let counting = format!("echo \"$*\" >> {}; exec nft \"$@\"", log.display());
-    let firewall = NftFirewall::with_commands(&["sh", "-c", &counting, "nft"], &["false"]).here();
+    let firewall = NftFirewall::with_commands(&["sh", "-c", &counting, "nft"], &["false"], &["false"]).here();
     let lists = || std::fs::read_to_string(&log).unwrap_or_default().matches("list table").count();
     lab.within(Place::Host, || {
         let guard = crate::lab::guard("dev-box-a", VM_A, &EgressPolicy::NatFiltered);
@@ -481,4 +481,27 @@ fn rules_stand_within_the_time_allowed() {
     eprintln!("apply p50 {:?}", times[10]);
     // Ten times the aim, since other tests share the machine.
     assert!(times[10] < Duration::from_millis(500), "{times:?}");
+}
+
+#[test]
+fn a_vm_speaks_in_the_hosts_name_without_libvirt() {
+    let Some(lab) = Lab::new() else { return };
+    let nft = ["netns", "exec", &lab.name(Place::Host), "nft", "delete", "table", "ip", "labnat"];
+    assert!(Command::new("ip").args(nft).status().unwrap().success());
+    let server = lab.within(Place::World, || UdpSocket::bind((PUBLIC, 5000)).unwrap());
+    server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let comes_from = |port: u16| {
+        lab.within(Place::VmA, || {
+            UdpSocket::bind((VM_A, port)).unwrap().send_to(b"who", (PUBLIC, 5000)).unwrap();
+        });
+        server.recv_from(&mut [0; 8]).unwrap().1
+    };
+    // The control: nobody translates.
+    assert_eq!(comes_from(700), (VM_A, 700).into());
+    lab.guard(&EgressPolicy::from_toml("mode='custom'\nports=['udp/5000']").unwrap());
+    let seen = comes_from(701);
+    assert_eq!(seen.ip(), HOST_WAN);
+    assert!(seen.port() >= 1024, "{seen}: a port that some take for the host's root");
+    lab.firewall.clear().unwrap();
+    assert_eq!(comes_from(702), (VM_A, 702).into());
 }

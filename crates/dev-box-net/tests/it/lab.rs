@@ -94,6 +94,7 @@ impl Lab {
             firewall: NftFirewall::with_commands(
                 &["ip", "netns", "exec", &host, "nft"],
                 &["ip", "netns", "exec", &host, "ebtables-save"],
+                &["ip", "netns", "exec", &host, "iptables-save"],
             ),
             prefix,
             arrived: Arrived::default(),

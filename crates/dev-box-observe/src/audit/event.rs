@@ -299,6 +299,11 @@ events! {
         /// What is missing or different.
         what: Text,
     }
+    /// What the host does for VMs' packets is not as it was: forwarding, NAT, a sysctl.
+    NetHostChanged = "net.host_changed" {
+        /// What is different now.
+        what: Text,
+    }
     /// A destination was reached.
     NetFlow = "net.flow" {
         /// Protocol: tcp, udp, icmp.

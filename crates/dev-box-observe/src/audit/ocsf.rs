@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `exec.run`, `exec.end`, `exec.signal` | Process Activity (1007) | launch, terminate, other |
 //! | `files.*` | File System Activity (1001) | create, read, other |
-//! | `net.flow`, `net.drop`, `net.guard_lost` | Network Activity (4001) | traffic, refuse, other |
+//! | `net.flow`, `net.drop`, `net.guard_lost`, `net.host_changed` | Network Activity (4001) | traffic, refuse, other |
 //! | `net.dns` | DNS Activity (4003) | query |
 //! | `anomaly.finding` | Detection Finding (2004) | create |
 //! | `process.*` | Application Lifecycle (6002) | start, stop |
@@ -41,7 +41,7 @@ fn class(record: &Record) -> ((u64, u64), u64) {
         "files.refused" => (FILES, OTHER),
         "net.flow" => (NETWORK, 6),
         "net.drop" => (NETWORK, 5),
-        "net.guard_lost" => (NETWORK, OTHER),
+        "net.guard_lost" | "net.host_changed" => (NETWORK, OTHER),
         "net.dns" => (DNS, 1),
         "anomaly.finding" => (FINDING, 1),
         "process.start" => (APPLICATION, 3),
@@ -70,7 +70,7 @@ fn severity(record: &Record) -> u64 {
         }
         "guest.violation" | "net.guard_lost" | "audit.lost" => 4,
         "audit.recover" if record.details.get("suspect") == Some(&Value::Bool(true)) => 5,
-        "net.drop" | "vm.died" | "vm.quarantine" | "audit.refuse" | "clock.back" => 3,
+        "net.drop" | "net.host_changed" | "vm.died" | "vm.quarantine" | "audit.refuse" | "clock.back" => 3,
         _ => 1,
     }
 }
@@ -233,7 +233,7 @@ mod tests {
             let own = match number("class_uid") {
                 1007 => "process",
                 1001 => "file",
-                4001 if action != "net.guard_lost" => "dst_endpoint",
+                4001 if !["net.guard_lost", "net.host_changed"].contains(&action) => "dst_endpoint",
                 4003 => "query",
                 2004 => "finding_info",
                 6002 => "app",

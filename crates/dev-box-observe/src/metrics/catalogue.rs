@@ -70,6 +70,8 @@ catalogue! {
                    "rate", "connections", "unsolicited"] }
     NET_GUARD_LOST: Counter = "net_guard_lost_total", Counter, Count,
         "Times the rules in the kernel were not those put there.", {}
+    NET_HOST_CHANGED: Counter = "net_host_changed_total", Counter, Count,
+        "Times a VM's packets met a host that had changed: libvirt's NAT gone or back, forwarding, bridge-nf-call-iptables.", {}
     GUEST_VIOLATIONS: Counter = "guest_violations_total", Counter, Count,
         "Times a guest broke the protocol; its VM is destroyed.", {}
     AUDIT_RECORDS: Counter = "audit_records_total", Counter, Count, "Audit entries, by what became of them.",

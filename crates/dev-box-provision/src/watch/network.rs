@@ -9,7 +9,7 @@ use dev_box_core::id::VmName;
 use dev_box_net::events::{NetEvent, NetEventKind};
 use dev_box_net::guard::DropReason;
 use dev_box_observe::anomaly::Observation;
-use dev_box_observe::metrics::{NET_GUARD_LOST, OBSERVATIONS_LOST};
+use dev_box_observe::metrics::{NET_GUARD_LOST, NET_HOST_CHANGED, OBSERVATIONS_LOST};
 use tokio::sync::broadcast;
 
 use super::{Shared, whole};
@@ -68,6 +68,7 @@ fn take(shared: &Shared, event: &NetEvent) {
     }
     match &event.what {
         NetEventKind::Tampered { .. } => NET_GUARD_LOST.add(1, &[]),
+        NetEventKind::HostChanged { .. } => NET_HOST_CHANGED.add(1, &[]),
         NetEventKind::Lost { reports } => OBSERVATIONS_LOST.add(*reports, &[]),
         _ => {}
     }
