@@ -173,3 +173,32 @@ fn a_command_that_called_libvirt_ends_without_a_crash() {
         }
     });
 }
+
+#[test]
+fn net_commands_say_what_is_wrong() {
+    let Some(host) = Host::new("net_commands_say_what_is_wrong") else { return };
+    let listed = host.dev_box(["net", "ls", "--json"]).expect_code(0).text();
+    assert!(serde_json::from_str::<serde_json::Value>(&listed).unwrap().is_array(), "{listed}");
+    let said = |args: &[&str], code: i32| host.dev_box(args).expect_code(code).stderr;
+    let nobody = "dev-box-nobody-has-this-name";
+    for args in
+        [&["show", nobody][..], &["flows", nobody], &["dns", nobody], &["verify", nobody], &["apply", nobody]]
+    {
+        let error = said(&[&["net"], args].concat(), 1);
+        assert!(
+            error.contains(&format!("no VM {nobody} has a network: dev-box net ls")),
+            "{args:?}: {error}"
+        );
+        let error = said(&["net", args[0], "No Name"], 2);
+        assert!(error.contains("No Name"), "{args:?}: {error}");
+    }
+    let file = host.root().join("policy.toml");
+    std::fs::write(&file, "mode = 'custom'\nports = ['tcp/443']\ndeny = ['10.0.0.0/33']\n").unwrap();
+    let (file, dir) = (file.to_str().unwrap(), host.root().to_str().unwrap());
+    for (path, part) in [(file, "line 3"), (dir, dir), ("/nonexistent.toml", "/nonexistent.toml")] {
+        let error = said(&["net", "apply", nobody, "--policy", path], 2);
+        assert!(error.contains(part), "{path}: {error}");
+    }
+    assert!(said(&["net", "apply", nobody, "--net", "../x"], 2).contains("--policy"));
+    assert!(host.dev_box(["net", "ls", "--help"]).expect_code(0).text().contains("Examples:"));
+}
