@@ -108,6 +108,8 @@ fn runs(host: &Host, wait: &impl Fn(&str, u64)) {
 
     // Its time is up, and it is interrupted: the exit codes are a run's own, and the VM is not used again.
     host.run(&["--timeout", "1s", "--", "sleep", "1000"]).expect_code(124);
+    // A run waits two seconds for the pool, which a busy machine may need longer than.
+    wait("another takes its place", 2);
     let mut waits = host.start(["-v", "run", "--", "sh", "-c", "echo on; exec sleep 1000"]);
     waits.wait_for_output("on");
     assert!(host.dev_box(["ps"]).expect_code(0).text().contains("run-"));

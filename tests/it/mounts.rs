@@ -4,6 +4,11 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::time::Duration;
 
+use dev_box::core::connection::LibvirtConnection;
+use dev_box::core::libvirt::LibvirtError;
+use dev_box::core::snapshot::{NewSnapshot, SnapshotError, SnapshotManager};
+use dev_box::core::state::VmState;
+use dev_box::core::vm::Vm;
 use dev_box_tests::{Daemon, Host, wait_until};
 
 const SOON: Duration = Duration::from_secs(40);
@@ -106,10 +111,28 @@ fn a_kept_vm_has_its_mounts_for_as_long_as_it_lives() {
             dir.join(n).metadata().is_ok_and(|meta| meta.uid() == NOBODY)
         });
     }
+    a_snapshot_is_refused(&host);
     // On record, in a log of which no head was signed yet.
     let records = host.dev_box(["audit", "query", "--action", "files.mount"]).expect_code(0).text();
     assert!(records.contains("\"uid\":65534") && records.contains("\"writable\":true"), "{records}");
     host.dev_box(["audit", "verify"]).expect_code(0);
     daemon.stop().expect_code(0);
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
+}
+
+/// QEMU cannot write down a guest that has a share mounted: the error says so, and the guest goes on.
+fn a_snapshot_is_refused(host: &Host) {
+    let domain = host.vms().remove(0);
+    let refused = tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let connection = LibvirtConnection::open(LibvirtConnection::DEFAULT_URI).await.unwrap();
+        let vm = Vm::find(&connection, &domain).await.unwrap();
+        let refused =
+            SnapshotManager::new(&vm).create(NewSnapshot::named("s".parse().unwrap())).await.unwrap_err();
+        assert_eq!(vm.state().await.unwrap().state, VmState::Running);
+        connection.close().await;
+        refused
+    });
+    assert!(matches!(refused, SnapshotError::Libvirt(LibvirtError::SnapshotBlocked { .. })), "{refused:?}");
+    assert!(refused.to_string().contains("unmount"), "{refused}");
+    host.dev_box(["exec", "m", "--", "true"]).expect_code(0);
 }

@@ -129,8 +129,10 @@ fn a_vm_that_is_kept_from_its_making_to_its_end() {
     assert!(!host.dev_box(["doctor", "--vm", vm]).expect_code(0).text().contains("FAIL"));
 
     host.dev_box(["vm", "pause", vm]).expect_code(0);
+    assert!(host.dev_box(["vm", "pause", vm]).expect_code(0).text().contains("is paused already"));
     assert_eq!(state(&host, vm), "paused");
     host.dev_box(["vm", "resume", vm]).expect_code(0);
+    assert!(host.dev_box(["vm", "resume", vm]).expect_code(0).text().contains("runs already"));
     assert!(host.dev_box(["vm", "rm", vm]).expect_code(1).stderr.contains("--force"));
     let stopped = host.dev_box(["vm", "stop", vm, "--grace", "60s"]).expect_code(0);
     assert!(stopped.text().contains("stopped"), "it powered off by itself: {}", stopped.text());
@@ -216,7 +218,9 @@ fn what_befalls_a_vm_that_is_kept() {
     console.ask("test -e /root/kept && test ! -e /root/after && echo ba''ck", "back");
     console.leave();
     host.dev_box(["snapshot", "rm", vm, "files"]).expect_code(0);
-    host.dev_box(["vm", "rm", "--force", vm]).expect_code(0);
+    host.dev_box(["vm", "destroy", vm]).expect_code(0);
+    assert!(host.dev_box(["vm", "destroy", vm]).expect_code(0).text().contains("does not run"));
+    host.dev_box(["vm", "rm", vm]).expect_code(0);
 }
 
 #[test]

@@ -47,7 +47,7 @@ use crate::vm_dir::{self, VmDir, VmDirError};
 
 pub use console::Console;
 pub use error::UserVmError;
-pub use power::{Start, Stop};
+pub use power::{Change, Stop};
 pub use record::VmRecord;
 pub use snapshots::Restored;
 

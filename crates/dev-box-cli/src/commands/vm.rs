@@ -9,7 +9,7 @@ use dev_box::core::id::VmName;
 use dev_box::core::size::ByteSize;
 use dev_box::core::spec::{Bandwidth, BlockLimits, ResourceProfile};
 use dev_box::image::ImageName;
-use dev_box::provision::user_vm::{Start, Stop, UserVm, UserVms};
+use dev_box::provision::user_vm::{Change, Stop, UserVm, UserVms};
 use dev_box::provision::{NewVm, UserVmError};
 use dev_box::{Config, DevBox};
 use serde_json::{Value, json};
@@ -192,13 +192,8 @@ async fn dispatch(dev_box: &DevBox, command: VmCommand) -> Result<ExitCode, Fail
     match command {
         VmCommand::Create(args) => create(dev_box, args).await,
         VmCommand::Start(several) => {
-            each(several, async |name| {
-                Ok(match vms.start(name).await? {
-                    Start::Started => "started",
-                    Start::Already => "runs already",
-                })
-            })
-            .await
+            let said = |change| if change == Change::Done { "started" } else { "runs already" };
+            each(several, async |name| vms.start(name).await.map(said)).await
         }
         VmCommand::Stop { vms: several, grace } => {
             each(several, async |name| {
@@ -211,13 +206,16 @@ async fn dispatch(dev_box: &DevBox, command: VmCommand) -> Result<ExitCode, Fail
             .await
         }
         VmCommand::Pause(several) => {
-            each(several, async |name| vms.pause(name).await.map(|()| "paused")).await
+            let said = |change| if change == Change::Done { "paused" } else { "is paused already" };
+            each(several, async |name| vms.pause(name).await.map(said)).await
         }
         VmCommand::Resume(several) => {
-            each(several, async |name| vms.resume(name).await.map(|()| "resumed")).await
+            let said = |change| if change == Change::Done { "resumed" } else { "runs already" };
+            each(several, async |name| vms.resume(name).await.map(said)).await
         }
         VmCommand::Destroy(several) => {
-            each(several, async |name| vms.destroy(name).await.map(|()| "destroyed")).await
+            let said = |change| if change == Change::Done { "destroyed" } else { "does not run" };
+            each(several, async |name| vms.destroy(name).await.map(said)).await
         }
         VmCommand::Rm { vms: several, force } => {
             each(several, async |name| vms.remove(name, force).await.map(|()| "removed")).await

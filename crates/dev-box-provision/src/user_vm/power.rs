@@ -14,13 +14,13 @@ use tokio::time::Instant;
 use super::{ANSWER, Held, UserVmError, UserVms, concluded};
 use crate::blocking;
 
-/// What became of a wish to start.
+/// What became of a wish to have a VM in a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Start {
-    /// It was started.
-    Started,
-    /// It ran already.
+pub enum Change {
+    /// It was brought there.
+    Done,
+    /// It was there already.
     Already,
 }
 
@@ -42,14 +42,14 @@ impl UserVms {
     ///
     /// # Errors
     /// [`UserVmError::Paused`], [`UserVmError::NoAnswer`] and others; it does not run then, and has no address.
-    pub async fn start(&self, name: &VmName) -> Result<Start, UserVmError> {
+    pub async fn start(&self, name: &VmName) -> Result<Change, UserVmError> {
         let mut held = self.hold(name)?;
         if let Some(vm) = self.domain(&held).await? {
             match vm.state().await?.state {
                 VmState::Paused => return Err(UserVmError::Paused { name: name.clone() }),
                 state if state.is_active() => {
                     vm.renew_limits().await?;
-                    return Ok(Start::Already);
+                    return Ok(Change::Already);
                 }
                 _ => {}
             }
@@ -59,7 +59,7 @@ impl UserVms {
         concluded(act, started).await
     }
 
-    async fn raise(&self, held: &mut Held) -> Result<Start, UserVmError> {
+    async fn raise(&self, held: &mut Held) -> Result<Change, UserVmError> {
         let name = held.record.name.clone();
         // What it left when its guest powered off.
         self.release_network(&name).await?;
@@ -80,7 +80,7 @@ impl UserVms {
                 }
                 return Err(error);
             }
-            Ok(Start::Started)
+            Ok(Change::Done)
         };
         let run = run.await;
         // From here on the tap keeps the address, or, where nothing runs, nobody needs it.
@@ -171,13 +171,16 @@ impl UserVms {
     ///
     /// # Errors
     /// [`UserVmError::NotRunning`]; libvirt's, the network's.
-    pub async fn destroy(&self, name: &VmName) -> Result<(), UserVmError> {
+    pub async fn destroy(&self, name: &VmName) -> Result<Change, UserVmError> {
         let mut held = self.hold(name)?;
-        let vm = self.active(&held).await?;
+        let vm = match self.active(&held).await {
+            Err(UserVmError::NotRunning { .. }) => return Ok(Change::Already),
+            active => active?,
+        };
         let act = self.begin(name, AuditEvent::VmDestroy { reason: "by its user".into() }).await?;
         let ended = async {
             end(&vm).await?;
-            self.stopped(&mut held).await
+            self.stopped(&mut held).await.map(|()| Change::Done)
         };
         concluded(act, ended.await).await
     }
@@ -191,26 +194,29 @@ impl UserVms {
     /// Stops its CPUs; memory and address stay.
     ///
     /// # Errors
-    /// [`UserVmError::NotRunning`], [`UserVmError::Paused`]; libvirt's.
-    pub async fn pause(&self, name: &VmName) -> Result<(), UserVmError> {
+    /// [`UserVmError::NotRunning`]; libvirt's.
+    pub async fn pause(&self, name: &VmName) -> Result<Change, UserVmError> {
         let held = self.hold(name)?;
         let vm = self.active(&held).await?;
         if vm.state().await?.state == VmState::Paused {
-            return Err(UserVmError::Paused { name: name.clone() });
+            return Ok(Change::Already);
         }
         let act = self.begin(name, AuditEvent::VmPause {}).await?;
-        concluded(act, vm.pause().await.map_err(Into::into)).await
+        concluded(act, vm.pause().await.map(|()| Change::Done).map_err(Into::into)).await
     }
 
     /// Lets it run on, and tells it the time. Whether the guest listens changes nothing about its running.
     ///
     /// # Errors
-    /// [`UserVmError::NotRunning`]; libvirt's, also when it is not paused.
-    pub async fn resume(&self, name: &VmName) -> Result<(), UserVmError> {
+    /// [`UserVmError::NotRunning`]; libvirt's.
+    pub async fn resume(&self, name: &VmName) -> Result<Change, UserVmError> {
         let held = self.hold(name)?;
         let vm = self.active(&held).await?;
+        if vm.state().await?.state == VmState::Running {
+            return Ok(Change::Already);
+        }
         let act = self.begin(name, AuditEvent::VmResume {}).await?;
-        let resumed = vm.resume().await.map_err(UserVmError::from);
+        let resumed = vm.resume().await.map(|()| Change::Done).map_err(UserVmError::from);
         if resumed.is_ok() {
             self.remind(&held).await;
         }

@@ -11,7 +11,7 @@ use dev_box_core::template::VmTemplate;
 use dev_box_net::lease::Owner;
 use dev_box_net::{EgressPolicy, Firewall};
 use dev_box_provision::sweep::Orphans;
-use dev_box_provision::user_vm::{Start, Stop};
+use dev_box_provision::user_vm::{Change, Stop};
 use dev_box_provision::vm_dir::VmDir;
 use dev_box_provision::{NewVm, UserVmError};
 
@@ -51,7 +51,7 @@ async fn a_vm_is_made_runs_stops_and_goes() {
     assert!(directory(&bench, "Web.1").join("overlay.qcow2").is_file());
     assert_eq!(vms.list().await.unwrap()[0].state, VmState::Shutoff);
 
-    assert_eq!(vms.start(&web).await.unwrap(), Start::Started);
+    assert_eq!(vms.start(&web).await.unwrap(), Change::Done);
     let spec = spec_of(&bench, "Web.1");
     let interface = spec.interface.expect("an interface");
     assert_eq!(spec.id, made.record.id);
@@ -71,7 +71,7 @@ async fn a_vm_is_made_runs_stops_and_goes() {
     let (vm, counters) = vms.inspect(&web).await.unwrap();
     assert_eq!((vm.state, vm.record.address), (VmState::Running, interface.ip));
     assert!(counters.is_some() && vm.record.started.is_some());
-    assert_eq!(vms.start(&web).await.unwrap(), Start::Already);
+    assert_eq!(vms.start(&web).await.unwrap(), Change::Already);
     assert!(matches!(vms.remove(&web, false).await, Err(UserVmError::Running { .. })));
 
     assert_eq!(vms.stop(&web, GRACE).await.unwrap(), Stop::Gracefully);
@@ -150,7 +150,7 @@ async fn one_name_is_one_vms() {
         made.iter().all(|made| made.as_ref().err().is_none_or(|e| matches!(e, UserVmError::Exists { .. })))
     );
     let starts = tokio::join!(vms.start(&a), vms.start(&a));
-    let busy = |start: &Result<Start, UserVmError>| matches!(start, Err(UserVmError::Busy { .. }));
+    let busy = |start: &Result<Change, UserVmError>| matches!(start, Err(UserVmError::Busy { .. }));
     assert!(starts.0.is_ok() ^ starts.1.is_ok() && busy(&starts.0) ^ busy(&starts.1), "{starts:?}");
 
     // Somebody else's domain.
@@ -189,7 +189,7 @@ async fn what_is_wrong_is_said_and_nothing_is_left() {
     for missing in [
         vms.start(&name("a")).await.map(drop),
         vms.stop(&name("a"), GRACE).await.map(drop),
-        vms.pause(&name("a")).await,
+        vms.pause(&name("a")).await.map(drop),
         vms.remove(&name("a"), true).await,
         vms.snapshots(&name("a")).await.map(drop),
         vms.console(&name("a")).await.map(drop),
@@ -198,13 +198,13 @@ async fn what_is_wrong_is_said_and_nothing_is_left() {
     }
     vms.create(new("a")).await.unwrap();
     for stopped in [
-        vms.pause(&name("a")).await,
-        vms.resume(&name("a")).await,
-        vms.destroy(&name("a")).await,
+        vms.pause(&name("a")).await.map(drop),
+        vms.resume(&name("a")).await.map(drop),
         vms.console(&name("a")).await.map(drop),
     ] {
         assert!(matches!(&stopped, Err(UserVmError::NotRunning { .. })), "{stopped:?}");
     }
+    assert_eq!(vms.destroy(&name("a")).await.unwrap(), Change::Already);
     std::fs::write(directory(&bench, "a").join("vm.json"), "{}").unwrap();
     let damaged = vms.start(&name("a")).await.unwrap_err();
     assert!(damaged.to_string().contains("user-vms/a/vm.json"), "{damaged}");
@@ -275,11 +275,12 @@ async fn paused_resumed_destroyed() {
     vms.create(NewVm { policy: EgressPolicy::Isolated, ..new("a") }).await.unwrap();
     vms.start(&a).await.unwrap();
     assert_eq!(spec_of(&bench, "a").interface, None);
-    vms.pause(&a).await.unwrap();
-    assert!(matches!(vms.pause(&a).await, Err(UserVmError::Paused { .. })));
+    assert_eq!(vms.resume(&a).await.unwrap(), Change::Already);
+    assert_eq!(vms.pause(&a).await.unwrap(), Change::Done);
+    assert_eq!(vms.pause(&a).await.unwrap(), Change::Already);
     assert!(matches!(vms.start(&a).await, Err(UserVmError::Paused { .. })));
     bench.configured.lock().unwrap().clear();
-    vms.resume(&a).await.unwrap();
+    assert_eq!(vms.resume(&a).await.unwrap(), Change::Done);
     assert!(bench.configured.lock().unwrap()[0].unix_time_ns.is_some(), "it is told the time");
     vms.pause(&a).await.unwrap();
     assert_eq!(vms.stop(&a, GRACE).await.unwrap(), Stop::Destroyed, "it cannot be asked");
