@@ -39,12 +39,7 @@ fn what_a_guest_tries_arrives_only_where_its_policy_says() {
     for reason in ["spoofed", "protocol", "gateway", "host", "neighbour", "special", "port", "unsolicited"] {
         assert!(dropped.contains(&format!("\"{reason}\"")), "nothing was dropped as {reason}: {dropped}");
     }
-    wait_until("each dropped packet is told", LIMIT, || {
-        let told = stage.told(&host);
-        let missing: Vec<String> =
-            stage.to_be_told().into_iter().filter(|told_of| !told.contains(told_of)).collect();
-        missing.is_empty()
-    });
+    stage.all_are_told(&host);
     let flows = host.dev_box(["net", "flows", stage.vm(), "--json"]).expect_code(0).text();
     assert!(flows.contains("\"dropped\"") && flows.contains("\"new-destination\""), "{flows}");
     let questions = host.dev_box(["net", "dns", stage.vm()]).expect_code(0).text();

@@ -4,7 +4,7 @@
 pub(super) const NAMED: &str = "45.33.40.2";
 pub(super) const OTHER: &str = "45.33.40.3";
 /// Where a TCP probe goes, and its name.
-pub(super) const PLACES: [(&str, u16, &str); 16] = [
+pub(super) const PLACES: [(&str, u16, &str); 17] = [
     ("45.33.40.1", 22, "tcp-22"),
     ("45.33.40.1", 80, "tcp-80"),
     ("45.33.40.1", 443, "tcp-443"),
@@ -21,19 +21,24 @@ pub(super) const PLACES: [(&str, u16, &str); 16] = [
     ("192.168.77.1", 443, "private-192"),
     ("100.64.0.1", 443, "shared"),
     ("198.18.0.1", 443, "benchmark"),
+    ("240.0.0.1", 443, "reserved"),
 ];
 
 /// Arrives under the default policy.
 pub(super) const ALLOWED: [&str; 4] = ["tcp-22", "tcp-80", "tcp-443", "tcp-9418"];
 
 /// What libvirt's filter holds by itself: no probe to the host's own addresses and ports is among it.
-pub(super) const STATIC: [&str; 18] = [
+pub(super) const STATIC: [&str; 22] = [
     "metadata",
     "private-10",
     "private-172",
     "private-192",
     "shared",
     "benchmark",
+    "reserved",
+    "multicast",
+    "loopback",
+    "this-network",
     "tcp-25",
     "tcp-53",
     "tcp-8080",
@@ -48,13 +53,13 @@ pub(super) const STATIC: [&str; 18] = [
     "gateway-udp",
 ];
 
-/// The host's own, which only the guard holds.
-pub(super) const HOST: [&str; 4] = ["gateway-9418", "host-9418", "host-22", "inbound"];
+/// The host's own, and what comes in unasked, which only the guard holds.
+pub(super) const HOST: [&str; 5] = ["gateway-9418", "host-9418", "host-22", "inbound", "inbound-world"];
 
 /// Tries each probe again and again. Arguments: the neighbour's address. A probe is known by its name in the payload
 /// (`probe:NAME;`), or, as a SYN carries none, by where it goes.
 pub(super) const TRY: &str = r#"
-import socket, struct, subprocess, sys, threading, time
+import random, socket, struct, subprocess, sys, threading, time
 b = sys.argv[1]
 route = subprocess.run(["ip", "-4", "route", "show", "default"], capture_output=True, text=True).stdout.split()
 gw, dev = route[2], route[4]
@@ -99,6 +104,12 @@ def frames():
     frame(mac(b), mac(me), 0x86dd, bytes([0x60, 0, 0, 0, 0, 11, 59, 64]) + bytes(32) + b"probe:ipv6;")
     frame(b"\xff" * 6, mac(me), 0x800, packet("rogue-dhcp", me, "255.255.255.255", 17, 67, 68))
 
+# No router passes these on, so they are tried on the wire.
+def special_frames():
+    frame(bytes.fromhex("01005e010203"), mac(me), 0x800, packet("multicast", me, "239.1.2.3", 17, 5000, 5000))
+    for name, address in [("loopback", "127.0.0.1"), ("this-network", "0.1.2.3")]:
+        frame(mac(b), mac(me), 0x800, packet(name, me, address, 6, 0, 443))
+
 def connect(address, port):
     try: socket.create_connection((address, port), 1.5).close()
     except OSError: pass
@@ -117,14 +128,16 @@ def again(what, *arguments):
     def loop():
         while True:
             what(*arguments)
-            time.sleep(0.5)
+            # Not in step with each other: of what is dropped, only so much a second is told.
+            time.sleep(random.uniform(0.3, 0.9))
     threading.Thread(target=loop, daemon=True).start()
 
 server = socket.create_server(("0.0.0.0", 8080))
 again(frames)
+again(special_frames)
 for address, ports in [(public, [22, 80, 443, 9418, 25, 53, 8080]), (gw, [9418]), ("45.33.32.1", [9418, 22]),
         ("169.254.169.254", [80]), ("10.66.0.1", [443]), ("172.16.5.5", [443]), ("192.168.77.1", [443]),
-        ("100.64.0.1", [443]), ("198.18.0.1", [443]), ("45.33.40.4", [443])]:
+        ("100.64.0.1", [443]), ("198.18.0.1", [443]), ("240.0.0.1", [443]), ("45.33.40.4", [443])]:
     for port in ports: again(connect, address, port)
 again(datagram, "dns-elsewhere", public, 53)
 again(datagram, "gateway-udp", gw, 4444)

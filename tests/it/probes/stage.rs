@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 
 use super::guest::{CUT_OFF, HOST, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
 use super::layers::{Layer, nft, set_filter, set_guard};
-use super::observers::{Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket};
+use super::observers::{INBOUND, Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket};
 
 /// Of the wire to the world, and the host's end of it.
 const SUBNET: [u8; 3] = [45, 33, 32];
@@ -39,7 +39,6 @@ impl Guest {
 
 /// All of it. Dropped, it goes.
 pub(super) struct Stage {
-    #[expect(dead_code, reason = "it goes with the stage")]
     world: Internet,
     seen: Seen,
     over: Arc<AtomicBool>,
@@ -134,6 +133,26 @@ impl Stage {
                 thread::sleep(Duration::from_millis(300));
             }
         });
+        // And from the world, as a machine beside the host could.
+        run(&self.forwarded("-I")).unwrap();
+        let over = Arc::clone(&self.over);
+        let sockets = (0..300).map(|_| self.world.inside(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap());
+        let sockets: Vec<UdpSocket> = sockets.collect();
+        thread::spawn(move || {
+            // Each from a port of its own: to the kernel it is never part of what went before.
+            for socket in sockets {
+                if over.load(Ordering::Relaxed) {
+                    return;
+                }
+                let _ = socket.send_to(INBOUND, (address, 8081));
+                thread::sleep(Duration::from_millis(900));
+            }
+        });
+    }
+
+    /// Libvirt's network lets nothing in by itself, which would hide what our layers do.
+    fn forwarded(&self, verb: &str) -> String {
+        format!("iptables -w {verb} FORWARD -p udp -d {} --dport 8081 -j ACCEPT", self.guests[1].address)
     }
 
     /// The name of the VM that tries.
@@ -203,6 +222,21 @@ impl Stage {
         flows.lines().filter_map(told).collect()
     }
 
+    #[track_caller]
+    pub(super) fn all_are_told(&self, host: &Host) {
+        let start = Instant::now();
+        loop {
+            let mut missing = self.to_be_told();
+            let told = self.told(host);
+            missing.retain(|probe| !told.contains(probe));
+            if missing.is_empty() {
+                return;
+            }
+            assert!(start.elapsed() < LIMIT, "{missing:?} was dropped and not told: {told:?}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// What is told of each forbidden probe, as [`Self::told`] has it.
     pub(super) fn to_be_told(&self) -> Vec<String> {
         let (neighbour, me) = (self.guests[0].address, self.guests[1].address);
@@ -220,13 +254,14 @@ impl Stage {
         ]
         .map(str::to_owned)
         .into();
-        for address in ["10.66.0.1", "172.16.5.5", "192.168.77.1", "100.64.0.1", "198.18.0.1"] {
+        for address in ["10.66.0.1", "172.16.5.5", "192.168.77.1", "100.64.0.1", "198.18.0.1", "240.0.0.1"] {
             all.push(format!("special {address} 443"));
         }
         all.push(format!("gateway {gateway} 9418"));
         all.push(format!("gateway {gateway} 4444"));
         all.push(format!("neighbour {neighbour} 443"));
         all.push(format!("unsolicited {me} 8080"));
+        all.push(format!("unsolicited {me} 8081"));
         all
     }
 
@@ -280,6 +315,9 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
+        if self.guests.len() == 2 {
+            let _ = run(&self.forwarded("-D"));
+        }
         for guest in &mut self.guests {
             if guest.owner.is_some() {
                 // A failed test must not leave a way past the guard: the address will be another VM's.
