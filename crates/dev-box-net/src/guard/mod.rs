@@ -17,10 +17,12 @@
 //! The bridge half sees a frame's tap, so it ties tap, Ethernet and IP address together; the inet half can then go by
 //! IP address, and knows connections. Neither needs `bridge-nf-call-iptables`. Every packet is judged, established
 //! or not, so that a changed policy cuts what it no longer allows. Under a policy with names the VM's DNS goes to a
-//! resolver of its own ([`crate::resolver`]), which puts the answers' addresses into a set that the classes look at last. Addresses are translated here as libvirt does it, after libvirt, whose own rules for that are
-//! not put back by anybody when they are flushed. Frames from a tap (`dbt*`) that no VM's rules
-//! claim are dropped: a VM whose rules are missing has no network rather than an open one, as long as the tables
-//! stand; that they stand is what [`Firewall::inspect`] is for.
+//! resolver of its own ([`crate::resolver`]), which puts the answers' addresses into a set that the classes look at last.
+//! Frames from a tap (`dbt*`) that no VM's rules claim are dropped: a VM whose rules are missing has no network rather
+//! than an open one, as long as the tables stand; that they stand is what [`Firewall::inspect`] is for.
+//!
+//! Addresses are translated here as libvirt does it, and after libvirt, whose own rules for that nobody puts back when
+//! they are flushed ([`NetworkRules`]).
 
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
