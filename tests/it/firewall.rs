@@ -85,26 +85,6 @@ fn output(program: &str, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// `bridge-nf-call-iptables`, turned round; dropped, it is as before.
-struct Turned(String);
-
-impl Turned {
-    const PATH: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
-
-    /// `None` where there is none.
-    fn round() -> Option<Self> {
-        let before = std::fs::read_to_string(Self::PATH).ok()?;
-        std::fs::write(Self::PATH, if before.trim() == "0" { "1" } else { "0" }).unwrap();
-        Some(Self(before))
-    }
-}
-
-impl Drop for Turned {
-    fn drop(&mut self) {
-        let _ = std::fs::write(Self::PATH, &self.0);
-    }
-}
-
 /// Connects to the world, and says no more.
 const CONNECT: &str = "import socket; socket.create_connection((\"45.33.33.2\", 443), 20).close()";
 
@@ -147,11 +127,6 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
 
     assert_eq!(seen_as(&host, &world), in_the_hosts_name);
     let host_changed = || host.dev_box(["audit", "query", "--action", "net.host_changed"]).text();
-    if let Some(turned) = Turned::round() {
-        wait_until("the sysctl is audited", LIMIT, || host_changed().contains("bridge-nf-call-iptables was"));
-        assert!(!paused(&vm), "no layer needs it");
-        drop(turned);
-    }
     let others = Others::save();
     let tap = {
         let shown: serde_json::Value =

@@ -4,12 +4,18 @@
 //!   unseen --sound--> sound --unsound--> (pause, restore) --> held --sound--> (resume) --> sound
 //!     |                                                      ^    |
 //!     +--unsound---------------------------------------------+    +--unsound--> (pause, restore again) --> held
+//!
+//!   unseen or sound --the host is another--> (pause, forget) --> doubted --sound--> (resume) --> sound
+//!                                                                   +--unsound--> (pause, restore) --> held
 //! ```
 //!
 //! A VM whose rules are not as they should be is paused before anything else, so that what it does meanwhile is nothing.
 //! It runs again once a verification finds every layer in place. What cannot be verified is neither sound nor unsound: it
 //! stays as it is, and counts as unverified ([`Watch::verified_within`]). What only hinders a VM's packets is no reason to hold
 //! the VM: it is told when it begins, and when it is over.
+//!
+//! A change of `bridge-nf-call-iptables` is a change of the way that all packets take. No layer needs either value, but what was found
+//! was found under the other one: every VM stands still until all layers were looked at anew, once for each change.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -58,12 +64,18 @@ pub enum Action {
     Resume(VmName),
     /// Tell whoever keeps records.
     Report(VmName, NetEventKind),
+    /// Tell them what concerns all VMs, once.
+    Announce(NetEventKind),
+    /// Take nothing that was found before for granted.
+    Forget,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Unseen,
     Sound,
+    /// Stands still until it was looked at: whether something is wrong is not known.
+    Doubted,
     Held,
 }
 
@@ -107,8 +119,10 @@ impl Watch {
                     // Whoever gets a VM that is hindered looks for himself how much.
                     seen.verified = hindrance.is_none().then_some(now);
                     seen.state = State::Sound;
-                    if state == State::Held {
+                    if matches!(state, State::Held | State::Doubted) {
                         actions.push(Action::Resume(vm.clone()));
+                    }
+                    if state == State::Held {
                         actions.push(Action::Report(vm.clone(), NetEventKind::Restored));
                     }
                     if seen.hindrance != hindrance {
@@ -122,7 +136,7 @@ impl Watch {
                     actions.push(Action::Pause(vm.clone()));
                     actions.push(Action::Restore(vm));
                 }
-                (Finding::Unsound(finding), State::Unseen | State::Sound) => {
+                (Finding::Unsound(finding), State::Unseen | State::Sound | State::Doubted) => {
                     seen.verified = None;
                     seen.state = State::Held;
                     actions.push(Action::Pause(vm.clone()));
@@ -130,28 +144,43 @@ impl Watch {
                         .push(Action::Report(vm.clone(), NetEventKind::Tampered { finding, paused: true }));
                     actions.push(Action::Restore(vm));
                 }
+                // It may not have been possible to stop it when it was to be.
+                (Finding::Unknown(_), State::Doubted) => actions.push(Action::Pause(vm)),
                 (Finding::Unknown(_), _) => {}
             }
         }
         actions
     }
 
-    /// Takes what `bridge-nf-call-iptables` is, and says whom to tell that it is another than before.
+    /// Takes what `bridge-nf-call-iptables` is. Where it is another than before every VM stands still until the next finding, which has
+    /// to come of a look at everything.
     pub fn bridged(&mut self, now: Option<bool>) -> Vec<Action> {
         let Some(before) = self.bridged.replace(now).filter(|before| *before != now) else {
             return Vec::new();
         };
-        let word = |value| match value {
-            Some(true) => "1",
-            Some(false) => "0",
-            None => "absent (br_netfilter is not loaded)",
-        };
-        let (before, now) = (word(before), word(now));
-        let finding =
-            format!("net.bridge.bridge-nf-call-iptables was {before} and is {now}; no layer needs it");
-        let told =
-            |vm: &VmName| Action::Report(vm.clone(), NetEventKind::HostChanged { finding: finding.clone() });
-        self.vms.keys().map(told).collect()
+        let mut actions = Vec::new();
+        for (vm, seen) in &mut self.vms {
+            seen.verified = None;
+            if seen.state != State::Held {
+                seen.state = State::Doubted;
+                actions.push(Action::Pause(vm.clone()));
+            }
+        }
+        actions.push(Action::Forget);
+        if !self.vms.is_empty() {
+            let word = |value| match value {
+                Some(true) => "1",
+                Some(false) => "0",
+                None => "absent (br_netfilter is not loaded)",
+            };
+            let (before, now, vms) = (word(before), word(now), self.vms.len());
+            let finding = format!(
+                "net.bridge.bridge-nf-call-iptables was {before} and is {now}: no layer needs it; VMs that stand still until all \
+                 layers were verified under it: {vms}"
+            );
+            actions.push(Action::Announce(NetEventKind::HostChanged { finding }));
+        }
+        actions
     }
 
     /// Whether the VM was found sound by a verification that began at most `limit` before `now`.
@@ -160,9 +189,9 @@ impl Watch {
         verified.is_some_and(|verified| now.saturating_duration_since(verified) <= limit)
     }
 
-    /// Whether the VM is held until its rules are back.
+    /// Whether the VM is held until its rules are back, or were looked at.
     pub fn is_held(&self, vm: &VmName) -> bool {
-        self.vms.get(vm).is_some_and(|seen| seen.state == State::Held)
+        self.vms.get(vm).is_some_and(|seen| matches!(seen.state, State::Held | State::Doubted))
     }
 }
 
@@ -185,6 +214,12 @@ pub trait Custody: Send + Sync {
 
     /// Takes note of an event.
     fn report(&self, vm: &VmName, event: NetEventKind);
+
+    /// Takes note of what concerns all of them.
+    fn announce(&self, event: NetEventKind);
+
+    /// Gives up what it knows of any rules: the next verification looks at all of them.
+    fn forget(&self);
 }
 
 /// A [`Watch`] that a driver feeds; clones see the same one.
@@ -221,8 +256,8 @@ pub async fn run(custody: &dyn Custody, handle: &WatchHandle) {
 /// One round: a verification, and a second one at once where something had to be restored.
 pub async fn round(custody: &dyn Custody, handle: &WatchHandle) {
     let bridged = custody.bridge_netfilter();
-    let told = handle.watch().bridged(bridged);
-    for action in told {
+    let changed = handle.watch().bridged(bridged);
+    for action in changed {
         perform(custody, action).await;
     }
     for _ in 0..2 {
@@ -253,6 +288,8 @@ async fn perform(custody: &dyn Custody, action: Action) {
             custody.report(vm, event.clone());
             return;
         }
+        Action::Announce(event) => return custody.announce(event.clone()),
+        Action::Forget => return custody.forget(),
     };
     if let Err(error) = done {
         // The next round finds it as it is, and tries again.

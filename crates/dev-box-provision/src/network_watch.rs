@@ -11,6 +11,7 @@ use dev_box_net::events::{EventSource, RecordFile};
 use dev_box_net::watch::{self, BoxFuture, Custody, Finding};
 use dev_box_net::{NetError, NetEvent, NetEventKind, NetLease, Verification, VmNetwork};
 use dev_box_observe::audit::Text;
+use dev_box_observe::metrics::NET_HOST_CHANGED;
 use dev_box_observe::{AuditEvent, AuditSink, Entry};
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
@@ -41,6 +42,16 @@ impl NetworkNews {
 
     pub(crate) fn subscribe(&self) -> broadcast::Receiver<NetEvent> {
         self.subscribers.subscribe()
+    }
+
+    /// What concerns all VMs, and is no news of any of them.
+    fn announce(&self, what: &NetEventKind) {
+        if let NetEventKind::HostChanged { .. } = what {
+            NET_HOST_CHANGED.add(1, &[]);
+        }
+        if let (Some(sink), Some(audited)) = (self.audit.get(), audited(what)) {
+            sink.note(Entry::fact(audited));
+        }
     }
 
     fn publish(&self, vm: &VmName, what: NetEventKind) -> NetEvent {
@@ -291,5 +302,14 @@ impl Custody for Inner {
     fn report(&self, vm: &VmName, event: NetEventKind) {
         tracing::warn!(%vm, ?event, "the VM's network");
         self.news.publish(vm, event);
+    }
+
+    fn announce(&self, event: NetEventKind) {
+        tracing::warn!(?event, "the network of all VMs");
+        self.news.announce(&event);
+    }
+
+    fn forget(&self) {
+        self.network.forget_rules();
     }
 }

@@ -182,6 +182,9 @@ pub trait Firewall: fmt::Debug + Send + Sync {
     /// [`FirewallError`].
     fn network_rules(&self, shape: &NetworkShape) -> Result<NetworkRules, FirewallError>;
 
+    /// Gives up what is remembered of earlier looks, where something is: the next look is at everything.
+    fn forget(&self) {}
+
     /// Removes everything of ours and nothing else.
     ///
     /// # Errors

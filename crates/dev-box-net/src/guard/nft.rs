@@ -228,6 +228,14 @@ impl Firewall for NftFirewall {
         Ok(rules)
     }
 
+    fn forget(&self) {
+        // Whoever lists just now began before, and is waited for.
+        if let Some(known) = &self.known {
+            *known.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        *self.known_network.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn clear(&self) -> Result<(), FirewallError> {
         self.change("to remove the tables", &render_clear())
     }

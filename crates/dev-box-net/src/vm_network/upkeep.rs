@@ -239,6 +239,11 @@ impl VmNetwork {
         self.settings.host.bridge_nf()
     }
 
+    /// Has the next verification look at all rules, whether or not the kernel says that they are as before.
+    pub fn forget_rules(&self) {
+        self.firewall.forget();
+    }
+
     /// Where the events of the VM with that address are kept ([`crate::events::RecordFile`]).
     pub fn events_of(&self, address: Ipv4Addr) -> PathBuf {
         self.settings.dir.join(&self.settings.name).join(format!("{address}.events"))

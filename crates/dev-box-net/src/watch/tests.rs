@@ -62,20 +62,66 @@ fn what_hinders_packets_is_told_once_and_holds_nobody() {
     assert_eq!(watch.round(now, one(hindered())), back);
 }
 
-#[test]
-fn a_sysctl_that_changes_is_told_to_each_vm_once() {
-    let (mut watch, now) = (Watch::new(), Instant::now());
-    assert!(watch.bridged(Some(true)).is_empty(), "there is nobody");
-    watch.round(now, one(Finding::Sound));
-    assert!(watch.bridged(Some(true)).is_empty(), "as it was");
-    let told = |actions: Vec<Action>| match &actions[..] {
-        [Action::Report(_, NetEventKind::HostChanged { finding })] => finding.clone(),
+/// What is said of a change of the sysctl; with it comes that nothing is taken for granted.
+fn announced(actions: &[Action]) -> String {
+    match actions {
+        [before @ .., Action::Forget, Action::Announce(NetEventKind::HostChanged { finding })] => {
+            assert!(before.iter().all(|action| matches!(action, Action::Pause(_))), "{before:?}");
+            finding.clone()
+        }
         other => panic!("{other:?}"),
-    };
-    assert!(told(watch.bridged(Some(false))).contains("was 1 and is 0"));
+    }
+}
+
+#[test]
+fn a_sysctl_that_changes_is_told_once_and_holds_everybody_until_all_is_looked_at() {
+    let (mut watch, a, b, now) = (Watch::new(), vm("dev-box-a"), vm("dev-box-b"), Instant::now());
+    let both = |finding: &Finding| [(a.clone(), finding.clone()), (b.clone(), finding.clone())].into();
+    assert!(watch.bridged(Some(true)).is_empty(), "there is nobody");
+    watch.round(now, both(&Finding::Sound));
+    assert!(watch.bridged(Some(true)).is_empty(), "as it was");
+
+    let actions = watch.bridged(Some(false));
+    assert_eq!(actions[..2], [Action::Pause(a.clone()), Action::Pause(b.clone())]);
+    let told = announced(&actions);
+    assert!(told.contains("was 1 and is 0") && told.ends_with(": 2"), "{told}");
+    assert!(watch.is_held(&a) && watch.is_held(&b) && !watch.verified_within(&a, now, FRESH));
     assert!(watch.bridged(Some(false)).is_empty(), "once");
-    assert!(told(watch.bridged(None)).contains("was 0 and is absent"));
-    assert!(told(watch.bridged(Some(true))).contains("and is 1"));
+    let again = [Action::Pause(a.clone()), Action::Pause(b.clone())];
+    assert_eq!(watch.round(now, both(&Finding::Unknown("no nft".to_owned()))), again, "nobody goes unseen");
+    let back = [Action::Resume(a.clone()), Action::Resume(b.clone())];
+    assert_eq!(watch.round(now, both(&Finding::Sound)), back);
+    assert!(!watch.is_held(&a) && watch.verified_within(&a, now, FRESH));
+    assert!(watch.round(now, both(&Finding::Sound)).is_empty(), "that was it");
+
+    assert!(announced(&watch.bridged(None)).contains("was 0 and is absent"));
+    let hindered = Finding::Hindered("the host does not forward".to_owned());
+    assert_eq!(watch.round(now, both(&hindered)).iter().filter(|action| back.contains(action)).count(), 2);
+    assert!(announced(&watch.bridged(Some(true))).contains("and is 1"));
+}
+
+#[test]
+fn what_is_not_sound_under_the_other_value_is_held_as_any_other() {
+    let (mut watch, a, now) = (Watch::new(), vm("dev-box-a"), Instant::now());
+    watch.bridged(Some(true));
+    watch.round(now, one(Finding::Sound));
+    watch.bridged(Some(false));
+    let finding = "the guard's rules are gone".to_owned();
+    let report = Action::Report(a.clone(), NetEventKind::Tampered { finding, paused: true });
+    let held = [Action::Pause(a.clone()), report, Action::Restore(a.clone())];
+    assert_eq!(watch.round(now, one(unsound())), held);
+    // It stands still already: another change stops nobody twice, and lets nobody go.
+    let told = announced(&watch.bridged(Some(true)));
+    assert!(told.contains("was 0 and is 1") && watch.is_held(&a), "{told}");
+    let back = [Action::Resume(a.clone()), Action::Report(a, NetEventKind::Restored)];
+    assert_eq!(watch.round(now, one(Finding::Sound)), back);
+}
+
+#[test]
+fn without_vms_a_sysctl_that_changes_is_nobodys_concern_but_nothing_is_taken_for_granted() {
+    let mut watch = Watch::new();
+    watch.bridged(Some(true));
+    assert_eq!(watch.bridged(Some(false)), [Action::Forget]);
 }
 
 #[test]
@@ -100,11 +146,19 @@ struct HostState {
     restorable: bool,
     bridged: Option<bool>,
     events: Vec<NetEventKind>,
+    announced: Vec<NetEventKind>,
+    /// Whether the next verification looks at everything.
+    forgotten: bool,
+    /// How often it was stopped, and found to stand still when it was looked at.
+    paused: usize,
+    looked_at_paused: usize,
 }
 
 impl Custody for Host {
     fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
-        let sound = self.state.lock().unwrap().sound;
+        let mut state = self.state.lock().unwrap();
+        state.looked_at_paused += usize::from(!state.running && std::mem::take(&mut state.forgotten));
+        let sound = state.sound;
         Box::pin(async move { one(if sound { Finding::Sound } else { unsound() }) })
     }
 
@@ -113,7 +167,8 @@ impl Custody for Host {
     }
 
     fn pause<'a>(&'a self, _: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
-        self.state.lock().unwrap().running = false;
+        let mut state = self.state.lock().unwrap();
+        (state.running, state.paused) = (false, state.paused + 1);
         Box::pin(async { Ok(()) })
     }
 
@@ -134,6 +189,14 @@ impl Custody for Host {
 
     fn report(&self, _: &VmName, event: NetEventKind) {
         self.state.lock().unwrap().events.push(event);
+    }
+
+    fn announce(&self, event: NetEventKind) {
+        self.state.lock().unwrap().announced.push(event);
+    }
+
+    fn forget(&self) {
+        self.state.lock().unwrap().forgotten = true;
     }
 }
 
@@ -161,6 +224,33 @@ async fn the_driver_notices_within_two_seconds_and_heals() {
     }
     let events = &host.state.lock().unwrap().events;
     assert!(matches!(events[..], [NetEventKind::Tampered { .. }, NetEventKind::Restored]), "{events:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_changed_sysctl_stops_the_vm_once_for_a_look_at_everything() {
+    let host = Host::default();
+    {
+        let mut state = host.state.lock().unwrap();
+        (state.sound, state.running, state.restorable, state.bridged) = (true, true, true, Some(true));
+    }
+    let (handle, a) = (WatchHandle::default(), vm("dev-box-a"));
+    let script = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for (number, value) in [(1, Some(false)), (2, Some(true)), (3, None)] {
+            host.state.lock().unwrap().bridged = value;
+            tokio::time::sleep(FRESH * 5).await;
+            let state = host.state.lock().unwrap();
+            assert_eq!(
+                (state.paused, state.looked_at_paused, state.announced.len()),
+                (number, number, number)
+            );
+            assert!(state.running && handle.is_fresh(&a) && state.events.is_empty(), "{:?}", state.events);
+        }
+    };
+    tokio::select! {
+        () = run(&host, &handle) => {}
+        () = script => {}
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,13 +284,25 @@ async fn a_verification_is_good_for_two_seconds() {
 }
 
 proptest! {
-    /// Whatever is found, and whoever else lets it run: it stands still after each round that found it unsound, and is resumed
-    /// only when sound, hindered or not.
+    /// Whatever is found, whoever else lets it run, and however the sysctl changes: it stands still after each round that found it
+    /// unsound, and after each change until it was found sound, and is resumed only when sound, hindered or not.
     #[test]
-    fn a_vm_runs_only_when_its_last_finding_was_not_unsound(findings in prop::collection::vec((0_u8..4, any::<bool>()), 1..50)) {
-        let (mut watch, mut running, now) = (Watch::new(), true, Instant::now());
-        for (number, let_run) in findings {
+    fn a_vm_runs_only_when_its_last_finding_was_not_unsound(
+        findings in prop::collection::vec((0_u8..4, any::<bool>(), prop::option::weighted(0.2, any::<Option<bool>>())), 1..50),
+    ) {
+        let (mut watch, mut running, mut doubted, now) = (Watch::new(), true, false, Instant::now());
+        let (mut bridged, mut known, mut held) = (None, false, false);
+        watch.bridged(bridged);
+        for (number, let_run, sysctl) in findings {
             running |= let_run;
+            if let Some(value) = sysctl {
+                let changes = std::mem::replace(&mut bridged, value) != value;
+                let actions = watch.bridged(value);
+                prop_assert_eq!(!actions.is_empty(), changes);
+                // One that is held already is no concern of this.
+                doubted |= changes && known && !held;
+                running &= !actions.iter().any(|action| matches!(action, Action::Pause(_)));
+            }
             let finding = match number {
                 0 => Finding::Sound,
                 1 => unsound(),
@@ -215,13 +317,20 @@ proptest! {
                         running = true;
                     }
                     Action::Restore(_) => prop_assert!(!running),
-                    Action::Report(..) => {}
+                    Action::Report(..) | Action::Announce(_) | Action::Forget => {}
                 }
             }
+            known = true;
             match finding {
-                Finding::Sound | Finding::Hindered(_) => prop_assert!(running),
-                Finding::Unsound(_) => prop_assert!(!running),
-                Finding::Unknown(_) => {}
+                Finding::Sound | Finding::Hindered(_) => {
+                    prop_assert!(running && !watch.is_held(&vm("dev-box-a")));
+                    (doubted, held) = (false, false);
+                }
+                Finding::Unsound(_) => {
+                    prop_assert!(!running);
+                    (doubted, held) = (false, true);
+                }
+                Finding::Unknown(_) => prop_assert!(!doubted || !running),
             }
         }
     }

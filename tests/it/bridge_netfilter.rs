@@ -1,0 +1,200 @@
+//! Somebody changes `bridge-nf-call-iptables` while VMs run. In nextest's group `host`: it is one of the whole host's.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use dev_box::core::clock::{Clock as _, EasternTime, SystemClock};
+use dev_box_tests::{Daemon, Host, skip, wait_until};
+use serde_json::Value;
+
+use crate::monitoring::{free_port, get};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const SYSCTL: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+
+/// The sysctl's value as it was, which it has again when this is dropped.
+struct Kept(String);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let _ = fs::write(SYSCTL, &self.0);
+    }
+}
+
+/// What libvirt tells of domains, as long as it is held.
+struct Lifecycle {
+    virsh: Child,
+    file: PathBuf,
+}
+
+impl Lifecycle {
+    fn watch(host: &Host) -> Self {
+        let file = host.root().join("lifecycle");
+        let told = fs::File::create(&file).unwrap();
+        let virsh = Command::new("stdbuf")
+            .args(["-oL", "virsh", "-c", "qemu:///system", "event", "--event", "lifecycle", "--loop"])
+            .stdin(Stdio::null())
+            .stdout(told)
+            .spawn()
+            .unwrap();
+        // It says nothing when it begins to listen.
+        thread::sleep(Duration::from_secs(2));
+        Self { virsh, file }
+    }
+
+    /// How often this has happened to the VM.
+    fn count(&self, vm: &str, what: &str) -> usize {
+        let told = fs::read_to_string(&self.file).unwrap();
+        told.lines().filter(|line| line.contains(&format!("'{vm}'")) && line.contains(what)).count()
+    }
+}
+
+impl Drop for Lifecycle {
+    fn drop(&mut self) {
+        let _ = self.virsh.kill();
+        let _ = self.virsh.wait();
+    }
+}
+
+/// The program `nft` as the daemon finds it: takes down what it is called for, and fails when told to.
+struct Nft {
+    dir: PathBuf,
+}
+
+impl Nft {
+    fn beneath(host: &Host) -> Self {
+        let dir = host.root().join("bin");
+        fs::create_dir(&dir).unwrap();
+        let script = format!(
+            "#!/bin/sh\necho \"$*\" >> {0}/calls\n[ ! -e {0}/broken ] || exit 1\nPATH={1} exec nft \"$@\"\n",
+            dir.display(),
+            std::env::var("PATH").unwrap()
+        );
+        fs::write(dir.join("nft"), script).unwrap();
+        fs::set_permissions(dir.join("nft"), fs::Permissions::from_mode(0o755)).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self) -> String {
+        format!("{}:{}", self.dir.display(), std::env::var("PATH").unwrap())
+    }
+
+    /// How often rules were listed that nobody lists but who verifies.
+    fn listings(&self) -> usize {
+        let calls = fs::read_to_string(self.dir.join("calls")).unwrap_or_default();
+        calls.lines().filter(|call| call.contains("list table ip libvirt_network")).count()
+    }
+
+    fn break_down(&self) {
+        fs::write(self.dir.join("broken"), "").unwrap();
+    }
+
+    fn mend(&self) {
+        fs::remove_file(self.dir.join("broken")).unwrap();
+    }
+}
+
+fn state(vm: &str) -> String {
+    let state = Command::new("virsh").args(["-c", "qemu:///system", "domstate", vm]).output().unwrap();
+    String::from_utf8_lossy(&state.stdout).trim().to_owned()
+}
+
+#[test]
+fn a_changed_bridge_netfilter_stops_vms_until_all_layers_were_looked_at() {
+    const NAME: &str = "a_changed_bridge_netfilter_stops_vms_until_all_layers_were_looked_at";
+    let Some(host) = Host::new(NAME) else { return };
+    if !Path::new(SYSCTL).exists() {
+        return skip(NAME, "needs br_netfilter: modprobe br_netfilter");
+    }
+    for program in ["virsh", "stdbuf"] {
+        if Command::new(program).arg("--version").output().is_err() {
+            return skip(NAME, &format!("needs {program}"));
+        }
+    }
+    let nft = Nft::beneath(&host);
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let settings = [("PATH", nft.path()), ("DEV_BOX_OBSERVE__METRICS_LISTEN", listen)];
+    let daemon = Daemon::start_with(&host, &settings.each_ref().map(|(name, value)| (*name, value.as_str())));
+    for name in ["one", "other"] {
+        host.dev_box(["start", "--name", name]).expect_code(0);
+    }
+    let vms = host.vms();
+    assert_eq!(vms.len(), 2);
+    for vm in &vms {
+        wait_until("its network stands", LIMIT, || host.dev_box(["net", "verify", vm]).code() == 0);
+    }
+    let lifecycle = Lifecycle::watch(&host);
+    let changes = || -> Vec<Value> {
+        let found = host.dev_box(["audit", "query", "--action", "net.host_changed"]).expect_code(0).text();
+        let records = found.lines().map(|line| serde_json::from_str(line).unwrap());
+        records.filter(|record: &Value| record.to_string().contains("bridge-nf-call-iptables")).collect()
+    };
+    let before = fs::read_to_string(SYSCTL).unwrap();
+    let (old, new) = if before.trim() == "0" { ("0", "1") } else { ("1", "0") };
+    let kept = Kept(before);
+    // As long as the kernel's rules are the same, and nothing else is, nobody lists them again.
+    wait_until("rounds that list nothing", LIMIT, || {
+        let listings = nft.listings();
+        thread::sleep(Duration::from_secs(3));
+        nft.listings() == listings
+    });
+
+    for (number, (from, to)) in [(1, (old, new)), (2, (new, old))] {
+        let listings = nft.listings();
+        let set = SystemClock.now();
+        fs::write(SYSCTL, to).unwrap();
+        wait_until("it is audited", LIMIT, || changes().len() == number);
+        let record = changes().pop().unwrap();
+        // All VMs stand still before it is put on record.
+        let noticed = EasternTime::from_unix_nanos(record["utc_ns"].as_i64().unwrap()).since(&set);
+        eprintln!("from {from} to {to}: noticed after {noticed:?}");
+        assert!(noticed < Duration::from_secs(2), "noticed after {noticed:?}");
+        let what = record["details"]["what"].as_str().unwrap();
+        assert!(what.contains(&format!("was {from} and is {to}")) && what.ends_with(": 2"), "{what}");
+        assert!(record["subject"]["vm"].is_null(), "told once, of nobody: {record}");
+        for vm in &vms {
+            wait_until("it runs on", LIMIT, || lifecycle.count(vm, "Resumed") == number);
+            assert_eq!(state(vm), "running");
+        }
+        assert!(nft.listings() > listings, "what is known from before is no verification");
+        // And that was all: no second round of it.
+        thread::sleep(Duration::from_secs(4));
+        for vm in &vms {
+            assert_eq!((lifecycle.count(vm, "Suspended"), lifecycle.count(vm, "Resumed")), (number, number));
+        }
+        assert_eq!(changes().len(), number);
+    }
+
+    // Where nothing can be verified nobody runs on; where it can again, everybody.
+    nft.break_down();
+    fs::write(SYSCTL, new).unwrap();
+    for vm in &vms {
+        wait_until("it stands still", LIMIT, || lifecycle.count(vm, "Suspended") == 3);
+    }
+    thread::sleep(Duration::from_secs(4));
+    for vm in &vms {
+        assert_eq!((state(vm).as_str(), lifecycle.count(vm, "Resumed")), ("paused", 2));
+    }
+    nft.mend();
+    for vm in &vms {
+        wait_until("it runs on", LIMIT, || state(vm) == "running");
+        assert_eq!(lifecycle.count(vm, "Suspended"), 3);
+    }
+    drop(kept);
+    for vm in &vms {
+        wait_until("the old value is looked at as well", LIMIT, || lifecycle.count(vm, "Resumed") == 4);
+    }
+    assert_eq!(host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text(), "", "nothing was lost");
+    let metrics = get(port, "/metrics");
+    assert!(metrics.contains("\ndev_box_net_host_changed_total 4\n"), "{metrics}");
+    for name in ["one", "other"] {
+        assert_eq!(host.dev_box(["exec", name, "--", "echo", "alive"]).expect_code(0).text(), "alive\n");
+        host.dev_box(["rm", name]).expect_code(0);
+    }
+    daemon.stop().expect_code(0);
+}
