@@ -21,6 +21,7 @@ mod nested;
 mod net;
 mod observe;
 mod odd_traffic;
+mod policies;
 mod pool;
 mod probes;
 mod rewind;

@@ -4,12 +4,16 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::Host;
+use crate::{Host, wait_until};
+
+/// How long a name server may take to end.
+const END: Duration = Duration::from_secs(10);
 
 /// Runs a command to its end; the error is what it said.
 pub fn run(command: &str) -> Result<(), String> {
@@ -68,14 +72,24 @@ impl Internet {
 
     /// A name server that knows these names, and has the host's resolver ask it: see [`Internet::resolves_for`].
     pub fn serve_names(&mut self, host: &Host, names: &[(&str, &str)]) -> Result<(), String> {
+        let zone: Vec<String> = names.iter().map(|(name, at)| format!("--address=/{name}/{at}")).collect();
+        self.serve_zone(host, &zone)
+    }
+
+    /// The same, with these options of dnsmasq's for what it is to say; in place of what it has said so far.
+    pub fn serve_zone(&mut self, host: &Host, zone: &[String]) -> Result<(), String> {
+        if let Some(pid) = self.name_server.take() {
+            kill(pid, Signal::SIGTERM).map_err(|error| error.to_string())?;
+            wait_until("the name server ends", END, || kill(pid, None).is_err());
+        }
         let pid_file = host.root().join("names.pid");
-        let names: String = names.iter().map(|(name, at)| format!(" --address=/{name}/{at}")).collect();
         run(&format!(
             "ip netns exec {} dnsmasq --conf-file=/dev/null --listen-address={} --bind-interfaces --no-resolv --no-hosts \
-             --pid-file={}{names}",
+             --pid-file={} {}",
             self.namespace,
             self.at(2),
-            pid_file.display()
+            pid_file.display(),
+            zone.join(" ")
         ))?;
         let pid = fs::read_to_string(pid_file).map_err(|error| error.to_string())?;
         self.name_server = Some(Pid::from_raw(pid.trim().parse().map_err(|_| "no process id".to_owned())?));
