@@ -50,4 +50,4 @@ pub use policy::{EgressPolicy, PolicyDigest, PolicyError};
 pub use resolver::{DnsmasqResolver, Resolver, ResolverError};
 pub use subnet::Subnet;
 pub use throttle::{NftThrottle, ThrottleError};
-pub use vm_network::{GuardState, NetError, NetLease, NetSettings, Verification, VmNetwork};
+pub use vm_network::{GuardState, Ipv6Lease, NetError, NetLease, NetSettings, Verification, VmNetwork};

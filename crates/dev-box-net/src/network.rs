@@ -4,9 +4,11 @@ use std::fmt;
 use std::net::Ipv4Addr;
 
 use dev_box_core::spec::MacAddress;
+use ipnet::Ipv6Net;
 
 use crate::identity::{TAP_PREFIX, mac_of};
 use crate::subnet::Subnet;
+use crate::vm_network::Ipv6Lease;
 
 /// A libvirt network of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +16,7 @@ pub struct NetworkShape {
     name: String,
     bridge: String,
     subnet: Subnet,
+    ipv6: bool,
 }
 
 /// A name that a network or a bridge cannot have.
@@ -37,7 +40,25 @@ impl NetworkShape {
             let rule = "names of taps begin like that";
             return Err(InvalidName { what: "bridge", name: bridge.to_owned(), rule });
         }
-        Ok(Self { name: name.to_owned(), bridge: bridge.to_owned(), subnet })
+        Ok(Self { name: name.to_owned(), bridge: bridge.to_owned(), subnet, ipv6: false })
+    }
+
+    /// The same, with IPv6.
+    #[must_use]
+    pub fn with_ipv6(self) -> Self {
+        Self { ipv6: true, ..self }
+    }
+
+    /// The network's IPv6 range, where it has one.
+    pub fn subnet6(&self) -> Option<Ipv6Net> {
+        self.ipv6.then(|| self.subnet.range6())
+    }
+
+    /// The IPv6 address that goes with an IPv4 address of the network, where it has IPv6.
+    pub fn ipv6_of(&self, address: Ipv4Addr) -> Option<Ipv6Lease> {
+        let range = self.subnet6()?;
+        let of = |address| self.subnet.address6(address);
+        Some(Ipv6Lease { address: of(address), prefix: range.prefix_len(), gateway: of(self.gateway()) })
     }
 
     /// libvirt's name for it.

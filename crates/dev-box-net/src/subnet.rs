@@ -1,10 +1,10 @@
 //! Which subnet the VMs live in, and which addresses it has. Pure: what the host uses comes in as an argument.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 /// A subnet of VMs: the first host address is the gateway's, the rest are the VMs'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -69,6 +69,22 @@ impl Subnet {
     pub fn guests(self) -> impl Iterator<Item = Ipv4Addr> {
         let first = u32::from(self.gateway()).saturating_add(1);
         (first..u32::from(self.0.broadcast())).map(Ipv4Addr::from)
+    }
+
+    /// The IPv6 range that goes with it: a unique local one (RFC 4193) with the subnet's own address in its prefix, so that two
+    /// networks have two.
+    pub fn range6(self) -> Ipv6Net {
+        Ipv6Net::new_assert(self.at6(Ipv4Addr::UNSPECIFIED), 64)
+    }
+
+    /// The IPv6 address that goes with an address.
+    pub fn address6(self, address: Ipv4Addr) -> Ipv6Addr {
+        self.at6(address)
+    }
+
+    fn at6(self, address: Ipv4Addr) -> Ipv6Addr {
+        let prefix = (0xfddb_u128 << 32 | u128::from(u32::from(self.0.network()))) << 80;
+        Ipv6Addr::from(prefix | u128::from(u32::from(address)))
     }
 
     /// How many VMs have room.

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -52,6 +52,8 @@ pub struct NetSettings {
     pub host: HostPaths,
     /// Directory of the administrator's policies, `NAME.toml` each.
     pub policies: PathBuf,
+    /// Whether the network has IPv6, for the VMs whose policy says so. libvirt then lets the host forward IPv6.
+    pub ipv6: bool,
 }
 
 impl NetSettings {
@@ -64,6 +66,7 @@ impl NetSettings {
             subnet: None,
             host: HostPaths::default(),
             policies: "/etc/dev-box/policies".into(),
+            ipv6: false,
         }
     }
 }
@@ -91,6 +94,8 @@ pub struct NetLease {
     pub prefix: u8,
     /// The gateway.
     pub gateway: Ipv4Addr,
+    /// Its IPv6 address too, under a policy with IPv6.
+    pub ipv6: Option<Ipv6Lease>,
     /// Resolvers: the gateway's.
     pub dns: Vec<Ipv4Addr>,
     /// The name the tap must have on the host, since the rules go by it.
@@ -106,6 +111,17 @@ pub struct NetLease {
     filter_policy: EgressPolicy,
     shape: NetworkShape,
     lock: AddressLease,
+}
+
+/// A VM's IPv6 address, which follows from its IPv4 address; the agent sets it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ipv6Lease {
+    /// The address, a unique local one (RFC 4193).
+    pub address: Ipv6Addr,
+    /// Prefix length of the network.
+    pub prefix: u8,
+    /// The gateway.
+    pub gateway: Ipv6Addr,
 }
 
 impl NetLease {
@@ -302,6 +318,7 @@ impl VmNetwork {
                 address: lease.address(),
                 prefix: shape.subnet().prefix(),
                 gateway: shape.gateway(),
+                ipv6: shape.ipv6_of(lease.address()).filter(|_| policy.ipv6()),
                 dns: vec![shape.gateway()],
                 tap: tap_of(lease.address()),
                 network: shape.name().to_owned(),

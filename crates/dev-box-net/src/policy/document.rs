@@ -15,6 +15,9 @@ pub struct PolicyDocument {
     /// `public` or `listed`. Without it: `listed` when `allow` or `domains` has a rule, otherwise `public`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destinations: Option<Destinations>,
+    /// Whether IPv6 is enabled, with the same classes; the network must have it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ipv6: bool,
     /// Ports, as `tcp/443` or `udp/8000-8100`. Without it: those of `nat-filtered`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ports: Option<Vec<String>>,
@@ -81,6 +84,7 @@ impl From<CustomPolicy> for PolicyDocument {
         Self {
             mode: CUSTOM.to_owned(),
             destinations: Some(custom.destinations),
+            ipv6: custom.ipv6,
             ports: Some(texts(&custom.ports)),
             allow: texts(&custom.allow),
             deny: texts(&custom.deny),

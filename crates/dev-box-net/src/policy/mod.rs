@@ -59,6 +59,7 @@ pub enum EgressPolicy {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CustomPolicy {
     pub(crate) destinations: Destinations,
+    pub(crate) ipv6: bool,
     pub(crate) ports: Vec<PortRule>,
     pub(crate) allow: Vec<Ipv4Net>,
     pub(crate) deny: Vec<Ipv4Net>,
@@ -184,6 +185,11 @@ impl EgressPolicy {
             Self::Isolated => &[],
             Self::Custom(custom) => &custom.ports,
         }
+    }
+
+    /// Whether IPv6 is enabled: only where a custom policy says so.
+    pub fn ipv6(&self) -> bool {
+        matches!(self, Self::Custom(custom) if custom.ipv6)
     }
 
     pub(crate) fn destinations(&self) -> Destinations {

@@ -242,6 +242,7 @@ impl TryFrom<PolicyDocument> for EgressPolicy {
         };
         let present = [
             ("destinations", document.destinations.is_some()),
+            ("ipv6", document.ipv6),
             ("ports", document.ports.is_some()),
             ("allow", !document.allow.is_empty()),
             ("deny", !document.deny.is_empty()),
@@ -282,6 +283,7 @@ fn custom(document: &PolicyDocument) -> Result<CustomPolicy, PolicyError> {
     let limits = document.limits.unwrap_or_default().limits();
     Ok(CustomPolicy {
         destinations,
+        ipv6: document.ipv6,
         ports: sorted(ports),
         allow: sorted(allow),
         deny: sorted(deny),

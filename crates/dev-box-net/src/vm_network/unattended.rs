@@ -44,6 +44,7 @@ impl VmNetwork {
             address,
             prefix: shape.subnet().prefix(),
             gateway: shape.gateway(),
+            ipv6: shape.ipv6_of(address).filter(|_| filter_policy.ipv6()),
             dns: vec![shape.gateway()],
             tap: tap_of(address),
             network: shape.name().to_owned(),
