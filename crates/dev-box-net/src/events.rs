@@ -15,7 +15,7 @@ mod nflog;
 mod record;
 mod report;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use dev_box_core::clock::EasternTime;
 use dev_box_core::id::VmName;
@@ -68,7 +68,7 @@ pub enum NetEventKind {
         /// The response code, 0 for success and 3 for a name that does not exist (RFC 1035, 4.1.1).
         code: u16,
         /// The addresses in it, at most [`MAX_ANSWERS`].
-        addresses: Vec<Ipv4Addr>,
+        addresses: Vec<IpAddr>,
     },
     /// The rules were not as they should be; see [`crate::watch`].
     Tampered {
@@ -97,7 +97,7 @@ pub const MAX_ANSWERS: usize = 16;
 /// A packet's headers, as far as they could be read.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PacketSummary {
-    /// `tcp`, `udp`, `icmp`, `arp`, `ipv6`, or a number: `ip 47`, `ethernet 0x8100`.
+    /// `tcp`, `udp`, `icmp`, `icmpv6`, `arp`, or a number: `ip 47`, `ethernet 0x8100`.
     pub protocol: String,
     /// Sender.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,4 +1,4 @@
-//! What is read from the host: routes, interfaces, and the two sysctls that matter.
+//! What is read from the host: routes, interfaces, and the sysctls that matter.
 
 use std::fs;
 use std::io;
@@ -6,17 +6,21 @@ use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
 
-use crate::subnet::parse_routes;
+use crate::subnet::{parse_routes, parse_routes6};
 
 /// Where the kernel tells these things; other paths in tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostPaths {
     /// `/proc/net/route`
     pub routes: PathBuf,
+    /// `/proc/net/ipv6_route`
+    pub routes6: PathBuf,
     /// `/sys/class/net`
     pub interfaces: PathBuf,
     /// `/proc/sys/net/ipv4/ip_forward`
     pub ip_forward: PathBuf,
+    /// `/proc/sys/net/ipv6/conf/all/forwarding`
+    pub ipv6_forward: PathBuf,
     /// `/proc/sys/net/bridge/bridge-nf-call-iptables`
     pub bridge_nf_call_iptables: PathBuf,
     /// `/etc/resolv.conf`
@@ -27,8 +31,10 @@ impl Default for HostPaths {
     fn default() -> Self {
         Self {
             routes: "/proc/net/route".into(),
+            routes6: "/proc/net/ipv6_route".into(),
             interfaces: "/sys/class/net".into(),
             ip_forward: "/proc/sys/net/ipv4/ip_forward".into(),
+            ipv6_forward: "/proc/sys/net/ipv6/conf/all/forwarding".into(),
             bridge_nf_call_iptables: "/proc/sys/net/bridge/bridge-nf-call-iptables".into(),
             resolv_conf: "/etc/resolv.conf".into(),
         }
@@ -41,6 +47,11 @@ impl HostPaths {
         Ok(parse_routes(&fs::read_to_string(&self.routes)?, Some(bridge)))
     }
 
+    /// Subnets whose IPv6 ranges the host has routes to, those by `bridge` left out; none where it has no IPv6.
+    pub(crate) fn routes6(&self, bridge: &str) -> Vec<Ipv4Net> {
+        parse_routes6(&fs::read_to_string(&self.routes6).unwrap_or_default(), Some(bridge))
+    }
+
     /// Whether there is an interface of that name.
     pub(crate) fn has_interface(&self, name: &str) -> bool {
         self.interfaces.join(name).exists()
@@ -49,6 +60,11 @@ impl HostPaths {
     /// Whether the host forwards IPv4.
     pub(crate) fn forwards(&self) -> bool {
         switch(&self.ip_forward) == Some(true)
+    }
+
+    /// Whether the host forwards IPv6.
+    pub(crate) fn forwards_ipv6(&self) -> bool {
+        switch(&self.ipv6_forward) == Some(true)
     }
 
     /// Whether bridged frames pass iptables too; `None` while the module `br_netfilter` is not loaded.

@@ -1,7 +1,7 @@
-//! A VM's Ethernet address and tap name, both derived from its IPv4 address: distinct as long as addresses are, and
+//! A VM's Ethernet address, tap name and IPv6 address, all derived from its IPv4 address: distinct as long as addresses are, and
 //! the same when an address is used again, so that no neighbour table goes stale.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use dev_box_core::spec::MacAddress;
 
@@ -12,6 +12,19 @@ pub const TAP_PREFIX: &str = "dbt";
 pub fn mac_of(address: Ipv4Addr) -> MacAddress {
     let [a, b, c, d] = address.octets();
     MacAddress::new([0x02, 0xdb, a, b, c, d])
+}
+
+/// What the VMs' IPv6 addresses begin with, `fddb::/96`: unique local (RFC 4193), seen on the bridge only.
+const IPV6_PREFIX: u128 = 0xfddb << 112;
+
+/// The IPv6 address that goes with that IPv4 address, which is its last 32 bits.
+pub fn ipv6_of(address: Ipv4Addr) -> Ipv6Addr {
+    Ipv6Addr::from(IPV6_PREFIX | u128::from(u32::from(address)))
+}
+
+/// The IPv4 address that an IPv6 address goes with; `None` for addresses that are not ours.
+pub fn ipv4_of(address: Ipv6Addr) -> Option<Ipv4Addr> {
+    u32::try_from(u128::from(address) ^ IPV6_PREFIX).ok().map(Ipv4Addr::from)
 }
 
 /// The tap's name: 11 characters (an interface's name has at most 15).
@@ -55,6 +68,10 @@ mod tests {
         let address = Ipv4Addr::new(10, 213, 0, 2);
         assert_eq!(tap_of(address), "dbt0ad50002");
         assert_eq!(mac_of(address).to_string(), "02:db:0a:d5:00:02");
+        assert_eq!(ipv6_of(address).to_string(), "fddb::ad5:2");
+        for other in ["::ad5:2", "fddb::1:ad5:2", "fddc::ad5:2", "2606:4700::1111"] {
+            assert_eq!(ipv4_of(other.parse().unwrap()), None, "{other}");
+        }
         for other in ["vnet0", "dbt", "dbt0ad5000", "dbt0AD50002", "dbt+ad50002", "dbt0ad500020"] {
             assert_eq!(address_of_tap(other), None, "{other}");
         }
@@ -78,6 +95,7 @@ mod tests {
             prop_assert_eq!(address_of_tap(&tap), Some(one));
             let mac = mac_of(one).bytes();
             prop_assert_eq!(mac[0] & 0b11, 0b10, "locally administered and unicast");
+            prop_assert_eq!(ipv4_of(ipv6_of(one)), Some(one));
             prop_assert_eq!(one == other, tap == tap_of(other));
             prop_assert_eq!(one == other, mac_of(one) == mac_of(other));
         }

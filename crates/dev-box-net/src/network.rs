@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use dev_box_core::spec::MacAddress;
 use ipnet::Ipv6Net;
 
-use crate::identity::{TAP_PREFIX, mac_of};
+use crate::identity::{TAP_PREFIX, ipv6_of, mac_of};
 use crate::subnet::Subnet;
 use crate::vm_network::Ipv6Lease;
 
@@ -49,16 +49,19 @@ impl NetworkShape {
         Self { ipv6: true, ..self }
     }
 
-    /// The network's IPv6 range, where it has one.
-    pub fn subnet6(&self) -> Option<Ipv6Net> {
-        self.ipv6.then(|| self.subnet.range6())
+    /// The bridge's IPv6 address and the length of the range's prefix, where the network has IPv6.
+    pub fn gateway6(&self) -> Option<Ipv6Net> {
+        self.ipv6.then(|| self.subnet.gateway6())
     }
 
     /// The IPv6 address that goes with an IPv4 address of the network, where it has IPv6.
     pub fn ipv6_of(&self, address: Ipv4Addr) -> Option<Ipv6Lease> {
-        let range = self.subnet6()?;
-        let of = |address| self.subnet.address6(address);
-        Some(Ipv6Lease { address: of(address), prefix: range.prefix_len(), gateway: of(self.gateway()) })
+        let gateway = self.gateway6()?;
+        Some(Ipv6Lease {
+            address: ipv6_of(address),
+            prefix: gateway.prefix_len(),
+            gateway: gateway.addr(),
+        })
     }
 
     /// libvirt's name for it.
@@ -89,7 +92,11 @@ impl NetworkShape {
 
 impl fmt::Display for NetworkShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (bridge {}, {})", self.name, self.bridge, self.subnet)
+        let Self { name, bridge, subnet, .. } = self;
+        match self.gateway6() {
+            Some(gateway) => write!(f, "{name} (bridge {bridge}, {subnet}, {})", gateway.trunc()),
+            None => write!(f, "{name} (bridge {bridge}, {subnet})"),
+        }
     }
 }
 
@@ -113,6 +120,13 @@ mod tests {
         let shape = NetworkShape::new("dev-box", "devbox0", subnet).unwrap();
         assert_eq!(shape.to_string(), "dev-box (bridge devbox0, 10.213.0.0/24)");
         assert_eq!(shape.gateway_mac().to_string(), "02:db:0a:d5:00:01");
+        let address = "10.213.0.7".parse().unwrap();
+        assert_eq!((shape.gateway6(), shape.ipv6_of(address)), (None, None));
+        let shape = shape.with_ipv6();
+        assert_eq!(shape.to_string(), "dev-box (bridge devbox0, 10.213.0.0/24, fddb::ad5:0/120)");
+        let lease = shape.ipv6_of(address).unwrap();
+        assert_eq!((lease.address.to_string().as_str(), lease.prefix), ("fddb::ad5:7", 120));
+        assert_eq!(lease.gateway.to_string(), "fddb::ad5:1");
         for (name, bridge, part) in [
             ("", "devbox0", "cannot name a network"),
             ("a'b", "devbox0", "cannot name a network"),

@@ -26,7 +26,7 @@ use sha2::{Digest, Sha256};
 
 use crate::identity::{resolver_port_of, tap_of};
 use crate::network::NetworkShape;
-use crate::policy::DomainPattern;
+use crate::policy::{DomainPattern, EgressPolicy};
 
 pub use dnsmasq::DnsmasqResolver;
 
@@ -43,6 +43,7 @@ pub struct NameService {
     network: NetworkShape,
     address: Ipv4Addr,
     domains: Vec<DomainPattern>,
+    ipv6: bool,
 }
 
 /// A digest of what a resolver was told to serve.
@@ -63,14 +64,15 @@ impl fmt::Display for NamesDigest {
 }
 
 impl NameService {
-    /// The names of a VM; `None` when there are none, and it needs no resolver of its own.
+    /// The names of a VM's policy; `None` when there are none, and it needs no resolver of its own.
     pub fn new(
         vm: VmName,
         network: NetworkShape,
         address: Ipv4Addr,
-        domains: &[DomainPattern],
+        policy: &EgressPolicy,
     ) -> Option<Self> {
-        (!domains.is_empty()).then(|| Self { vm, network, address, domains: domains.to_vec() })
+        let domains = policy.domains().to_vec();
+        (!domains.is_empty()).then(|| Self { vm, network, address, domains, ipv6: policy.ipv6() })
     }
 
     /// The VM.
@@ -115,8 +117,6 @@ impl NameService {
             "cache-size=0".to_owned(),
             "no-negcache".to_owned(),
             format!("max-ttl={MAX_TTL}"),
-            // VMs have no IPv6.
-            "filter-AAAA".to_owned(),
             "stop-dns-rebind".to_owned(),
             "dns-forward-max=64".to_owned(),
             // A guest decides what would be in it.
@@ -124,6 +124,17 @@ impl NameService {
             // Every other name does not exist.
             "address=/#/".to_owned(),
         ];
+        if !self.ipv6 {
+            lines.push("filter-AAAA".to_owned());
+        }
+        let set = |ip: char, suffix: &str| {
+            ["inet", "bridge"].map(|family| format!("{ip}#{family}#dev_box#{tap}.names{suffix}"))
+        };
+        let mut sets: Vec<String> = set('4', "").into();
+        if self.ipv6 {
+            sets.extend(set('6', "6"));
+        }
+        let sets = sets.join(",");
         for domain in &self.domains {
             let name = domain.name();
             let asked = if domain.is_wildcard() { format!("*.{name}") } else { name.to_owned() };
@@ -132,7 +143,7 @@ impl NameService {
             if !below_too {
                 lines.push(format!("address=/*.{name}/"));
             }
-            lines.push(format!("nftset=/{name}/4#inet#dev_box#{tap}.names,4#bridge#dev_box#{tap}.names"));
+            lines.push(format!("nftset=/{name}/{sets}"));
         }
         lines.push(String::new());
         lines.join("\n")
@@ -221,10 +232,14 @@ mod tests {
     use super::*;
 
     pub(super) fn service(domains: &[&str]) -> NameService {
-        let domains: Vec<DomainPattern> = domains.iter().map(|text| text.parse().unwrap()).collect();
+        under(&format!("domains = {domains:?}"))
+    }
+
+    fn under(policy: &str) -> NameService {
+        let policy = EgressPolicy::from_toml(&format!("mode = 'custom'\n{policy}")).unwrap();
         let shape = NetworkShape::new("dev-box", "devbox0", "10.213.0.0/24".parse().unwrap()).unwrap();
         let vm = VmName::new("dev-box-a").unwrap();
-        NameService::new(vm, shape, Ipv4Addr::new(10, 213, 0, 2), &domains).unwrap()
+        NameService::new(vm, shape, Ipv4Addr::new(10, 213, 0, 2), &policy).unwrap()
     }
 
     #[test]
@@ -233,6 +248,17 @@ mod tests {
         insta::assert_snapshot!(
             service.config(&["9.9.9.9".parse().unwrap(), "2620:fe::fe".parse().unwrap()])
         );
+    }
+
+    #[test]
+    fn with_ipv6_both_kinds_of_addresses_are_answered_and_opened() {
+        let text = under("ipv6 = true\ndomains = ['github.com']").config(&["9.9.9.9".parse().unwrap()]);
+        assert!(!text.contains("filter-AAAA"));
+        let sets = ["4#inet", "4#bridge", "6#inet", "6#bridge"].map(|what| {
+            let suffix = if what.starts_with('6') { "6" } else { "" };
+            format!("{what}#dev_box#dbt0ad50002.names{suffix}")
+        });
+        assert!(text.contains(&format!("\nnftset=/github.com/{}\n", sets.join(","))), "{text}");
     }
 
     #[test]
@@ -247,7 +273,8 @@ mod tests {
     #[test]
     fn no_names_need_no_resolver() {
         let one = service(&["github.com"]);
-        assert!(NameService::new(one.vm().clone(), one.network.clone(), one.address(), &[]).is_none());
+        let none = EgressPolicy::NatFiltered;
+        assert!(NameService::new(one.vm().clone(), one.network.clone(), one.address(), &none).is_none());
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Which subnet the VMs live in, and which addresses it has. Pure: what the host uses comes in as an argument.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
+
+use crate::identity::{ipv4_of, ipv6_of};
 
 /// A subnet of VMs: the first host address is the gateway's, the rest are the VMs'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -71,20 +73,14 @@ impl Subnet {
         (first..u32::from(self.0.broadcast())).map(Ipv4Addr::from)
     }
 
-    /// The IPv6 range that goes with it: a unique local one (RFC 4193) with the subnet's own address in its prefix, so that two
-    /// networks have two.
+    /// The gateway's IPv6 address, with the length of [`Self::range6`]'s prefix.
+    pub fn gateway6(self) -> Ipv6Net {
+        Ipv6Net::new_assert(ipv6_of(self.gateway()), self.range6().prefix_len())
+    }
+
+    /// The IPv6 range that goes with it: the [addresses](ipv6_of) of all of its addresses.
     pub fn range6(self) -> Ipv6Net {
-        Ipv6Net::new_assert(self.at6(Ipv4Addr::UNSPECIFIED), 64)
-    }
-
-    /// The IPv6 address that goes with an address.
-    pub fn address6(self, address: Ipv4Addr) -> Ipv6Addr {
-        self.at6(address)
-    }
-
-    fn at6(self, address: Ipv4Addr) -> Ipv6Addr {
-        let prefix = (0xfddb_u128 << 32 | u128::from(u32::from(self.0.network()))) << 80;
-        Ipv6Addr::from(prefix | u128::from(u32::from(address)))
+        Ipv6Net::new_assert(ipv6_of(self.0.network()), 96 + self.prefix())
     }
 
     /// How many VMs have room.
@@ -169,6 +165,23 @@ fn route(line: &str, except: Option<&str>) -> Option<Ipv4Net> {
     (range.prefix_len() > 0).then_some(range)
 }
 
+/// As [`parse_routes`], of the text of `/proc/net/ipv6_route`: the subnets whose [IPv6 ranges](Subnet::range6) they take.
+/// Wider routes than the range of all VMs leave these be, since a network's own route is the narrower one.
+pub fn parse_routes6(text: &str, except: Option<&str>) -> Vec<Ipv4Net> {
+    text.lines().filter_map(|line| route6(line, except)).collect()
+}
+
+fn route6(line: &str, except: Option<&str>) -> Option<Ipv4Net> {
+    let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+    let (destination, length, interface) = (fields.first()?, fields.get(1)?, fields.last()?);
+    if except == Some(*interface) {
+        return None;
+    }
+    let address = ipv4_of(u128::from_str_radix(destination, 16).ok()?.into())?;
+    let length = u8::from_str_radix(length, 16).ok()?.checked_sub(96)?;
+    Some(Ipv4Net::new(address, length).ok()?.trunc())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -190,6 +203,25 @@ mod tests {
     }
 
     #[test]
+    fn ipv6_routes_among_ours_take_their_subnets() {
+        let line = |destination: &str, length: &str, interface: &str| {
+            let none = "0".repeat(32);
+            format!("{destination} {length} {none} 00 {none} 00000100 00000001 00000000 00000001 {interface:>8}\n")
+        };
+        let ours = "fddb00000000000000000000\
+                    0ad50100";
+        let text = line(ours, "78", "eth0")
+            + &line(ours, "80", "devbox0")
+            + &line(&"0".repeat(32), "00", "eth0")
+            + &line("fddb0000000000000000000000000000", "40", "eth0")
+            + &line("fe800000000000000000000000000000", "40", "eth0")
+            + "short\nzz 78 x eth0\n";
+        let nets = |except| parse_routes6(&text, except).iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(nets(Some("devbox0")), ["10.213.1.0/24"]);
+        assert_eq!(nets(None), ["10.213.1.0/24", "10.213.1.0/32"]);
+    }
+
+    #[test]
     fn a_subnet_knows_its_addresses() {
         let subnet: Subnet = "10.213.7.0/29".parse().unwrap();
         assert_eq!(subnet.gateway().to_string(), "10.213.7.1");
@@ -197,6 +229,8 @@ mod tests {
         assert_eq!(guests, ["10.213.7.2", "10.213.7.3", "10.213.7.4", "10.213.7.5", "10.213.7.6"]);
         assert_eq!((subnet.prefix(), subnet.capacity()), (29, 5));
         assert_eq!(subnet.to_string(), "10.213.7.0/29");
+        assert_eq!(subnet.range6().to_string(), "fddb::ad5:700/125");
+        assert_eq!(subnet.gateway6().to_string(), "fddb::ad5:701/125");
     }
 
     #[test]
@@ -258,6 +292,7 @@ mod tests {
         #[test]
         fn any_text_is_read_without_panic(text in ".{0,200}") {
             let _ = parse_routes(&text, None);
+            let _ = parse_routes6(&text, None);
             let _ = text.parse::<Subnet>();
         }
 

@@ -30,7 +30,7 @@ use crate::policy::{EgressPolicy, PolicyDigest, PolicyStore};
 use crate::resolver::{DnsmasqResolver, NameService, Resolver};
 use crate::subnet::Subnet;
 use crate::xml::network::{FoundNetwork, network_xml};
-use crate::xml::nwfilter::{name_prefix, nwfilter};
+use crate::xml::nwfilter::{FilterDefinition, name_prefix, nwfilter};
 
 mod error;
 mod upkeep;
@@ -142,7 +142,10 @@ impl NetLease {
             mac: self.mac,
             ip: Some(self.address),
             target_dev: Some(self.tap.clone()),
-            filter: Some(FilterRef::named(&self.filter)),
+            filter: Some(FilterRef {
+                name: self.filter.clone(),
+                parameters: FilterDefinition::parameters(&self.filter_policy, self.address),
+            }),
             link: LinkState::Up,
             port_isolated: true,
         }
@@ -164,6 +167,8 @@ pub struct Verification {
     pub names_served: Option<bool>,
     /// Whether the host forwards IPv4: without, nothing gets out.
     pub forwarding: bool,
+    /// Whether it forwards IPv6; `None` for a VM without.
+    pub forwarding6: Option<bool>,
     /// What stands of libvirt's own rules for the network.
     pub network_rules: NetworkRules,
     /// `bridge-nf-call-iptables`; `None` while br_netfilter is not loaded. For information: neither the guard nor the
@@ -184,7 +189,7 @@ impl Verification {
 
     /// Whether what the VM may send can get out.
     pub fn carries(&self) -> bool {
-        self.forwarding && self.network_rules.carries()
+        self.forwarding && self.forwarding6 != Some(false) && self.network_rules.carries()
     }
 }
 
@@ -283,6 +288,7 @@ impl VmNetwork {
         }
         let lock = self.lock()?;
         let shape = self.ensure_locked(libvirt)?;
+        self.check_ipv6(&shape, policy)?;
         let filter = nwfilter(&shape, policy);
         let record = LeaseRecord {
             vm: vm.clone(),
@@ -353,7 +359,7 @@ impl VmNetwork {
             fingerprint: None,
         };
         let record = record.under(policy.clone());
-        let other_names = policy.domains() != lease.policy.domains();
+        let other_names = policy.names() != lease.policy.names();
         if other_names {
             // Before the set is emptied: an answer in between would open an old name's address.
             self.resolver.stop(lease.address)?;
@@ -494,10 +500,9 @@ impl VmNetwork {
             }
             collect_filters(libvirt, &shape, &leases)?;
             let name = shape.name();
-            if libvirt.find_network(name).is_ok_and(|network| network.is_some_and(|network| network.active)) {
-                libvirt.stop_network(name).map_err(libvirt_failed(format!("stop the network {name}")))?;
-            }
-            libvirt.undefine_network(name).map_err(libvirt_failed(format!("undefine the network {name}")))?;
+            let active =
+                libvirt.find_network(name).is_ok_and(|network| network.is_some_and(|network| network.active));
+            forget_network(libvirt, name, active)?;
         }
         Ok(self.firewall.clear()?)
     }
@@ -543,7 +548,7 @@ impl VmNetwork {
         address: Ipv4Addr,
         policy: &EgressPolicy,
     ) -> Option<NameService> {
-        NameService::new(vm.clone(), shape.clone(), address, policy.domains())
+        NameService::new(vm.clone(), shape.clone(), address, policy)
     }
 
     /// Names, rules, then the filter, then the address, so that nobody gets an address whose rules are going away. An
@@ -604,7 +609,10 @@ impl VmNetwork {
         let found = FoundNetwork::read(&xml)?;
         let foreign = |difference| NetError::ForeignNetwork { name: name.clone(), difference };
         let subnet = found.subnet().map_err(foreign)?;
-        let shape = NetworkShape::new(name, &self.settings.bridge, subnet)?;
+        let mut shape = NetworkShape::new(name, &self.settings.bridge, subnet)?;
+        if !found.addresses6.is_empty() {
+            shape = shape.with_ipv6();
+        }
         let expected = [
             ("bridge", found.bridge.as_deref(), shape.bridge().to_owned()),
             ("Ethernet address", found.mac.as_deref(), shape.gateway_mac().to_string()),
@@ -627,6 +635,10 @@ impl VmNetwork {
 
     fn ensure_locked<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<NetworkShape, NetError> {
         let (shape, active) = match self.find_active(libvirt)? {
+            Some((shape, active)) if self.lacks_ipv6(&shape)? => {
+                forget_network(libvirt, shape.name(), active)?;
+                (self.define(libvirt)?, false)
+            }
             Some(found) => found,
             None => (self.define(libvirt)?, false),
         };
@@ -637,20 +649,45 @@ impl VmNetwork {
         Ok(shape)
     }
 
+    /// Whether a network is to be made anew with IPv6, and can be: nobody uses it.
+    fn lacks_ipv6(&self, shape: &NetworkShape) -> Result<bool, NetError> {
+        if !self.settings.ipv6 || shape.gateway6().is_some() {
+            return Ok(false);
+        }
+        let guarded = self.firewall.list()?.into_iter().any(|address| shape.subnet().is_guest(address));
+        Ok(!guarded && self.leases(shape)?.list()?.is_empty())
+    }
+
+    fn check_ipv6(&self, shape: &NetworkShape, policy: &EgressPolicy) -> Result<(), NetError> {
+        match (self.settings.ipv6, shape.gateway6()) {
+            _ if !policy.ipv6() => Ok(()),
+            (true, Some(_)) => Ok(()),
+            (true, None) => Err(NetError::Ipv6Later { network: shape.to_string() }),
+            (false, _) => Err(NetError::NoIpv6),
+        }
+    }
+
     fn define<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<NetworkShape, NetError> {
         let settings = &self.settings;
         let subnet = match settings.subnet {
             Some(subnet) => subnet,
             None => {
-                let routes = settings.host.routes(&settings.bridge).map_err(|source| NetError::Host {
-                    path: settings.host.routes.clone(),
-                    what: "read",
-                    source,
-                })?;
+                let mut routes =
+                    settings.host.routes(&settings.bridge).map_err(|source| NetError::Host {
+                        path: settings.host.routes.clone(),
+                        what: "read",
+                        source,
+                    })?;
+                if settings.ipv6 {
+                    routes.extend(settings.host.routes6(&settings.bridge));
+                }
                 Subnet::choose(Subnet::candidates(), &routes)?
             }
         };
-        let shape = NetworkShape::new(&settings.name, &settings.bridge, subnet)?;
+        let mut shape = NetworkShape::new(&settings.name, &settings.bridge, subnet)?;
+        if settings.ipv6 {
+            shape = shape.with_ipv6();
+        }
         let what = format!("define the network {shape}");
         libvirt.define_network(&network_xml(&shape)).map_err(libvirt_failed(what))?;
         Ok(shape)
@@ -660,6 +697,13 @@ impl VmNetwork {
 fn libvirt_failed(what: impl Into<String>) -> impl FnOnce(LibvirtError) -> NetError {
     let what = what.into();
     move |source| NetError::Libvirt { what, source }
+}
+
+fn forget_network<L: Networks + ?Sized>(libvirt: &L, name: &str, active: bool) -> Result<(), NetError> {
+    if active {
+        libvirt.stop_network(name).map_err(libvirt_failed(format!("stop the network {name}")))?;
+    }
+    libvirt.undefine_network(name).map_err(libvirt_failed(format!("undefine the network {name}")))
 }
 
 /// A filter's name says what is in it, so that one that is there is the right one.

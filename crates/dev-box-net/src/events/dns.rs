@@ -1,6 +1,6 @@
 //! Reading DNS messages for the record. A guest writes them: whatever does not parse is said to be unreadable.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use simple_dns::rdata::RData;
 use simple_dns::{Packet, Question};
@@ -10,12 +10,13 @@ use super::{DnsQuestion, MAX_ANSWERS};
 /// Longest name (RFC 1035, 2.3.4).
 const MAX_NAME: usize = 255;
 
-/// A message's question, its code, and the IPv4 addresses it answers; `None` for what is no DNS message with a question.
-pub(super) fn read(message: &[u8]) -> Option<(DnsQuestion, u16, Vec<Ipv4Addr>)> {
+/// A message's question, its code, and the addresses it answers; `None` for what is no DNS message with a question.
+pub(super) fn read(message: &[u8]) -> Option<(DnsQuestion, u16, Vec<IpAddr>)> {
     let packet = Packet::parse(message).ok()?;
     let question = question(packet.questions.first()?);
     let addresses = packet.answers.iter().filter_map(|answer| match &answer.rdata {
-        RData::A(record) => Some(Ipv4Addr::from(record.address)),
+        RData::A(record) => Some(IpAddr::V4(Ipv4Addr::from(record.address))),
+        RData::AAAA(record) => Some(IpAddr::V6(Ipv6Addr::from(record.address))),
         _ => None,
     });
     let addresses = addresses.take(MAX_ANSWERS).collect();

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
+use etherparse::{IpNumber, LaxNetSlice, LaxSlicedPacket, TransportSlice};
 
 use super::{NetEventKind, PacketSummary, dns};
 use crate::guard::DropReason;
@@ -56,7 +56,7 @@ impl Report {
         }
     }
 
-    fn dns(&self) -> Option<(super::DnsQuestion, u16, Vec<std::net::Ipv4Addr>)> {
+    fn dns(&self) -> Option<(super::DnsQuestion, u16, Vec<IpAddr>)> {
         let packet = LaxSlicedPacket::from_ip(&self.payload).ok()?;
         match packet.transport? {
             TransportSlice::Udp(udp) => dns::read(udp.payload()),
@@ -82,18 +82,13 @@ impl Report {
                 let header = ip.header();
                 summary.source = Some(IpAddr::V4(header.source_addr()));
                 summary.destination = Some(IpAddr::V4(header.destination_addr()));
-                summary.protocol = match header.protocol().0 {
-                    1 => "icmp".to_owned(),
-                    6 => "tcp".to_owned(),
-                    17 => "udp".to_owned(),
-                    number => format!("ip {number}"),
-                };
+                summary.protocol = protocol(header.protocol());
             }
             Some(LaxNetSlice::Ipv6(ip)) => {
                 let header = ip.header();
                 summary.source = Some(IpAddr::V6(header.source_addr()));
                 summary.destination = Some(IpAddr::V6(header.destination_addr()));
-                summary.protocol = "ipv6".to_owned();
+                summary.protocol = protocol(header.next_header());
             }
             _ => {}
         }
@@ -103,6 +98,16 @@ impl Report {
             _ => (None, None),
         };
         summary
+    }
+}
+
+fn protocol(number: IpNumber) -> String {
+    match number {
+        IpNumber::ICMP => "icmp".to_owned(),
+        IpNumber::TCP => "tcp".to_owned(),
+        IpNumber::UDP => "udp".to_owned(),
+        IpNumber::IPV6_ICMP => "icmpv6".to_owned(),
+        IpNumber(number) => format!("ip {number}"),
     }
 }
 

@@ -1,13 +1,13 @@
 //! Reading what nft lists (libnftables-json(5)): which VMs have rules, what the rules are, what they counted.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::{Count, DropReason, Fingerprint, FirewallError, Traffic};
-use crate::identity::address_of_tap;
+use crate::identity::{address_of_tap, ipv4_of};
 
 /// Objects of both tables, in listed order, with what varies without anyone's doing (handles, counts) left out.
 #[derive(Debug, Default)]
@@ -79,7 +79,10 @@ impl Tables {
                 let entries = object.value.get("elem").and_then(Value::as_array);
                 for entry in entries.into_iter().flatten() {
                     let key = entry.get(0).and_then(Value::as_str).unwrap_or_default();
-                    let address = address_of_tap(key).or_else(|| key.parse().ok());
+                    let address = address_of_tap(key).or_else(|| match key.parse().ok()? {
+                        IpAddr::V4(address) => Some(address),
+                        IpAddr::V6(address) => ipv4_of(address),
+                    });
                     if let Some(hasher) = address.and_then(|address| own.get_mut(&address)) {
                         hasher.update(format!("{} {} {entry}\n", object.family, object.name));
                     }

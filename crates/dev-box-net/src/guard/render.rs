@@ -1,13 +1,15 @@
-//! The rules as nft's input text. Everything in it comes from typed values, so nothing can break out of it.
+//! The rules as nft's input text; those of IPv6 in [`ipv6`]. Everything in it comes from typed values, so nothing can break out of it.
 
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::{DropReason, VmGuard};
-use crate::identity::{TAP_PREFIX, log_group_of, resolver_port_of, tap_of};
+use crate::identity::{TAP_PREFIX, ipv6_of, log_group_of, resolver_port_of, tap_of};
 use crate::policy::{Destinations, EgressPolicy, PortRule, Protocol, special_ranges};
+
+mod ipv6;
 
 /// The name of both tables.
 pub(super) const TABLE: &str = "dev_box";
@@ -138,13 +140,16 @@ pub fn render_apply(guard: &VmGuard) -> String {
 pub fn render_remove(address: Ipv4Addr) -> String {
     let tap = tap_of(address);
     let mut text = String::with_capacity(8 * 1024);
-    for (family, own) in [("bridge", &BRIDGE), ("inet", &INET)] {
+    for (family, own) in OWN {
         let mut script = Script { family, text: &mut text };
         // What is added here and deleted below never fails to be deleted.
         script.table();
         maps(&mut script, own.maps);
         skeleton(&mut script, &tap, own);
         elements(&mut script, address, own.maps);
+    }
+    for (family, own) in OWN {
+        let mut script = Script { family, text: &mut text };
         for (map, key, _) in own.maps {
             script.line("delete", "element", format_args!("{map} {{ {} }}", element_key(key, address)));
         }
@@ -167,13 +172,13 @@ pub fn render_remove(address: Ipv4Addr) -> String {
 
 /// For each map the transaction that removes an address's entry, which fails where there is none.
 pub(super) fn render_entries(address: Ipv4Addr) -> Vec<String> {
-    let of = |family: &'static str, maps: &[(&str, &str, &str)]| {
+    let of = |(family, own): (&'static str, &Own)| {
         let entry = |(map, key, _): &(&str, &str, &str)| {
             format!("delete element {family} {TABLE} {map} {{ {} }}\n", element_key(key, address))
         };
-        maps.iter().map(entry).collect::<Vec<_>>()
+        own.maps.iter().map(entry).collect::<Vec<_>>()
     };
-    [of("bridge", &BRIDGE_MAPS), of("inet", &INET_MAPS)].concat()
+    OWN.into_iter().flat_map(of).collect()
 }
 
 /// One transaction that removes both tables.
@@ -204,6 +209,10 @@ const INET: Own = Own {
     counters: &INET_COUNTERS,
     sets: &INET_SETS,
 };
+
+/// All that a VM can have. What refers to the rest comes first, so that it can go first.
+const OWN: [(&str, &Own); 4] =
+    [("bridge", &BRIDGE), ("inet", &INET), ("bridge", &ipv6::BRIDGE), ("inet", &ipv6::INET)];
 
 fn maps(script: &mut Script<'_>, maps: &[(&str, &str, &str)]) {
     for (map, key, _) in maps {
@@ -238,7 +247,11 @@ fn skeleton(script: &mut Script<'_>, tap: &str, own: &Own) {
 
 /// What a map's key is for a VM.
 fn element_key(kind: &str, address: Ipv4Addr) -> String {
-    if kind == "ifname" { format!("\"{}\"", tap_of(address)) } else { address.to_string() }
+    match kind {
+        "ifname" => format!("\"{}\"", tap_of(address)),
+        "ipv6_addr" => ipv6_of(address).to_string(),
+        _ => address.to_string(),
+    }
 }
 
 /// A VM's entries in the dispatch maps.
@@ -269,31 +282,38 @@ fn inet_base(script: &mut Script<'_>) {
     script.table();
     script.line("add", "set", format_args!("bridges {{ type ifname; }}"));
     maps(script, &INET_MAPS);
+    maps(script, ipv6::INET.maps);
     // A packet of a VM's comes by its bridge. By the tap itself comes what is addressed to a link-local group
     // (01:80:c2:00:00:0x): the bridge hands it up past its own hooks, and IP would take it.
     script.base("prerouting", "prerouting", -290);
     script.rule("prerouting", format_args!("iifname vmap @direct-by"));
     script.rule("prerouting", format_args!("iifname \"{TAP_PREFIX}*\" drop"));
     script.rule("prerouting", format_args!("iifname @bridges ip saddr vmap @prerouting-by"));
+    script.rule("prerouting", format_args!("iifname @bridges ip6 saddr vmap @prerouting6-by"));
     script.rule("prerouting", format_args!("iifname @bridges drop"));
     // Before anyone else's DNAT (-100).
     script.base_of("nat", "resolver", "prerouting", -110);
     script.rule("resolver", format_args!("iifname @bridges ip saddr vmap @resolver-by"));
     script.base("input", "input", -10);
     script.rule("input", format_args!("iifname @bridges ip saddr vmap @input-by"));
+    script.rule("input", format_args!("iifname @bridges {}", ipv6::NEIGHBOUR_DISCOVERY));
     script.rule("input", format_args!("iifname @bridges drop"));
     script.base("output", "output", -10);
     script.rule("output", format_args!("oifname @bridges ip daddr vmap @output-by"));
+    script.rule("output", format_args!("oifname @bridges {}", ipv6::NEIGHBOUR_DISCOVERY));
     script.rule("output", format_args!("oifname @bridges drop"));
     script.base("forward", "forward", -10);
     // From one VM to another by way of the gateway: the sender's chain judges it, and drops it.
     script.rule("forward", format_args!("iifname @bridges ip saddr vmap @from-guest"));
+    script.rule("forward", format_args!("iifname @bridges ip6 saddr vmap @from-guest6"));
     script.rule("forward", format_args!("iifname @bridges drop"));
     script.rule("forward", format_args!("oifname @bridges ip daddr vmap @to-guest"));
+    script.rule("forward", format_args!("oifname @bridges ip6 daddr vmap @to-guest6"));
     script.rule("forward", format_args!("oifname @bridges drop"));
     // After libvirt's (100): what it has translated does not come here.
     script.base_of("nat", "nat", "postrouting", 110);
     script.rule("nat", format_args!("ip saddr vmap @nat-by"));
+    script.rule("nat", format_args!("ip6 saddr vmap @nat6-by"));
 }
 
 /// ARP by the tap itself, as above: the host would tell all its addresses.
@@ -330,6 +350,45 @@ impl Direction {
             Self::Out => "dport",
             Self::In => "sport",
         }
+    }
+}
+
+/// Which addresses a packet has.
+#[derive(Clone, Copy)]
+enum Ip {
+    V4,
+    V6,
+}
+
+impl Ip {
+    /// nft's word for its header.
+    fn word(self) -> &'static str {
+        match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
+        }
+    }
+
+    /// What names of chains and sets end with.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::V4 => "",
+            Self::V6 => "6",
+        }
+    }
+
+    fn has(self, range: &IpNet) -> bool {
+        match self {
+            Self::V4 => matches!(range, IpNet::V4(_)),
+            Self::V6 => matches!(range, IpNet::V6(_)),
+        }
+    }
+
+    /// `{ a, b }`; `None` for no range, because nft has no empty anonymous set.
+    fn ranges(self, ranges: impl Iterator<Item = IpNet>) -> Option<String> {
+        let list: Vec<String> =
+            ranges.filter(|range| self.has(range)).map(|range| range.to_string()).collect();
+        (!list.is_empty()).then(|| format!("{{ {} }}", list.join(", ")))
     }
 }
 
@@ -381,16 +440,26 @@ impl<'a> Rules<'a> {
     fn bridge(&self, script: &mut Script<'_>) {
         let tap = &self.tap;
         skeleton(script, tap, &BRIDGE);
+        if self.policy().ipv6() {
+            skeleton(script, tap, &ipv6::BRIDGE);
+        }
         self.forget_names(script);
         self.drops(script, &BRIDGE_REASONS);
         self.bridge_out(script);
         self.bridge_in(script);
+        if self.policy().ipv6() {
+            self.bridge_out6(script);
+            self.bridge_in6(script);
+        }
         elements(script, self.guard.address(), &BRIDGE_MAPS);
     }
 
     fn forget_names(&self, script: &mut Script<'_>) {
         if self.guard.forgets_names() {
             script.line("flush", "set", format_args!("{}.names", self.tap));
+            if self.policy().ipv6() {
+                script.line("flush", "set", format_args!("{}.names6", self.tap));
+            }
         }
     }
 
@@ -410,6 +479,9 @@ impl<'a> Rules<'a> {
             ),
         );
         script.rule(&chain, format_args!("ether type arp {spoofed}"));
+        if self.policy().ipv6() {
+            script.rule(&chain, format_args!("ether type ip6 goto {}.out6", self.tap));
+        }
         script.rule(&chain, format_args!("ether type != ip {protocol}"));
         script.rule(&chain, format_args!("ip version != 4 {protocol}"));
         script.rule(&chain, format_args!("ip saddr != {address} {spoofed}"));
@@ -421,7 +493,7 @@ impl<'a> Rules<'a> {
         );
         script
             .rule(&chain, format_args!("ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 accept"));
-        self.classes(script, Direction::Out);
+        self.classes(script, Ip::V4, Direction::Out);
         self.ports(script, Direction::Out, "accept");
     }
 
@@ -442,12 +514,15 @@ impl<'a> Rules<'a> {
                  arp saddr ip {gateway} arp daddr ip {address} accept"
             ),
         );
+        if self.policy().ipv6() {
+            script.rule(&chain, format_args!("ether type ip6 goto {}.in6", self.tap));
+        }
         script.rule(&chain, format_args!("ether type != ip {}", self.drop_to(DropReason::Protocol)));
         script.rule(&chain, format_args!("ether daddr != {mac} {neighbour}"));
         script.rule(&chain, format_args!("ip daddr != {address} {unsolicited}"));
         script
             .rule(&chain, format_args!("ip saddr {gateway} meta l4proto {{ tcp, udp }} th sport 53 accept"));
-        self.classes(script, Direction::In);
+        self.classes(script, Ip::V4, Direction::In);
         // The host put these together and took them apart again; connection tracking judged the whole.
         let ports = format!("{}.in-ports", self.tap);
         script.rule(&ports, format_args!("ip frag-off & 0x1fff != 0 accept"));
@@ -455,32 +530,36 @@ impl<'a> Rules<'a> {
     }
 
     /// The address of the other side: gateway, neighbours, denied, allowed, special, public, in this order.
-    fn classes(&self, script: &mut Script<'_>, direction: Direction) {
-        let (policy, network) = (self.policy(), self.guard.network());
-        let (chain, side) = (format!("{}.{}", self.tap, direction.chain()), direction.address());
-        let ports = format!("goto {}.{}-ports", self.tap, direction.chain());
-        let mut rule = |ranges: &str, verdict: &str| {
-            script.rule(&chain, format_args!("ip {side} {ranges} {verdict}"));
+    fn classes(&self, script: &mut Script<'_>, ip: Ip, direction: Direction) {
+        let (policy, subnet) = (self.policy(), self.guard.network().subnet());
+        let (gateway, neighbours) = match ip {
+            Ip::V4 => (subnet.gateway().to_string(), subnet.to_string()),
+            Ip::V6 => (ipv6_of(subnet.gateway()).to_string(), subnet.range6().to_string()),
         };
-        rule(&network.gateway().to_string(), &self.drop_to(DropReason::Gateway));
-        rule(&network.subnet().to_string(), &self.drop_to(DropReason::Neighbour));
-        if let Some(deny) = ranges(policy.deny().iter().copied()) {
+        let (tap, word, side) = (&self.tap, ip.word(), direction.address());
+        let chain = format!("{tap}.{}{}", direction.chain(), ip.suffix());
+        let ports = format!("goto {tap}.{}-ports", direction.chain());
+        let mut rule = |ranges: &str, verdict: &str| {
+            script.rule(&chain, format_args!("{word} {side} {ranges} {verdict}"));
+        };
+        rule(&gateway, &self.drop_to(DropReason::Gateway));
+        rule(&neighbours, &self.drop_to(DropReason::Neighbour));
+        if let Some(deny) = ip.ranges(policy.deny().iter().copied()) {
             rule(&deny, &self.drop_to(DropReason::Denied));
         }
-        if let Some(allow) = ranges(policy.allow().iter().copied()) {
+        if let Some(allow) = ip.ranges(policy.allow().iter().copied()) {
             rule(&allow, &ports);
         }
-        if let Some(special) = ranges(special_ranges()) {
+        if let Some(special) = ip.ranges(special_ranges()) {
             rule(&special, &self.drop_to(DropReason::Special));
         }
         // After the special ranges: whatever a name's answer says, it opens public addresses only.
         if !policy.domains().is_empty() {
-            let tap = &self.tap;
-            let names = format!("@{tap}.names");
+            let names = format!("@{tap}.names{}", ip.suffix());
             match direction {
                 // What is used stays open.
                 Direction::Out => {
-                    let renew = format!("update {names} {{ ip daddr timeout {NAME_LIFE} }} {ports}");
+                    let renew = format!("update {names} {{ {word} daddr timeout {NAME_LIFE} }} {ports}");
                     rule(&names, &renew);
                 }
                 Direction::In => rule(&names, &ports),
@@ -508,6 +587,9 @@ impl<'a> Rules<'a> {
         let tap = &self.tap;
         let (address, gateway) = (self.guard.address(), self.guard.network().gateway());
         skeleton(script, tap, &INET);
+        if self.policy().ipv6() {
+            skeleton(script, tap, &ipv6::INET);
+        }
         self.forget_names(script);
         self.drops(script, &INET_REASONS);
 
@@ -564,6 +646,10 @@ impl<'a> Rules<'a> {
         script.rule(&chain, format_args!("meta l4proto {{ tcp, udp }} masquerade to :1024-65535"));
         script.rule(&chain, format_args!("masquerade"));
         elements(script, address, &INET_MAPS);
+        if self.policy().ipv6() {
+            self.inet6(script);
+            elements(script, address, ipv6::INET.maps);
+        }
     }
 
     fn forward(&self, script: &mut Script<'_>, limit: &str) {
@@ -573,7 +659,7 @@ impl<'a> Rules<'a> {
         let chain = format!("{tap}.out");
         script.rule(&chain, format_args!("ct state != {{ new, established }} {unsolicited}"));
         script.rule(&chain, format_args!("ct direction reply {unsolicited}"));
-        self.classes(script, Direction::Out);
+        self.classes(script, Ip::V4, Direction::Out);
         self.ports(script, Direction::Out, &format!("goto {tap}.open"));
 
         let chain = format!("{tap}.open");
@@ -593,29 +679,31 @@ impl<'a> Rules<'a> {
             format_args!("ct count over {} {}", limits.connections, self.drop_to(DropReason::Connections)),
         );
         script.rule(&chain, format_args!("counter name \"{tap}.connections\""));
-        // Remembered only when it is reported, so that what the limit held back is reported the next time.
-        let new = self.report("new", DROP_SNAPLEN);
-        script.rule(
-            &chain,
-            format_args!(
-                "ip daddr . th dport != @{tap}.seen limit rate {NEWS_PER_SECOND}/second burst \
-                 {NEWS_PER_SECOND} packets add @{tap}.seen {{ ip daddr . th dport }} {new}"
-            ),
-        );
+        self.report_new(script, Ip::V4);
+        if self.policy().ipv6() {
+            self.report_new(script, Ip::V6);
+        }
         script.rule(&chain, format_args!("accept"));
 
         let chain = format!("{tap}.in");
         script.rule(&chain, format_args!("ct state != established {unsolicited}"));
         script.rule(&chain, format_args!("ct direction original {unsolicited}"));
-        self.classes(script, Direction::In);
+        self.classes(script, Ip::V4, Direction::In);
         self.ports(script, Direction::In, "accept");
     }
-}
 
-/// `{ a, b }`; `None` for no range, because nft has no empty anonymous set.
-fn ranges(ranges: impl Iterator<Item = Ipv4Net>) -> Option<String> {
-    let list: Vec<String> = ranges.map(|range| range.to_string()).collect();
-    (!list.is_empty()).then(|| format!("{{ {} }}", list.join(", ")))
+    /// Remembered only when it is reported, so that what the limit held back is reported the next time.
+    fn report_new(&self, script: &mut Script<'_>, ip: Ip) {
+        let (tap, word, new) = (&self.tap, ip.word(), self.report("new", DROP_SNAPLEN));
+        let (set, place) = (format!("@{tap}.seen{}", ip.suffix()), format!("{word} daddr . th dport"));
+        script.rule(
+            &format!("{tap}.open"),
+            format_args!(
+                "{place} != {set} limit rate {NEWS_PER_SECOND}/second burst {NEWS_PER_SECOND} packets \
+                 add {set} {{ {place} }} {new}"
+            ),
+        );
+    }
 }
 
 fn ports(rules: &[PortRule], protocol: Protocol) -> Option<String> {

@@ -12,7 +12,7 @@ mod validate;
 use std::fmt;
 use std::num::NonZeroU32;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -29,7 +29,8 @@ pub use validate::{
 /// Where a VM's packets may go.
 ///
 /// Whatever the policy, a VM reaches neither the host (at any of its addresses), nor another VM, nor the gateway
-/// except its resolver, nothing by IPv6, and nothing can open a connection to it.
+/// except its resolver, and nothing can open a connection to it. By IPv6 it reaches nothing unless a custom policy enables that;
+/// then the same is open and closed as by IPv4.
 ///
 /// ```
 /// use dev_box_net::EgressPolicy;
@@ -61,8 +62,8 @@ pub struct CustomPolicy {
     pub(crate) destinations: Destinations,
     pub(crate) ipv6: bool,
     pub(crate) ports: Vec<PortRule>,
-    pub(crate) allow: Vec<Ipv4Net>,
-    pub(crate) deny: Vec<Ipv4Net>,
+    pub(crate) allow: Vec<IpNet>,
+    pub(crate) deny: Vec<IpNet>,
     pub(crate) domains: Vec<DomainPattern>,
     pub(crate) limits: Limits,
 }
@@ -73,18 +74,23 @@ impl CustomPolicy {
         self.destinations
     }
 
+    /// Whether IPv6 is enabled.
+    pub fn ipv6(&self) -> bool {
+        self.ipv6
+    }
+
     /// Ports that may be reached at every allowed address; sorted, disjoint.
     pub fn ports(&self) -> &[PortRule] {
         &self.ports
     }
 
     /// Ranges that may be reached beyond (or instead of) the public ones; sorted, disjoint.
-    pub fn allow(&self) -> &[Ipv4Net] {
+    pub fn allow(&self) -> &[IpNet] {
         &self.allow
     }
 
     /// Ranges that may not be reached although another rule would allow them; sorted, disjoint.
-    pub fn deny(&self) -> &[Ipv4Net] {
+    pub fn deny(&self) -> &[IpNet] {
         &self.deny
     }
 
@@ -167,6 +173,11 @@ impl EgressPolicy {
         }
     }
 
+    /// What the resolver of a VM's own goes by.
+    pub(crate) fn names(&self) -> (&[DomainPattern], bool) {
+        (self.domains(), self.ipv6())
+    }
+
     /// A digest of what the policy means: equal for policies that differ only in the order of their rules or in
     /// whether defaults are written out, and stable from version to version, so that it can be put on record.
     pub fn digest(&self) -> PolicyDigest {
@@ -200,14 +211,14 @@ impl EgressPolicy {
         }
     }
 
-    pub(crate) fn allow(&self) -> &[Ipv4Net] {
+    pub(crate) fn allow(&self) -> &[IpNet] {
         match self {
             Self::Custom(custom) => &custom.allow,
             Self::NatFiltered | Self::Isolated => &[],
         }
     }
 
-    pub(crate) fn deny(&self) -> &[Ipv4Net] {
+    pub(crate) fn deny(&self) -> &[IpNet] {
         match self {
             Self::Custom(custom) => &custom.deny,
             Self::NatFiltered | Self::Isolated => &[],

@@ -1,3 +1,4 @@
+use ipnet::{Ipv4Net, Ipv6Net};
 use proptest::prelude::*;
 
 use super::*;
@@ -55,6 +56,23 @@ fn a_custom_policy_is_read_whole() {
 }
 
 #[test]
+fn ipv6_is_enabled_by_a_custom_policy_alone() {
+    assert!(!EgressPolicy::NatFiltered.ipv6() && !EgressPolicy::Isolated.ipv6());
+    let text = "mode = 'custom'\nipv6 = true\nallow = ['fd12::/32', '10.9.0.0/16', '2606:4700::/32']";
+    let policy = EgressPolicy::from_toml(text).unwrap();
+    let EgressPolicy::Custom(custom) = &policy else { panic!("{policy:?}") };
+    assert!(policy.ipv6() && custom.ipv6());
+    let allowed: Vec<String> = policy.allow().iter().map(ToString::to_string).collect();
+    assert_eq!(allowed, ["10.9.0.0/16", "2606:4700::/32", "fd12::/32"]);
+    assert_eq!(EgressPolicy::from_toml(&policy.to_toml()).unwrap(), policy);
+    let without = EgressPolicy::from_toml("mode = 'custom'").unwrap();
+    let with = EgressPolicy::from_toml("mode = 'custom'\nipv6 = true").unwrap();
+    assert!(!without.ipv6() && !without.to_toml().contains("ipv6"));
+    assert_ne!(without.digest(), with.digest());
+    assert_ne!(without.names(), with.names());
+}
+
+#[test]
 fn lists_close_the_rest_unless_told_otherwise() {
     for (text, destinations) in [
         ("", Destinations::Public),
@@ -93,7 +111,20 @@ fn errors_name_the_line_and_the_field() {
             "mode = 'custom'\nallow = ['10.0.0.1/8']",
             "allow[0]: \"10.0.0.1/8\" has bits set beyond its prefix: did you mean \"10.0.0.0/8\"?",
         ),
-        ("mode = 'custom'\ndeny = ['2001:db8::/32']", "deny[0]: \"2001:db8::/32\": VMs have no IPv6"),
+        ("mode = 'custom'\ndeny = ['2606:4700::/32']", "deny[0]: \"2606:4700::/32\": without `ipv6 = true`"),
+        ("mode = 'nat-filtered'\nipv6 = true", "line 3, ipv6: only mode \"custom\" has this field"),
+        ("mode = 'custom'\nipv6 = 'yes'", "egress policy, line 3: invalid type"),
+        (
+            "mode = 'custom'\nipv6 = true\nallow = ['2606:4700::1/32']",
+            "line 4, allow[0]: \"2606:4700::1/32\" has bits set beyond its prefix: did you mean \"2606:4700::/32\"?",
+        ),
+        ("mode = 'custom'\nipv6 = true\nallow = ['fe80::/64']", "fe80::/64 reaches addresses that are link-local"),
+        ("mode = 'custom'\nipv6 = true\nallow = ['::1/128']", "reserved"),
+        ("mode = 'custom'\nipv6 = true\nallow = ['64:ff9b::/96']", "reserved"),
+        ("mode = 'custom'\nipv6 = true\nallow = ['2002::/16']", "reserved"),
+        ("mode = 'custom'\nipv6 = true\nallow = ['ff02::/16']", "multicast"),
+        ("mode = 'custom'\nipv6 = true\nallow = ['2000::/3']", "which no policy can open"),
+        ("mode = 'custom'\nipv6 = true\nallow = ['2606:4700::/32', '2606:4700:1::/48']", "overlaps"),
         (
             "mode = 'custom'\nallow = ['10.0.0.0/8',\n'10.1.0.0/16']",
             "line 4, allow[1]: \"10.1.0.0/16\" overlaps \"10.0.0.0/8\"",
@@ -239,6 +270,23 @@ fn special_ranges_are_disjoint_and_classed() {
         ("239.1.1.1", Some(AddressClass::Multicast)),
         ("255.255.255.255", Some(AddressClass::Reserved)),
         ("1.1.1.1", None),
+        ("::1", Some(AddressClass::Reserved)),
+        ("::ffff:10.0.0.1", Some(AddressClass::Reserved)),
+        ("64:ff9b::a00:1", Some(AddressClass::Reserved)),
+        ("2001::1", Some(AddressClass::Reserved)),
+        ("2001:db8::1", Some(AddressClass::Reserved)),
+        ("2002:a00:1::1", Some(AddressClass::Reserved)),
+        ("3fff::1", Some(AddressClass::Reserved)),
+        ("5f00::1", Some(AddressClass::Reserved)),
+        ("fbff::1", Some(AddressClass::Reserved)),
+        ("fd00::1", Some(AddressClass::Private)),
+        ("fe80::1", Some(AddressClass::LinkLocal)),
+        ("fec0::1", Some(AddressClass::Reserved)),
+        ("ff02::1", Some(AddressClass::Multicast)),
+        ("2001:4860:4860::8888", None),
+        ("2606:4700:4700::1111", None),
+        ("2a00:1450::1", None),
+        ("3ffe:ffff::1", None),
     ] {
         assert_eq!(AddressClass::of(address.parse().unwrap()), class, "{address}");
     }
@@ -274,8 +322,26 @@ proptest! {
     }
 
     #[test]
+    fn what_is_not_unicast_is_special(raw in any::<u128>()) {
+        let address = std::net::Ipv6Addr::from(raw);
+        prop_assert!(raw >> 125 == 1 || AddressClass::of(address.into()).is_some(), "{}", address);
+    }
+
+    #[test]
+    fn no_valid_ipv6_range_reaches_what_none_may(raw in any::<u128>(), len in 0_u8..=128, unicast in any::<bool>()) {
+        let raw = if unicast { raw >> 3 | 1 << 125 } else { raw };
+        let net = IpNet::from(Ipv6Net::new(raw.into(), len).unwrap().trunc());
+        if EgressPolicy::from_toml(&format!("mode = 'custom'\nipv6 = true\nallow = ['{net}']")).is_ok() {
+            for (special, class) in class::SPECIAL {
+                let touches = net.contains(&special) || special.contains(&net);
+                prop_assert!(!touches || class.overridable() == Overridable::ByName, "{} reaches {}", net, special);
+            }
+        }
+    }
+
+    #[test]
     fn no_valid_range_reaches_what_none_may(raw in any::<u32>(), len in 0_u8..=32) {
-        let net = Ipv4Net::new(std::net::Ipv4Addr::from(raw), len).unwrap().trunc();
+        let net = IpNet::from(Ipv4Net::new(std::net::Ipv4Addr::from(raw), len).unwrap().trunc());
         let text = format!("mode = 'custom'\nallow = ['{net}']");
         if EgressPolicy::from_toml(&text).is_ok() {
             for (special, class) in class::SPECIAL {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use toml::de::{DeTable, DeValue};
 
 use super::class::{AddressClass, Overridable, SPECIAL};
@@ -97,10 +97,10 @@ pub enum PolicyProblem {
         reason: InvalidPort,
     },
     /// a range that cannot be read
-    #[error("\"{0}\" is not a CIDR: write an IPv4 network and its prefix length, as \"192.0.2.0/24\"")]
+    #[error("\"{0}\" is not a CIDR: write a network and its prefix length, as \"192.0.2.0/24\" or \"2606:4700::/32\"")]
     Cidr(String),
-    /// an IPv6 range
-    #[error("\"{0}\": VMs have no IPv6, so it can be neither allowed nor denied; remove it")]
+    /// an IPv6 range under a policy without IPv6
+    #[error("\"{0}\": without `ipv6 = true` nothing can be reached by IPv6: add that, or remove the range")]
     Ipv6(String),
     /// an address with bits set beyond its prefix
     #[error("\"{text}\" has bits set beyond its prefix: did you mean \"{network}\"?")]
@@ -108,13 +108,13 @@ pub enum PolicyProblem {
         /// As written.
         text: String,
         /// The network it lies in.
-        network: Ipv4Net,
+        network: IpNet,
     },
     /// a range that no policy may open
     #[error("{range} reaches addresses that are {class}, which no policy can open")]
     Forbidden {
         /// As written.
-        range: Ipv4Net,
+        range: IpNet,
         /// What it reaches.
         class: AddressClass,
     },
@@ -125,9 +125,9 @@ pub enum PolicyProblem {
     )]
     Spans {
         /// As written.
-        range: Ipv4Net,
+        range: IpNet,
         /// What it takes in.
-        special: Ipv4Net,
+        special: IpNet,
         /// What that is.
         class: AddressClass,
     },
@@ -147,9 +147,9 @@ pub enum PolicyProblem {
     #[error("{allow} can never be reached, because {deny} (deny[{index}]) covers it: remove one of them")]
     Shadowed {
         /// The allowed range.
-        allow: Ipv4Net,
+        allow: IpNet,
         /// The denied range.
-        deny: Ipv4Net,
+        deny: IpNet,
         /// Its place in `deny`, from 0.
         index: usize,
     },
@@ -261,8 +261,8 @@ fn custom(document: &PolicyDocument) -> Result<CustomPolicy, PolicyError> {
         None => port::NAT_FILTERED.to_vec(),
         Some(texts) => ports(texts)?,
     };
-    let allow = cidrs(ListName::Allow, &document.allow)?;
-    let deny = cidrs(ListName::Deny, &document.deny)?;
+    let allow = cidrs(ListName::Allow, &document.allow, document.ipv6)?;
+    let deny = cidrs(ListName::Deny, &document.deny, document.ipv6)?;
     let domains = domains(&document.domains)?;
     for (index, range) in allow.iter().enumerate() {
         openable(*range).map_err(|problem| PolicyError::rule(ListName::Allow, index, problem))?;
@@ -317,29 +317,27 @@ fn ports(texts: &[String]) -> Result<Vec<PortRule>, PolicyError> {
     Ok(rules)
 }
 
-fn cidrs(list: ListName, texts: &[String]) -> Result<Vec<Ipv4Net>, PolicyError> {
+fn cidrs(list: ListName, texts: &[String], ipv6: bool) -> Result<Vec<IpNet>, PolicyError> {
     bounded(list, texts, MAX_CIDRS)?;
-    let mut ranges: Vec<Ipv4Net> = Vec::with_capacity(texts.len());
+    let mut ranges: Vec<IpNet> = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
-        let range = cidr(text).map_err(|problem| PolicyError::rule(list, index, problem))?;
+        let range = cidr(text, ipv6).map_err(|problem| PolicyError::rule(list, index, problem))?;
         disjoint(list, index, range, &ranges, |one, other| one.contains(other) || other.contains(one))?;
         ranges.push(range);
     }
     Ok(ranges)
 }
 
-fn cidr(text: &str) -> Result<Ipv4Net, PolicyProblem> {
+fn cidr(text: &str, ipv6: bool) -> Result<IpNet, PolicyProblem> {
     match text.parse::<IpNet>() {
-        Ok(IpNet::V4(range)) if range.trunc() == range => Ok(range),
-        Ok(IpNet::V4(range)) => {
-            Err(PolicyProblem::HostBits { text: text.to_owned(), network: range.trunc() })
-        }
-        Ok(IpNet::V6(_)) => Err(PolicyProblem::Ipv6(text.to_owned())),
+        Ok(IpNet::V6(_)) if !ipv6 => Err(PolicyProblem::Ipv6(text.to_owned())),
+        Ok(range) if range.trunc() == range => Ok(range),
+        Ok(range) => Err(PolicyProblem::HostBits { text: text.to_owned(), network: range.trunc() }),
         Err(_) => Err(PolicyProblem::Cidr(text.to_owned())),
     }
 }
 
-fn openable(range: Ipv4Net) -> Result<(), PolicyProblem> {
+fn openable(range: IpNet) -> Result<(), PolicyProblem> {
     for (special, class) in SPECIAL {
         if class.overridable() == Overridable::Never && (special.contains(&range) || range.contains(&special))
         {

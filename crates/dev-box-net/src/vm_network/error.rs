@@ -78,6 +78,21 @@ pub enum NetError {
         #[source]
         source: io::Error,
     },
+    /// no IPv6
+    #[error(
+        "the policy enables IPv6, and VMs of this host have none: `ipv6 = true` under [host] of the configuration \
+         makes the network with it"
+    )]
+    NoIpv6,
+    /// no IPv6 yet
+    #[error(
+        "the policy enables IPv6, and the network {network} has none yet: it is made anew when no VM uses it, so end \
+         them first"
+    )]
+    Ipv6Later {
+        /// The network as it is.
+        network: String,
+    },
     /// VMs are still there
     #[error("{0} VM(s) still have a network: end them first")]
     InUse(usize),

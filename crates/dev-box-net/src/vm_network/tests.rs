@@ -61,8 +61,10 @@ impl World {
 fn settings(dir: &Path) -> NetSettings {
     let host = HostPaths {
         routes: dir.join("route"),
+        routes6: dir.join("route6"),
         interfaces: dir.join("interfaces"),
         ip_forward: dir.join("ip_forward"),
+        ipv6_forward: dir.join("ipv6_forward"),
         bridge_nf_call_iptables: dir.join("bridge_nf"),
         resolv_conf: dir.join("resolv.conf"),
     };
@@ -113,6 +115,64 @@ fn a_vm_gets_an_interface_whose_rules_stand() {
     assert!(world.libvirt.filters().unwrap().contains(&other.filter), "the other VM's too");
     world.network.detach(&world.libvirt, other).unwrap();
     assert!(world.is_clean());
+}
+
+fn with_ipv6() -> EgressPolicy {
+    EgressPolicy::from_toml("mode = 'custom'\nipv6 = true").unwrap()
+}
+
+#[test]
+fn ipv6_is_for_those_whose_policy_says_so() {
+    let world = World::with(|settings| {
+        settings.ipv6 = true;
+        // fddb::ad5:100/120, which is 10.213.1.0/24's.
+        let route = "fddb000000000000000000000ad50100 78 0 00 0 0 0 0 0 eth0\n";
+        fs::write(&settings.host.routes6, route).unwrap();
+    });
+    let plain = world.attach("a").unwrap();
+    assert_eq!((plain.address, plain.ipv6), (Ipv4Addr::new(10, 213, 2, 2), None));
+    assert!(plain.interface().filter.unwrap().parameters.is_empty());
+    let lease = world.network.attach(&world.libvirt, &name("b"), &with_ipv6()).unwrap().unwrap();
+    let ipv6 = lease.ipv6.unwrap();
+    assert_eq!((ipv6.address.to_string().as_str(), ipv6.prefix), ("fddb::ad5:203", 120));
+    assert_eq!(ipv6.gateway.to_string(), "fddb::ad5:201");
+    let parameters = lease.interface().filter.unwrap().parameters;
+    assert_eq!(parameters, [("IP6".to_owned(), "fddb::ad5:203".to_owned())]);
+
+    let found = world.network.verify_all(&world.libvirt).unwrap();
+    assert_eq!((found[&name("a")].forwarding6, found[&name("b")].forwarding6), (None, Some(false)));
+    assert!(found[&name("a")].carries() && !found[&name("b")].carries());
+    assert!(found[&name("b")].hindrance().unwrap().contains("net.ipv6.conf.all.forwarding=1"));
+    fs::write(&world.network.settings.host.ipv6_forward, "1\n").unwrap();
+    assert!(world.network.verify(&world.libvirt, &lease).unwrap().is_sound());
+
+    let (vm, settings) = (lease.vm.clone(), world.network.settings.clone());
+    drop(lease);
+    let adopted = VmNetwork::new(settings, world.firewall.clone()).adopt(&world.libvirt, &vm).unwrap();
+    assert_eq!(adopted.unwrap().ipv6, Some(ipv6));
+}
+
+#[test]
+fn a_network_gets_ipv6_when_nobody_uses_it() {
+    let mut world = World::new();
+    let refusal = |world: &World| {
+        let refused = world.network.attach(&world.libvirt, &name("b"), &with_ipv6());
+        refused.unwrap_err().to_string()
+    };
+    let one = world.attach("a").unwrap();
+    assert!(refusal(&world).contains("`ipv6 = true` under [host]"));
+    world.network.settings.ipv6 = true;
+    assert!(refusal(&world).contains("end them first"), "{}", refusal(&world));
+    world.attach("c").expect("others start as before");
+    world.network.detach(&world.libvirt, one).unwrap();
+    assert!(refusal(&world).contains("end them first"));
+    world.network.sweep(&world.libvirt).unwrap();
+    let lease = world.network.attach(&world.libvirt, &name("b"), &with_ipv6()).unwrap().unwrap();
+    assert!(lease.ipv6.is_some() && world.network().unwrap().active);
+    // It keeps it, for those who have it.
+    world.network.settings.ipv6 = false;
+    assert!(refusal(&world).contains("`ipv6 = true` under [host]"));
+    assert!(world.attach("d").unwrap().shape().gateway6().is_some());
 }
 
 #[test]

@@ -57,6 +57,12 @@ impl Verification {
                     .to_owned(),
             );
         }
+        if self.forwarding6 == Some(false) {
+            wrong.push(
+                "the host does not forward IPv6: sysctl net.ipv6.conf.all.forwarding=1, and the same in /etc/sysctl.d"
+                    .to_owned(),
+            );
+        }
         let rules = self.network_rules;
         if !rules.is_whole() {
             let gone = match (rules.nat, rules.forward) {
@@ -113,6 +119,7 @@ impl VmNetwork {
                 filter_in_force: in_force.get(&address).copied(),
                 names_served: names.map(|names| serving.get(&address) == Some(&names.digest())),
                 forwarding: self.settings.host.forwards(),
+                forwarding6: record.policy.ipv6().then(|| self.settings.host.forwards_ipv6()),
                 network_rules,
                 bridge_nf_call_iptables: self.settings.host.bridge_nf(),
             };
@@ -212,7 +219,7 @@ impl VmNetwork {
     ) -> Result<bool, NetError> {
         let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
         let _lock = self.lock()?;
-        let other_names = policy.domains() != record.policy.domains();
+        let other_names = policy.names() != record.policy.names();
         if other_names {
             // Before the set is emptied: an answer in between would open an old name's address.
             self.resolver.stop(address)?;

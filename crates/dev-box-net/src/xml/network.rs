@@ -1,8 +1,8 @@
-//! The libvirt network: NAT, a bridge of our own, a resolver, no DHCP, ports isolated from each other.
+//! The libvirt network: NAT, a bridge of our own, a resolver, no DHCP, ports isolated from each other; IPv6 where it is wanted.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use quick_xml::Reader;
 use quick_xml::events::Event;
 
@@ -18,16 +18,22 @@ const MAX_DEPTH: usize = 32;
 /// <https://libvirt.org/formatnetwork.html>
 pub fn network_xml(shape: &NetworkShape) -> String {
     let (gateway, prefix) = (shape.gateway().to_string(), shape.subnet().prefix().to_string());
+    let ipv6 = shape.gateway6();
+    let nat = if ipv6.is_some() { &[("ipv6", "yes")][..] } else { &[] };
     Xml::document(|xml| {
         xml.element("network", &[], |xml| {
             xml.text("name", shape.name())?;
             xml.element("forward", &[("mode", "nat")], |xml| {
-                xml.element("nat", &[], |xml| xml.empty("port", &[("start", "1024"), ("end", "65535")]))
+                xml.element("nat", nat, |xml| xml.empty("port", &[("start", "1024"), ("end", "65535")]))
             })?;
             xml.empty("bridge", &[("name", shape.bridge()), ("stp", "off"), ("delay", "0")])?;
             xml.empty("mac", &[("address", &shape.gateway_mac().to_string())])?;
             xml.empty("dns", &[("enable", "yes"), ("forwardPlainNames", "no")])?;
             xml.empty("ip", &[("address", &gateway), ("prefix", &prefix)])?;
+            if let Some(ipv6) = ipv6 {
+                let (address, prefix) = (ipv6.addr().to_string(), ipv6.prefix_len().to_string());
+                xml.empty("ip", &[("family", "ipv6"), ("address", &address), ("prefix", &prefix)])?;
+            }
             xml.empty("port", &[("isolated", "yes")])
         })
     })
@@ -46,8 +52,10 @@ pub struct FoundNetwork {
     pub addresses: Vec<Ipv4Net>,
     /// Whether it hands out addresses.
     pub dhcp: bool,
-    /// Whether it has IPv6.
-    pub ipv6: bool,
+    /// IPv6 addresses of the bridge.
+    pub addresses6: Vec<Ipv6Net>,
+    /// Whether it has an address that cannot be read.
+    pub unreadable: bool,
     /// Whether ports are isolated.
     pub isolated: bool,
 }
@@ -107,10 +115,11 @@ impl FoundNetwork {
             ["network", "mac"] => self.mac = get("address"),
             ["network", "port"] => self.isolated = get("isolated").as_deref() == Some("yes"),
             ["network", "ip"] => {
-                let address = get("address").and_then(|text| text.parse::<Ipv4Addr>().ok());
-                match address.and_then(|address| Ipv4Net::new(address, prefix(&get)?).ok()) {
-                    Some(net) => self.addresses.push(net),
-                    None => self.ipv6 = true,
+                let ipv6 = get("family").as_deref() == Some("ipv6");
+                match address(&get) {
+                    Some(IpNet::V4(net)) if !ipv6 => self.addresses.push(net),
+                    Some(IpNet::V6(net)) if ipv6 => self.addresses6.push(net),
+                    _ => self.unreadable = true,
                 }
             }
             ["network", "ip", "dhcp"] => self.dhcp = true,
@@ -129,8 +138,8 @@ impl FoundNetwork {
         if self.dhcp {
             return Err("it hands out addresses by DHCP".to_owned());
         }
-        if self.ipv6 {
-            return Err("it has IPv6".to_owned());
+        if self.unreadable {
+            return Err("it has an address that cannot be read".to_owned());
         }
         if !self.isolated {
             return Err("its ports are not isolated".to_owned());
@@ -142,7 +151,20 @@ impl FoundNetwork {
         if subnet.gateway() != net.addr() {
             return Err(format!("its gateway is {} rather than {}", net.addr(), subnet.gateway()));
         }
-        Ok(subnet)
+        let gateway6 = subnet.gateway6();
+        match self.addresses6.as_slice() {
+            [] => Ok(subnet),
+            [net] if *net == gateway6 => Ok(subnet),
+            [net] => Err(format!("its IPv6 gateway is {net} rather than {gateway6}")),
+            several => Err(format!("it has {} IPv6 addresses rather than one", several.len())),
+        }
+    }
+}
+
+fn address(get: &impl Fn(&str) -> Option<String>) -> Option<IpNet> {
+    match get("address")?.parse().ok()? {
+        IpAddr::V4(address) => Some(Ipv4Net::new(address, prefix(get)?).ok()?.into()),
+        IpAddr::V6(address) => Some(Ipv6Net::new(address, get("prefix")?.parse().ok()?).ok()?.into()),
     }
 }
 
@@ -166,6 +188,7 @@ mod tests {
     #[test]
     fn golden() {
         insta::assert_snapshot!(network_xml(&shape()));
+        insta::assert_snapshot!("with_ipv6", network_xml(&shape().with_ipv6()));
     }
 
     #[test]
@@ -174,6 +197,10 @@ mod tests {
         assert_eq!(found.subnet().unwrap(), shape().subnet());
         assert_eq!(found.bridge.as_deref(), Some("devbox0"));
         assert_eq!(found.mac, Some(shape().gateway_mac().to_string()));
+        assert!(found.addresses6.is_empty());
+        let found = FoundNetwork::read(&network_xml(&shape().with_ipv6())).unwrap();
+        assert_eq!(found.subnet().unwrap(), shape().subnet());
+        assert_eq!(found.addresses6, ["fddb::ad5:1/120".parse().unwrap()]);
     }
 
     #[test]
@@ -190,7 +217,13 @@ mod tests {
             (xml.replace("mode=\"nat\"", "mode='route'"), "NAT"),
             ("<network/>".to_owned(), "NAT"),
             (inside("<ip><dhcp/></ip>"), "DHCP"),
-            (inside("<ip family='ipv6' address='fd00::1' prefix='64'/>"), "IPv6"),
+            (inside("<ip family='ipv6' address='fd00::1' prefix='64'/>"), "IPv6 gateway is fd00::1/64 rather"),
+            (inside("<ip family='ipv6' address='fd00::1'/>"), "cannot be read"),
+            (inside("<ip family='ipv6' address='10.9.0.1' prefix='24'/>"), "cannot be read"),
+            (
+                inside(&"<ip family='ipv6' address='fddb::ad5:1' prefix='120'/>".repeat(2)),
+                "2 IPv6 addresses",
+            ),
             (xml.replace("isolated=\"yes\"", "isolated='no'"), "isolated"),
             (inside("<ip address='10.9.0.1' prefix='24'/>"), "2 IPv4 addresses"),
             (xml.replace("10.213.0.1", "10.213.0.9"), "gateway is 10.213.0.9"),

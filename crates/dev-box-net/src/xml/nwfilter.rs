@@ -6,14 +6,15 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use dev_box_core::spec::MacAddress;
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv6Net};
 use sha2::{Digest, Sha256};
 
 use super::Xml;
 use crate::guard::{FilterRule, FilterRules};
+use crate::identity::ipv6_of;
 use crate::network::NetworkShape;
 use crate::policy::{Destinations, EgressPolicy, Protocol, special_ranges};
 
@@ -29,6 +30,14 @@ pub struct FilterDefinition {
 }
 
 impl FilterDefinition {
+    /// The parameters that an interface which refers to it gives, beside `IP`.
+    pub fn parameters(policy: &EgressPolicy, address: Ipv4Addr) -> Vec<(String, String)> {
+        match policy.ipv6() {
+            true => vec![("IP6".to_owned(), ipv6_of(address).to_string())],
+            false => Vec::new(),
+        }
+    }
+
     /// The rules that libvirt makes of it for an interface.
     pub fn in_force(&self, mac: MacAddress, address: Ipv4Addr) -> FilterRules {
         let mut found = FilterRules::default();
@@ -50,7 +59,8 @@ const MAX_PRIORITY: i64 = 1000;
 /// the filter holds the ranges, and leaves their ports to the guard.
 const MAX_ALLOW_BY_PORT: usize = 512;
 
-/// The filter for VMs on `network` under `policy`. An interface that refers to it gives the parameter `IP`.
+/// The filter for VMs on `network` under `policy`. An interface that refers to it gives the parameter `IP`, and these
+/// [parameters](FilterDefinition::parameters).
 ///
 /// <https://libvirt.org/formatnwfilter.html>
 pub fn nwfilter(network: &NetworkShape, policy: &EgressPolicy) -> FilterDefinition {
@@ -115,27 +125,34 @@ impl Rule {
         let value = |key: &str| {
             let found = self.attributes.iter().find(|(name, _)| *name == key);
             found.map(|(_, value)| {
-                value.replace("$MAC", &mac.to_string()).replace("$IP", &address.to_string())
+                let value = value.replace("$MAC", &mac.to_string());
+                value
+                    .replace("$IP6", &ipv6_of(address).to_string())
+                    .replace("$IP", &address.to_string())
             })
         };
         let not = if value("match").as_deref() == Some("no") { "! " } else { "" };
         let mut text = match self.protocol {
             "arp" => "-p ARP".to_owned(),
             "ip" => "-p IPv4".to_owned(),
+            IPV6 => "-p IPv6".to_owned(),
             _ => String::new(),
         };
+        let word = if self.protocol == IPV6 { "ip6" } else { "ip" };
         for (key, and, option) in [
             ("srcmacaddr", None, "-s"),
             ("arpsrcmacaddr", None, "--arp-mac-src"),
             ("arpsrcipaddr", None, "--arp-ip-src"),
             ("arpdstipaddr", None, "--arp-ip-dst"),
-            ("srcipaddr", Some(("srcipmask", '/')), "--ip-src"),
-            ("dstipaddr", Some(("dstipmask", '/')), "--ip-dst"),
-            ("protocol", None, "--ip-proto"),
-            ("srcportstart", Some(("srcportend", ':')), "--ip-sport"),
-            ("dstportstart", Some(("dstportend", ':')), "--ip-dport"),
+            ("srcipaddr", Some(("srcipmask", '/')), "--{}-src"),
+            ("dstipaddr", Some(("dstipmask", '/')), "--{}-dst"),
+            ("protocol", None, "--{}-proto"),
+            ("srcportstart", Some(("srcportend", ':')), "--{}-sport"),
+            ("dstportstart", Some(("dstportend", ':')), "--{}-dport"),
+            ("type", Some(("typeend", ':')), "--{}-icmp-type"),
         ] {
             let Some(first) = value(key) else { continue };
+            let option = option.replace("{}", word);
             // Writing to a String cannot fail.
             let _ = write!(text, " {option} {not}{first}");
             if let Some((second, sign)) = and.and_then(|(key, sign)| Some((value(key)?, sign))) {
@@ -187,11 +204,33 @@ fn rules(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
             rules.push(rule(Action::Accept, direction, "ip", &attributes));
         }
     }
+    if policy.ipv6() {
+        rules.extend(neighbour_discovery());
+    }
     rules.extend(outbound(network, policy));
     rules.extend(inbound(network, policy));
     rules.push(rule(Action::Drop, Direction::Out, "mac", &[]));
     rules.push(rule(Action::Drop, Direction::In, "mac", &[]));
     rules
+}
+
+/// libvirt's word for IPv6 by ebtables; `ip` is the other.
+const IPV6: &str = "ipv6";
+
+/// Public addresses are in here (RFC 4291): so that the special ranges outside are one rule.
+const UNICAST: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 0), 3);
+
+/// Nothing but the VM's own address, and solicitations and advertisements (RFC 4861) wherever they go: what is in them is the
+/// guard's.
+fn neighbour_discovery() -> Vec<Rule> {
+    let (out, inward) = (Direction::Out, Direction::In);
+    let messages = [("protocol", "icmpv6"), ("type", "135"), ("typeend", "136")];
+    vec![
+        rule(Action::Drop, out, IPV6, &[("match", "no"), ("srcipaddr", "$IP6")]),
+        rule(Action::Accept, out, IPV6, &messages),
+        rule(Action::Accept, inward, IPV6, &messages),
+        rule(Action::Drop, inward, IPV6, &[("match", "no"), ("dstipaddr", "$IP6")]),
+    ]
 }
 
 /// What may leave: the static classes are held here.
@@ -200,7 +239,7 @@ fn outbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
     let mut rules = Vec::new();
     if !policy.allow().is_empty() {
         // Otherwise one of the special ranges covers it.
-        rules.push(range(Action::Drop, out, network.subnet().range(), None));
+        rules.extend(neighbours(network, policy).map(|near| range(Action::Drop, out, near, None)));
     }
     rules.extend(policy.deny().iter().map(|deny| range(Action::Drop, out, *deny, None)));
     for allow in policy.allow() {
@@ -210,12 +249,31 @@ fn outbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
             rules.push(range(Action::Accept, out, *allow, None));
         }
     }
-    let special = Ipv4Net::aggregate(&special_ranges().collect());
+    let special = IpNet::aggregate(&special_ranges().filter(|special| by_itself(policy, special)).collect());
     rules.extend(special.into_iter().map(|special| range(Action::Drop, out, special, None)));
+    if policy.ipv6() {
+        let mut outside = range(Action::Drop, out, UNICAST.into(), None);
+        outside.attributes.push(("match", "no".to_owned()));
+        rules.push(outside);
+    }
     if opens_public(policy) {
-        rules.extend(ports(policy).map(|port| at_any_address(out, &port)));
+        rules.extend(at_any_address(policy, out));
     }
     rules
+}
+
+/// Whether a special range has a rule of its own.
+fn by_itself(policy: &EgressPolicy, special: &IpNet) -> bool {
+    match special {
+        IpNet::V4(_) => true,
+        IpNet::V6(special) => policy.ipv6() && UNICAST.contains(special),
+    }
+}
+
+fn neighbours(network: &NetworkShape, policy: &EgressPolicy) -> impl Iterator<Item = IpNet> {
+    let subnet = network.subnet();
+    let ipv6 = policy.ipv6().then(|| subnet.range6().into());
+    [subnet.range().into()].into_iter().chain(ipv6)
 }
 
 /// Whether any public address may be written to, as far as this filter can tell: which addresses a name has is known to
@@ -229,7 +287,8 @@ fn opens_public(policy: &EgressPolicy) -> bool {
 /// repeated here: libvirt runs a command for each rule at each start of a VM.
 fn inbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
     let inward = Direction::In;
-    let mut rules = vec![range(Action::Drop, inward, network.subnet().range(), None)];
+    let mut rules: Vec<Rule> =
+        neighbours(network, policy).map(|near| range(Action::Drop, inward, near, None)).collect();
     let public = opens_public(policy);
     for allow in policy.allow() {
         if !by_port(policy) {
@@ -239,7 +298,7 @@ fn inbound(network: &NetworkShape, policy: &EgressPolicy) -> Vec<Rule> {
         }
     }
     if public {
-        rules.extend(ports(policy).map(|port| at_any_address(inward, &port)));
+        rules.extend(at_any_address(policy, inward));
     }
     rules
 }
@@ -248,9 +307,15 @@ fn by_port(policy: &EgressPolicy) -> bool {
     policy.allow().len() * policy.ports().len() <= MAX_ALLOW_BY_PORT
 }
 
-fn at_any_address(direction: Direction, (protocol, start, end): &(&'static str, String, String)) -> Rule {
+fn at_any_address(policy: &EgressPolicy, direction: Direction) -> impl Iterator<Item = Rule> + '_ {
     let (_, first, last) = sides(direction);
-    rule(Action::Accept, direction, "ip", &[("protocol", *protocol), (first, start), (last, end)])
+    let families = if policy.ipv6() { &["ip", IPV6][..] } else { &["ip"] };
+    families.iter().flat_map(move |family| {
+        ports(policy).map(move |(protocol, start, end)| {
+            let attributes = vec![("protocol", protocol.to_owned()), (first, start), (last, end)];
+            Rule { action: Action::Accept, direction, protocol: family, attributes }
+        })
+    })
 }
 
 /// The attributes for the other side's address and ports.
@@ -261,14 +326,15 @@ fn sides(direction: Direction) -> (&'static str, &'static str, &'static str) {
     }
 }
 
-fn range(action: Action, direction: Direction, range: Ipv4Net, port: Option<(&str, String, String)>) -> Rule {
+fn range(action: Action, direction: Direction, range: IpNet, port: Option<(&str, String, String)>) -> Rule {
     let (address, first, last) = sides(direction);
     let mask = if address == "dstipaddr" { "dstipmask" } else { "srcipmask" };
     let mut attributes = vec![(address, range.addr().to_string()), (mask, range.prefix_len().to_string())];
     if let Some((protocol, start, end)) = port {
         attributes.extend([("protocol", protocol.to_owned()), (first, start), (last, end)]);
     }
-    Rule { action, direction, protocol: "ip", attributes }
+    let protocol = if matches!(range, IpNet::V6(_)) { IPV6 } else { "ip" };
+    Rule { action, direction, protocol, attributes }
 }
 
 fn ports(policy: &EgressPolicy) -> impl Iterator<Item = (&'static str, String, String)> + '_ {
@@ -301,6 +367,15 @@ mod tests {
             "mode='custom'\nports=['tcp/443','udp/5000-5001']\nallow=['10.9.0.0/16']\ndeny=['10.9.9.0/24']",
         );
         insta::assert_snapshot!(nwfilter(&shape(), &policy.unwrap()).xml);
+    }
+
+    #[test]
+    fn golden_ipv6() {
+        let policy = EgressPolicy::from_toml(
+            "mode='custom'\nipv6=true\nports=['tcp/443']\nallow=['fd12::/32']\ndeny=['2606:4700::/32']\n\
+             destinations='public'",
+        );
+        insta::assert_snapshot!(nwfilter(&shape().with_ipv6(), &policy.unwrap()).xml);
     }
 
     #[test]

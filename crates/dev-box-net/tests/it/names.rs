@@ -78,7 +78,7 @@ impl<'a> Names<'a> {
         self.resolver.stop(address).unwrap();
         let guard = VmGuard::new(name.clone(), shape(), address, policy.clone()).unwrap();
         self.lab.firewall.apply(&guard.forgetting_names()).unwrap();
-        if let Some(names) = NameService::new(name, shape(), address, policy.domains()) {
+        if let Some(names) = NameService::new(name, shape(), address, policy) {
             self.resolver.serve(&names).unwrap();
             assert_eq!(self.resolver.serving().unwrap().get(&address), Some(&names.digest()));
         }

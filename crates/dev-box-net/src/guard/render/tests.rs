@@ -29,6 +29,24 @@ fn golden_custom() {
     insta::assert_snapshot!(render_apply(&guard(policy.unwrap())));
 }
 
+fn with_ipv6() -> VmGuard {
+    let policy = EgressPolicy::from_toml(
+        "mode='custom'\nipv6=true\nports=['tcp/443']\nallow=['fd12::/32']\ndeny=['2606:4700::/32']\n\
+         domains=['github.com']",
+    );
+    guard(policy.unwrap())
+}
+
+#[test]
+fn golden_ipv6() {
+    let text = render_apply(&with_ipv6().forgetting_names());
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains('6') && line.contains("dbt")).collect();
+    let without = render_apply(&guard(EgressPolicy::NatFiltered));
+    insta::assert_snapshot!(
+        lines.into_iter().filter(|line| !without.contains(line)).collect::<Vec<_>>().join("\n")
+    );
+}
+
 #[test]
 fn golden_remove_and_clear() {
     insta::assert_snapshot!(render_remove(Ipv4Addr::new(10, 213, 0, 2)));
@@ -71,25 +89,25 @@ fn names_have_a_resolver_and_a_set_that_opens_nothing_special() {
 
 #[test]
 fn every_drop_has_its_chain_and_every_chain_an_end() {
-    let text = render_apply(&guard(EgressPolicy::NatFiltered));
-    for target in text.lines().filter_map(|line| line.split_once(" goto ")).map(|(_, target)| target) {
-        assert!(text.contains(&format!("dev_box {target}\n")), "no chain {target}");
-    }
-    let families = [("bridge", &BRIDGE_CHAINS[..]), ("inet", &INET_CHAINS[..])];
-    for (family, chains) in families {
-        for chain in chains {
-            let start = format!("add rule {family} dev_box dbt0ad50002.{chain} ");
-            let last = text.lines().filter_map(|line| line.strip_prefix(&start)).next_back().unwrap();
-            let ends = last.starts_with("goto ") || ["accept", "masquerade"].contains(&last);
-            assert!(ends, "{family} {chain} ends with {last}");
+    for guard in [guard(EgressPolicy::NatFiltered), with_ipv6()] {
+        let text = render_apply(&guard);
+        for target in text.lines().filter_map(|line| line.split_once(" goto ")).map(|(_, target)| target) {
+            assert!(text.contains(&format!("dev_box {target}\n")), "no chain {target}");
+        }
+        for (family, own) in OWN.into_iter().take(if guard.policy().ipv6() { 4 } else { 2 }) {
+            for chain in own.chains {
+                let start = format!("add rule {family} dev_box dbt0ad50002.{chain} ");
+                let last = text.lines().filter_map(|line| line.strip_prefix(&start)).next_back().unwrap();
+                let ends = last.starts_with("goto ") || ["accept", "masquerade"].contains(&last);
+                assert!(ends, "{family} {chain} ends with {last}");
+            }
         }
     }
 }
 
 #[test]
 fn what_is_added_is_removed() {
-    let (apply, remove) =
-        (render_apply(&guard(EgressPolicy::NatFiltered)), render_remove(Ipv4Addr::new(10, 213, 0, 2)));
+    let (apply, remove) = (render_apply(&with_ipv6()), render_remove(Ipv4Addr::new(10, 213, 0, 2)));
     for object in ["chain", "counter"] {
         for line in
             apply.lines().filter(|line| line.starts_with(&format!("add {object} ")) && line.contains("dbt"))
