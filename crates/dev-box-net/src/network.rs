@@ -57,11 +57,7 @@ impl NetworkShape {
     /// The IPv6 address that goes with an IPv4 address of the network, where it has IPv6.
     pub fn ipv6_of(&self, address: Ipv4Addr) -> Option<Ipv6Lease> {
         let gateway = self.gateway6()?;
-        Some(Ipv6Lease {
-            address: ipv6_of(address),
-            prefix: gateway.prefix_len(),
-            gateway: gateway.addr(),
-        })
+        Some(Ipv6Lease { address: ipv6_of(address), prefix: gateway.prefix_len(), gateway: gateway.addr() })
     }
 
     /// libvirt's name for it.

@@ -65,12 +65,7 @@ impl fmt::Display for NamesDigest {
 
 impl NameService {
     /// The names of a VM's policy; `None` when there are none, and it needs no resolver of its own.
-    pub fn new(
-        vm: VmName,
-        network: NetworkShape,
-        address: Ipv4Addr,
-        policy: &EgressPolicy,
-    ) -> Option<Self> {
+    pub fn new(vm: VmName, network: NetworkShape, address: Ipv4Addr, policy: &EgressPolicy) -> Option<Self> {
         let domains = policy.domains().to_vec();
         (!domains.is_empty()).then(|| Self { vm, network, address, domains, ipv6: policy.ipv6() })
     }

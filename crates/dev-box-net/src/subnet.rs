@@ -206,7 +206,9 @@ mod tests {
     fn ipv6_routes_among_ours_take_their_subnets() {
         let line = |destination: &str, length: &str, interface: &str| {
             let none = "0".repeat(32);
-            format!("{destination} {length} {none} 00 {none} 00000100 00000001 00000000 00000001 {interface:>8}\n")
+            format!(
+                "{destination} {length} {none} 00 {none} 00000100 00000001 00000000 00000001 {interface:>8}\n"
+            )
         };
         let ours = "fddb00000000000000000000\
                     0ad50100";

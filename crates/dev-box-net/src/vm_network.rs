@@ -669,21 +669,19 @@ impl VmNetwork {
 
     fn define<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<NetworkShape, NetError> {
         let settings = &self.settings;
-        let subnet = match settings.subnet {
-            Some(subnet) => subnet,
-            None => {
-                let mut routes =
-                    settings.host.routes(&settings.bridge).map_err(|source| NetError::Host {
-                        path: settings.host.routes.clone(),
-                        what: "read",
-                        source,
+        let subnet =
+            match settings.subnet {
+                Some(subnet) => subnet,
+                None => {
+                    let mut routes = settings.host.routes(&settings.bridge).map_err(|source| {
+                        NetError::Host { path: settings.host.routes.clone(), what: "read", source }
                     })?;
-                if settings.ipv6 {
-                    routes.extend(settings.host.routes6(&settings.bridge));
+                    if settings.ipv6 {
+                        routes.extend(settings.host.routes6(&settings.bridge));
+                    }
+                    Subnet::choose(Subnet::candidates(), &routes)?
                 }
-                Subnet::choose(Subnet::candidates(), &routes)?
-            }
-        };
+            };
         let mut shape = NetworkShape::new(&settings.name, &settings.bridge, subnet)?;
         if settings.ipv6 {
             shape = shape.with_ipv6();

@@ -118,7 +118,10 @@ fn errors_name_the_line_and_the_field() {
             "mode = 'custom'\nipv6 = true\nallow = ['2606:4700::1/32']",
             "line 4, allow[0]: \"2606:4700::1/32\" has bits set beyond its prefix: did you mean \"2606:4700::/32\"?",
         ),
-        ("mode = 'custom'\nipv6 = true\nallow = ['fe80::/64']", "fe80::/64 reaches addresses that are link-local"),
+        (
+            "mode = 'custom'\nipv6 = true\nallow = ['fe80::/64']",
+            "fe80::/64 reaches addresses that are link-local",
+        ),
         ("mode = 'custom'\nipv6 = true\nallow = ['::1/128']", "reserved"),
         ("mode = 'custom'\nipv6 = true\nallow = ['64:ff9b::/96']", "reserved"),
         ("mode = 'custom'\nipv6 = true\nallow = ['2002::/16']", "reserved"),

@@ -97,7 +97,9 @@ pub enum PolicyProblem {
         reason: InvalidPort,
     },
     /// a range that cannot be read
-    #[error("\"{0}\" is not a CIDR: write a network and its prefix length, as \"192.0.2.0/24\" or \"2606:4700::/32\"")]
+    #[error(
+        "\"{0}\" is not a CIDR: write a network and its prefix length, as \"192.0.2.0/24\" or \"2606:4700::/32\""
+    )]
     Cidr(String),
     /// an IPv6 range under a policy without IPv6
     #[error("\"{0}\": without `ipv6 = true` nothing can be reached by IPv6: add that, or remove the range")]

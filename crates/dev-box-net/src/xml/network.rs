@@ -217,13 +217,13 @@ mod tests {
             (xml.replace("mode=\"nat\"", "mode='route'"), "NAT"),
             ("<network/>".to_owned(), "NAT"),
             (inside("<ip><dhcp/></ip>"), "DHCP"),
-            (inside("<ip family='ipv6' address='fd00::1' prefix='64'/>"), "IPv6 gateway is fd00::1/64 rather"),
+            (
+                inside("<ip family='ipv6' address='fd00::1' prefix='64'/>"),
+                "IPv6 gateway is fd00::1/64 rather",
+            ),
             (inside("<ip family='ipv6' address='fd00::1'/>"), "cannot be read"),
             (inside("<ip family='ipv6' address='10.9.0.1' prefix='24'/>"), "cannot be read"),
-            (
-                inside(&"<ip family='ipv6' address='fddb::ad5:1' prefix='120'/>".repeat(2)),
-                "2 IPv6 addresses",
-            ),
+            (inside(&"<ip family='ipv6' address='fddb::ad5:1' prefix='120'/>".repeat(2)), "2 IPv6 addresses"),
             (xml.replace("isolated=\"yes\"", "isolated='no'"), "isolated"),
             (inside("<ip address='10.9.0.1' prefix='24'/>"), "2 IPv4 addresses"),
             (xml.replace("10.213.0.1", "10.213.0.9"), "gateway is 10.213.0.9"),

@@ -126,9 +126,7 @@ impl Rule {
             let found = self.attributes.iter().find(|(name, _)| *name == key);
             found.map(|(_, value)| {
                 let value = value.replace("$MAC", &mac.to_string());
-                value
-                    .replace("$IP6", &ipv6_of(address).to_string())
-                    .replace("$IP", &address.to_string())
+                value.replace("$IP6", &ipv6_of(address).to_string()).replace("$IP", &address.to_string())
             })
         };
         let not = if value("match").as_deref() == Some("no") { "! " } else { "" };

@@ -117,7 +117,7 @@ pub(crate) fn other(target: MacAddress, ethertype: u16, payload: &[u8]) -> Vec<u
     frame
 }
 
-fn ethernet(target: MacAddress, source: MacAddress, vlan: Option<u16>, ethertype: u16) -> Vec<u8> {
+pub(crate) fn ethernet(target: MacAddress, source: MacAddress, vlan: Option<u16>, ethertype: u16) -> Vec<u8> {
     let mut frame = [target.bytes(), source.bytes()].concat();
     if let Some(vlan) = vlan {
         frame.extend([0x81, 0]);
@@ -128,7 +128,7 @@ fn ethernet(target: MacAddress, source: MacAddress, vlan: Option<u16>, ethertype
 }
 
 /// RFC 1071.
-fn checksum(bytes: &[u8]) -> u16 {
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     let mut sum = 0_u32;
     for pair in bytes.chunks(2) {
         sum += u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0));

@@ -148,7 +148,7 @@ fn allowed() -> Vec<Probe> {
 }
 
 /// Runs `test` with the sysctl off, and on where there is one.
-fn both_ways(test: impl Fn(&Lab, bool)) {
+pub(crate) fn both_ways(test: impl Fn(&Lab, bool)) {
     both_ways_in(Lab::new, test);
 }
 
@@ -163,13 +163,13 @@ pub(crate) fn both_ways_in(new: impl Fn() -> Option<Lab>, test: impl Fn(&Lab, bo
     }
 }
 
-fn none_arrives(lab: &Lab, probes: &[Probe]) {
+pub(crate) fn none_arrives(lab: &Lab, probes: &[Probe]) {
     for (probe, arrived) in probes.iter().zip(all(lab, probes)) {
         assert!(!arrived, "got through the guard: {probe:?}");
     }
 }
 
-fn all_arrive(lab: &Lab, probes: &[Probe], when: &str) {
+pub(crate) fn all_arrive(lab: &Lab, probes: &[Probe], when: &str) {
     for (probe, arrived) in probes.iter().zip(all(lab, probes)) {
         assert!(arrived, "did not arrive {when}: {probe:?}");
     }

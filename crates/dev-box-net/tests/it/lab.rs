@@ -174,14 +174,16 @@ impl Lab {
                 self._listeners.push(listener);
             }
             for port in udp.iter().copied() {
-                let socket = self.within(place, || UdpSocket::bind(any(port)).unwrap());
-                let arrived = Arc::clone(&self.arrived);
-                thread::spawn(move || echo(place, &socket, &arrived));
+                self.answer(place, self.within(place, || UdpSocket::bind(any(port)).unwrap()));
             }
-            let socket = self.within(place, || UdpSocket::bind("[::]:4446").unwrap());
-            let arrived = Arc::clone(&self.arrived);
-            thread::spawn(move || echo(place, &socket, &arrived));
+            self.answer(place, self.within(place, || UdpSocket::bind("[::]:4446").unwrap()));
         }
+    }
+
+    /// Answers datagrams at a socket of that place, and notes them.
+    pub(crate) fn answer(&self, place: Place, socket: UdpSocket) {
+        let arrived = Arc::clone(&self.arrived);
+        thread::spawn(move || echo(place, &socket, &arrived));
     }
 
     /// Runs `work` in the namespace, on a thread of its own.
@@ -239,7 +241,7 @@ fn echo(place: Place, socket: &UdpSocket, arrived: &Arrived) {
     }
 }
 
-fn run(command: &str) {
+pub(crate) fn run(command: &str) {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));

@@ -8,7 +8,9 @@
 #![expect(clippy::unwrap_used, clippy::print_stderr, reason = "test code; a test that cannot run says so")]
 
 mod frame;
+mod frame6;
 mod guard;
+mod ipv6;
 mod lab;
 mod names;
 mod probe;

@@ -12,6 +12,7 @@ use nix::sys::socket::{
 };
 
 use crate::frame::{BROADCAST, Packet, arp, other};
+use crate::frame6::Packet6;
 use crate::lab::{Lab, Place, VM_A};
 
 /// How long a packet is waited for.
@@ -27,6 +28,8 @@ pub(crate) enum Kind {
     Raw(Packet),
     /// A packet made by hand reaches an interface at that place.
     Seen(Packet, Place),
+    /// As `Seen`: one of IPv6.
+    Seen6(Packet6, Place),
     /// As `Seen`: ARP (operation, sender's Ethernet and IP address, target's IP address).
     Arp(u8, dev_box_core::spec::MacAddress, Ipv4Addr, Ipv4Addr, Place),
     /// The host answers ARP sent to that Ethernet address, asking for that IP address.
@@ -95,6 +98,10 @@ impl Probe {
             }
             Kind::Seen(packet, at) => {
                 self.sniffed(lab, *at, &fresh(packet).frame(mark), |frame| contains(frame, mark))
+            }
+            Kind::Seen6(packet, at) => {
+                let frame = packet.frame(20_000 + (number % 20_000) as u16, mark);
+                self.sniffed(lab, *at, &frame, |frame| contains(frame, mark))
             }
             Kind::Arp(operation, mac, ip, target, at) => {
                 self.sniffed(lab, *at, &arp(*operation, BROADCAST, (*mac, *ip), *target, mark), |frame| {

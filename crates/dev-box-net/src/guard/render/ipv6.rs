@@ -83,8 +83,7 @@ impl Rules<'_> {
                 u128::from(gateway)
             ),
         );
-        script
-            .rule(&chain, format_args!("ether daddr != {mac} {}", self.drop_to(DropReason::Neighbour)));
+        script.rule(&chain, format_args!("ether daddr != {mac} {}", self.drop_to(DropReason::Neighbour)));
         script.rule(&chain, format_args!("ip6 daddr != {own} {}", self.drop_to(DropReason::Unsolicited)));
         self.classes(script, Ip::V6, super::Direction::In);
     }
