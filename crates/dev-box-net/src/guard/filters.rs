@@ -10,10 +10,10 @@
 //! that ebtables writes.)
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use dev_box_core::spec::MacAddress;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::FirewallError;
 use crate::identity::address_of_tap;
@@ -106,11 +106,11 @@ impl FilterRule {
 
 /// One spelling for what has several.
 fn normal(option: &str, value: &str) -> String {
-    let address = || Some(value.parse::<Ipv4Net>().ok()?.trunc().to_string());
-    let single = || Some(Ipv4Net::from(value.parse::<Ipv4Addr>().ok()?).to_string());
+    let address = || Some(value.parse::<IpNet>().ok()?.trunc().to_string());
+    let single = || Some(IpNet::from(value.parse::<IpAddr>().ok()?).to_string());
     let masked = || {
         let (address, mask) = value.split_once('/')?;
-        let network = Ipv4Net::with_netmask(address.parse().ok()?, mask.parse().ok()?).ok()?;
+        let network = IpNet::with_netmask(address.parse().ok()?, mask.parse().ok()?).ok()?;
         Some(network.trunc().to_string())
     };
     let mac = || {
@@ -122,9 +122,13 @@ fn normal(option: &str, value: &str) -> String {
     let known = match (option, value) {
         ("-p", "IPv4" | "0x800" | "0x0800") => Some("IPv4".to_owned()),
         ("-p", "ARP" | "0x806" | "0x0806") => Some("ARP".to_owned()),
-        ("--ip-proto", "tcp" | "6") => Some("tcp".to_owned()),
-        ("--ip-proto", "udp" | "17") => Some("udp".to_owned()),
-        ("--ip-sport" | "--ip-dport", _) => {
+        ("-p", "IPv6" | "0x86dd" | "0x86DD") => Some("IPv6".to_owned()),
+        ("--ip-proto" | "--ip6-proto", "tcp" | "6") => Some("tcp".to_owned()),
+        ("--ip-proto" | "--ip6-proto", "udp" | "17") => Some("udp".to_owned()),
+        ("--ip6-proto", "icmpv6" | "ipv6-icmp" | "58") => Some("icmpv6".to_owned()),
+        // With every code.
+        ("--ip6-icmp-type", _) => value.strip_suffix("/0:255").map(str::to_owned),
+        ("--ip-sport" | "--ip-dport" | "--ip6-sport" | "--ip6-dport", _) => {
             value.split_once(':').and_then(|(first, last)| (first == last).then(|| first.to_owned()))
         }
         _ => address().or_else(single).or_else(masked).or_else(mac),
@@ -310,6 +314,16 @@ mod tests {
             ("--ip-dst 10.0.0.0/8 -j DROP", "--ip-dst 10.0.0.0/255.0.0.0 -j DROP"),
             ("--ip-proto udp --ip-dport 53 -j ACCEPT", "--ip-proto 17 --ip-dport 53:53 -j ACCEPT"),
             ("-p IPv4 --ip-dst 0.0.0.0/0 -j DROP", "-p IPv4 -j DROP"),
+            (
+                "-p IPv6 --ip6-src ! fddb::ad5:2 -j DROP",
+                "-p 0x86DD ! --ip6-src fddb:0::0ad5:0002/128 -j DROP",
+            ),
+            ("-p IPv6 --ip6-dst 2000::/3 -j DROP", "-p IPv6 --ip6-dst 2000::/e000:: -j DROP"),
+            (
+                "-p IPv6 --ip6-proto icmpv6 --ip6-icmp-type 135:136 -j ACCEPT",
+                "-p IPv6 --ip6-proto ipv6-icmp --ip6-icmp-type 135:136/0:255 -j ACCEPT",
+            ),
+            ("--ip6-proto tcp --ip6-dport 443:443 -j ACCEPT", "--ip6-proto 6 --ip6-dport 443 -j ACCEPT"),
         ] {
             assert_eq!(FilterRule::read(one), FilterRule::read(other), "{one}");
         }
@@ -321,6 +335,8 @@ mod tests {
             ("--ip-dport 80 -j ACCEPT", "--ip-dport 80 -j DROP"),
             ("--ip-dst ! 0.0.0.0/0 -j DROP", "-j DROP"),
             ("--log -j DROP", "-j DROP"),
+            ("-p IPv6 --ip6-dst 2001::/23 -j DROP", "-p IPv6 --ip6-dst 2001::/24 -j DROP"),
+            ("--ip6-icmp-type 135:136 -j ACCEPT", "--ip6-icmp-type 135:136/1:1 -j ACCEPT"),
             ("stray -j DROP", "-j DROP"),
         ] {
             assert_ne!(FilterRule::read(one), FilterRule::read(other), "{one}");

@@ -303,6 +303,15 @@ fn inet_base(script: &mut Script<'_>) {
     script.rule("output", format_args!("oifname @bridges {}", ipv6::NEIGHBOUR_DISCOVERY));
     script.rule("output", format_args!("oifname @bridges drop"));
     script.base("forward", "forward", -10);
+    // No error that says "packet too big" reaches a VM: so that its connections fit the way beyond the host from the start.
+    for direction in ["iifname", "oifname"] {
+        script.rule(
+            "forward",
+            format_args!(
+                "{direction} @bridges tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
+            ),
+        );
+    }
     // From one VM to another by way of the gateway: the sender's chain judges it, and drops it.
     script.rule("forward", format_args!("iifname @bridges ip saddr vmap @from-guest"));
     script.rule("forward", format_args!("iifname @bridges ip6 saddr vmap @from-guest6"));

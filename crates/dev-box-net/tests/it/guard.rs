@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,10 +11,12 @@ use dev_box_core::spec::MacAddress;
 use dev_box_net::EgressPolicy;
 use dev_box_net::guard::{DropReason, Firewall as _, NftFirewall};
 use dev_box_net::identity::mac_of;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::TcpMaxSeg;
 
 use crate::frame::Packet;
 use crate::lab::{
-    GATEWAY, HOST_OTHER, HOST_PRIVATE, HOST_WAN, Lab, PUBLIC, PUBLIC_TOO, Place, SPECIAL, VM_A, VM_B,
+    GATEWAY, HOST_OTHER, HOST_PRIVATE, HOST_WAN, Lab, PUBLIC, PUBLIC_TOO, Place, SPECIAL, VM_A, VM_B, run,
 };
 use crate::probe::{Kind, Probe, all};
 
@@ -272,6 +274,26 @@ fn a_changed_policy_cuts_established_connections() {
         lab.guard(&EgressPolicy::NatFiltered);
         assert!(!answered(&stream), "a change that forbids it cuts it");
     });
+}
+
+/// Both ends of a connection to the world, over a way that takes 1400 bytes beyond the host.
+fn segments(lab: &Lab, to: IpAddr) -> [u32; 2] {
+    let listener = lab.within(Place::World, || TcpListener::bind((to, 9000)).unwrap());
+    let client = lab.within(Place::VmA, || TcpStream::connect((to, 9000)).unwrap());
+    let (server, _) = listener.accept().unwrap();
+    [client, server].map(|end| getsockopt(&end, TcpMaxSeg).unwrap())
+}
+
+#[test]
+fn connections_fit_a_narrower_way_beyond_the_host() {
+    let Some(lab) = Lab::new() else { return };
+    run(&format!("ip -n {} link set wan0 mtu 1400", lab.name(Place::Host)));
+    let [client, _] = segments(&lab, PUBLIC.into());
+    assert!(client > 1360, "{client}: without the guard, so that it proves nothing");
+    lab.guard(&custom("ports = ['tcp/9000']"));
+    for end in segments(&lab, PUBLIC.into()) {
+        assert!(end <= 1360, "{end}");
+    }
 }
 
 #[test]

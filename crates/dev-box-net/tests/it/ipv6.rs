@@ -16,10 +16,10 @@ use crate::lab::{GATEWAY, Lab, Place, VM_A, VM_B, run};
 use crate::probe::{Kind, Probe};
 
 /// Every place answers datagrams at this port, by IPv6.
-const PORT: u16 = 4446;
+pub(crate) const PORT: u16 = 4446;
 const HOST_WAN: &str = "2a01:4f8:1::1";
 const WORLD: &str = "2a01:4f8:1::2";
-const PUBLIC: &str = "2606:4700:4700::1111";
+pub(crate) const PUBLIC: &str = "2606:4700:4700::1111";
 /// Not public, and yet in the world.
 const SPECIAL: [&str; 6] =
     ["fd12::1", "2001:db8::9", "2002:a00:1::1", "64:ff9b::a00:1", "2001:10::1", "fec0::9"];
@@ -29,7 +29,7 @@ fn address(text: &str) -> Ipv6Addr {
 }
 
 /// Gives everybody the IPv6 addresses of a network that has it, and the world some.
-fn with_addresses(lab: &Lab) {
+pub(crate) fn with_addresses(lab: &Lab) {
     let ip = |place, command: &str| run(&format!("ip -n {} -6 {command}", lab.name(place)));
     let gateway = ipv6_of(GATEWAY);
     ip(Place::Host, &format!("address add {gateway}/120 dev devbox0 nodad"));

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use dev_box_net::resolver::{DnsmasqResolver, NameService, Resolver as _};
 use tempfile::TempDir;
 
 use crate::guard::{answered, both_ways_in, custom, serve_lines};
+use crate::ipv6;
 use crate::lab::{GATEWAY, Lab, PUBLIC, PUBLIC_TOO, Place, SPECIAL, VM_A, VM_B, shape};
 use crate::probe::Probe;
 
@@ -23,6 +24,7 @@ const SHARED: Ipv4Addr = SPECIAL[4];
 
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// Of an IPv4 address; [`ASKS_FOR_IPV6`] at its place makes it one of an IPv6 address (RFC 3596).
 fn question(name: &str) -> Vec<u8> {
     let mut question = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.') {
@@ -32,6 +34,8 @@ fn question(name: &str) -> Vec<u8> {
     question.extend([0, 0, 1, 0, 1]);
     question
 }
+
+const ASKS_FOR_IPV6: u8 = 28;
 
 /// The code and the addresses of an answer.
 fn read(question: &[u8], answer: &[u8]) -> (u8, Vec<Ipv4Addr>) {
@@ -54,7 +58,9 @@ impl<'a> Names<'a> {
         let zone = format!(
             "listen-address={SERVER}\nbind-interfaces\nno-resolv\nno-hosts\nlog-facility=/dev/null\n\
              address=/github.com/{PUBLIC}\naddress=/crates.io/{PUBLIC_TOO}\naddress=/other.org/{PUBLIC_TOO}\n\
-             address=/inside.example/{PRIVATE}\naddress=/shared.example/{SHARED}\n"
+             address=/inside.example/{PRIVATE}\naddress=/shared.example/{SHARED}\n\
+             address=/six.example/{ipv6}\naddress=/inside6.example/fd12::1\n",
+            ipv6 = ipv6::PUBLIC,
         );
         let (config, pid) = (dir.path().join("zone"), dir.path().join("server.pid"));
         fs::write(&config, zone).unwrap();
@@ -93,6 +99,21 @@ impl<'a> Names<'a> {
         let mut answer = [0; 1500];
         let length = socket.recv(&mut answer).ok()?;
         Some(read(&question, &answer[..length]))
+    }
+
+    /// The answer's code and IPv6 addresses.
+    fn ask_for_ipv6(&self, name: &str) -> (u8, Vec<Ipv6Addr>) {
+        let mut question = question(name);
+        let place = question.len() - 3;
+        question[place] = ASKS_FOR_IPV6;
+        let socket = self.lab.within(Place::VmA, || UdpSocket::bind("0.0.0.0:0").unwrap());
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.send_to(&question, (GATEWAY, 53)).unwrap();
+        let mut answer = [0; 1500];
+        let length = socket.recv(&mut answer).unwrap();
+        let records = answer[question.len()..length].chunks_exact(28);
+        let addresses = records.map(|record| <[u8; 16]>::try_from(&record[12..28]).unwrap().into());
+        (answer[3] & 15, addresses.take(usize::from(answer[7])).collect())
     }
 
     /// The same over TCP, where each message begins with its length (RFC 1035, 4.2.2).
@@ -169,6 +190,32 @@ fn names_open_their_own_vm_s_way_and_nothing_else() {
         for reason in [DropReason::Destination, DropReason::Special, DropReason::Port] {
             assert!(dropped.get(&reason).is_some_and(|count| count.packets > 0), "{reason}: {dropped:?}");
         }
+    });
+}
+
+#[test]
+fn names_open_ipv6_addresses_too() {
+    both_ways_in(Lab::without_dns, |lab, _| {
+        ipv6::with_addresses(lab);
+        let names = Names::new(lab);
+        let public: Ipv6Addr = ipv6::PUBLIC.parse().unwrap();
+        let reaches = || Probe::datagram(Place::VmA, public, ipv6::PORT).arrives(lab);
+        let policy = |first: &str| {
+            custom(&format!(
+                "{first}\nports = ['udp/{}']\ndomains = ['six.example', 'inside6.example']",
+                ipv6::PORT
+            ))
+        };
+        names.apply("dev-box-a", VM_A, &policy("ipv6 = true"));
+        assert!(!reaches(), "nobody has asked for the name yet");
+        assert_eq!(names.ask_for_ipv6("six.example"), (0, vec![public]));
+        assert!(reaches(), "its name is on the list");
+        assert_eq!(names.ask_for_ipv6("inside6.example"), (0, vec![]), "rebinding");
+        names.apply("dev-box-a", VM_A, &policy("ipv6 = true"));
+        assert!(!reaches(), "forgotten");
+        names.apply("dev-box-a", VM_A, &policy(""));
+        assert_eq!(names.ask_for_ipv6("six.example"), (0, vec![]), "no IPv6, no such address");
+        assert!(!reaches());
     });
 }
 
