@@ -7,7 +7,8 @@ use dev_box_exec::Limits;
 use dev_box_exec::workspace::{Stop, archive};
 use libfuzzer_sys::fuzz_target;
 
-const LIMITS: Limits = Limits { entries: 50, depth: 8, bytes: 1 << 16, file_size: 1 << 20, path_bytes: 1 << 12 };
+const LIMITS: Limits =
+    Limits { entries: 50, depth: 8, bytes: 1 << 16, file_size: 1 << 20, path_bytes: 1 << 12 };
 
 fuzz_target!(|bytes: &[u8]| {
     let dir = std::env::temp_dir().join(format!("dev-box-fuzz-archive-{}", std::process::id()));

@@ -2,7 +2,7 @@
 #![no_main]
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use dev_box_net::EgressPolicy;
 use dev_box_net::Subnet;
@@ -23,6 +23,7 @@ struct Input<'a> {
     ports: Vec<(bool, u16, u8)>,
     allow: Vec<(u32, u8)>,
     deny: Vec<(u32, u8)>,
+    ipv6: Option<Vec<(u128, u8)>>,
     domains: Vec<&'a str>,
     rest: &'a str,
 }
@@ -40,10 +41,17 @@ impl Input<'_> {
             format!("{}/{bits}", Ipv4Addr::from(address & mask))
         };
         let ports: Vec<String> = self.ports.iter().map(port).collect();
+        let range6 = |(address, bits): &(u128, u8)| {
+            let bits = bits % 129;
+            let mask = u128::MAX.checked_shl((128 - bits).into()).unwrap_or(0);
+            format!("{}/{bits}", Ipv6Addr::from(address & mask))
+        };
         let ranges = |list: &[(u32, u8)]| list.iter().map(range).collect::<Vec<_>>();
-        let (allow, deny, domains) = (ranges(&self.allow), ranges(&self.deny), &self.domains);
+        let (mut allow, deny, domains) = (ranges(&self.allow), ranges(&self.deny), &self.domains);
+        allow.extend(self.ipv6.iter().flatten().map(range6));
+        let ipv6 = self.ipv6.is_some();
         let toml = format!(
-            "mode = 'custom'\nports = {ports:?}\nallow = {allow:?}\ndeny = {deny:?}\ndomains = {domains:?}\n{}",
+            "mode = 'custom'\nipv6 = {ipv6}\nports = {ports:?}\nallow = {allow:?}\ndeny = {deny:?}\ndomains = {domains:?}\n{}",
             self.rest
         );
         EgressPolicy::from_toml(&toml).or_else(|_| EgressPolicy::from_toml(self.rest)).ok()
@@ -54,10 +62,13 @@ fuzz_target!(|input: Input<'_>| {
     let [a, b] = input.subnet;
     let Ok(subnet) = format!("10.{a}.{b}.0/24").parse::<Subnet>() else { return };
     let named = NetworkShape::new(input.name, input.bridge, subnet);
-    let shape = named.unwrap_or_else(|_| NetworkShape::new("dev-box", "devbox0", subnet).expect("good names"));
+    let shape =
+        named.unwrap_or_else(|_| NetworkShape::new("dev-box", "devbox0", subnet).expect("good names"));
+    let shape = if input.ipv6.is_some() { shape.with_ipv6() } else { shape };
     let network = FoundNetwork::read(&network_xml(&shape)).expect("a network");
     assert_eq!(network.bridge.as_deref(), Some(shape.bridge()));
     assert_eq!(network.subnet(), Ok(subnet));
+    assert_eq!(network.addresses6.first().copied(), shape.gateway6());
     let Some(policy) = input.policy() else { return };
     let filter = nwfilter(&shape, &policy);
     let address = Ipv4Addr::new(10, a, b, 2);
@@ -95,7 +106,7 @@ fn read(xml: &str, name: &str) -> (usize, usize) {
             }
             Event::Empty(element) => {
                 assert_eq!(depth, 2, "a protocol stands in a rule");
-                assert!(["mac", "arp", "ip"].contains(&element.name().as_ref()));
+                assert!(["mac", "arp", "ip", "ipv6"].contains(&element.name().as_ref()));
                 for attribute in element.attributes() {
                     let attribute = attribute.expect("well-formed");
                     check(attribute.key.as_ref(), &attribute.value);
@@ -117,12 +128,13 @@ fn value(element: &BytesStart<'_>, name: &str) -> String {
 fn check(key: &str, value: &str) {
     let fits = match key {
         "match" => value == "no",
-        "protocol" => ["tcp", "udp"].contains(&value),
+        "protocol" => ["tcp", "udp", "icmpv6"].contains(&value),
+        "type" | "typeend" => ["135", "136"].contains(&value),
         "srcmacaddr" | "arpsrcmacaddr" => value == "$MAC" || value.split(':').count() == 6,
         "srcipaddr" | "dstipaddr" | "arpsrcipaddr" | "arpdstipaddr" => {
-            value == "$IP" || value.parse::<Ipv4Addr>().is_ok()
+            ["$IP", "$IP6"].contains(&value) || value.parse::<IpAddr>().is_ok()
         }
-        "srcipmask" | "dstipmask" => value.parse().is_ok_and(|bits: u8| bits <= 32),
+        "srcipmask" | "dstipmask" => value.parse().is_ok_and(|bits: u8| bits <= 128),
         "srcportstart" | "srcportend" | "dstportstart" | "dstportend" => value.parse::<u16>().is_ok(),
         _ => false,
     };
