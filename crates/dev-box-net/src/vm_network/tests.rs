@@ -9,6 +9,7 @@ use crate::guard::fake::{Call, FakeFirewall};
 use crate::guard::{FilterRules, GuardError};
 use crate::resolver::fake::FakeResolver;
 use crate::subnet::SubnetError;
+use crate::xml::network::network_xml;
 
 const ROUTES: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
     eth0\t0000D50A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";

@@ -36,7 +36,7 @@ impl Packet6 {
     }
 
     /// To a group (RFC 2464).
-    pub(crate) fn to_group(self) -> Self {
+    pub(crate) fn into_group(self) -> Self {
         let [.., a, b, c, d] = self.target.octets();
         Self { target_mac: MacAddress::new([0x33, 0x33, a, b, c, d]), ..self }
     }

@@ -84,7 +84,7 @@ fn forbidden() -> Vec<(Probe, DropReason)> {
         (seen(Packet6 { extension: true, ..plain }, Place::World), Why::Protocol),
     ]);
     // As the gateway, as B, and as a router (RFC 4861: 136 and 134); and who asks for B (135).
-    let discovery = |kind, about| Packet6::new(address("ff02::1"), Body::Discovery(kind, about)).to_group();
+    let discovery = |kind, about| Packet6::new(address("ff02::1"), Body::Discovery(kind, about)).into_group();
     probes.extend([
         (seen(discovery(136, gateway), Place::VmB), Why::Neighbour),
         (seen(discovery(136, own), Place::VmB), Why::Neighbour),
