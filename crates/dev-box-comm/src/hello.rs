@@ -13,6 +13,10 @@ pub const GENERATIONS: Generations = Generations { min: 1, max: 1 };
 /// First bytes of every hello's payload, for ever. It holds bytes that text and line-ending conversions would break.
 pub const MAGIC: [u8; 12] = *b"\xDBdev-box\r\n\x1A\0";
 
+/// Capability of an agent that sets an IPv6 address
+/// ([`NetworkConfig::ipv6`](crate::message::NetworkConfig::ipv6)). Another would leave its guest without IPv6 and say nothing.
+pub const IPV6: &str = "ipv6";
+
 /// The version of this crate, sent as the side's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -196,6 +200,11 @@ impl GuestHello {
             limits: WireLimits::default(),
             capabilities: Vec::new(),
         }
+    }
+
+    /// Whether the guest says that it can do this.
+    pub fn can(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|word| word == capability)
     }
 }
 

@@ -1,10 +1,10 @@
 //! The guest's one network interface, set up from what the host says (no DHCP).
 //!
-//! The classic ioctls of netdevice(7) do: one interface, one IPv4 address, one default route. Everything that was set before
-//! (a clone wakes with its template's address) is taken away first.
+//! The classic ioctls of netdevice(7) and ipv6(7) do: one interface, one address, one default route, and the same of IPv6 where
+//! the host says so. Everything that was set before (a clone wakes with its template's address) is taken away first.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
 
@@ -19,6 +19,19 @@ pub struct Addressing {
     pub prefix: u8,
     /// Default router, none in an isolated network.
     pub gateway: Option<Ipv4Addr>,
+    /// IPv6, turned off where there is none.
+    pub ipv6: Option<Ipv6Addressing>,
+}
+
+/// What the interface's IPv6 is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ipv6Addressing {
+    /// Its one address.
+    pub address: Ipv6Addr,
+    /// Length of the network's prefix, 0 to 128.
+    pub prefix: u8,
+    /// Default router.
+    pub gateway: Ipv6Addr,
 }
 
 /// A network interface that is not loopback.
@@ -80,8 +93,24 @@ pub trait Links {
     /// # Errors
     /// What the kernel said.
     fn set_default_route(&self, interface: &str, gateway: Ipv4Addr) -> io::Result<()>;
-    /// Turns IPv6 off where the kernel has it: the network carries none.
+    /// Turns IPv6 off where the kernel has it, which takes every IPv6 address and route of the interface away.
     fn disable_ipv6(&self, interface: &str);
+    /// Turns IPv6 on, of which nothing comes by itself: no link-local address, nothing of what a router says, and no asking
+    /// whether somebody has the address already, since the host knows.
+    ///
+    /// # Errors
+    /// What the kernel said; it may have no IPv6.
+    fn enable_ipv6(&self, interface: &str) -> io::Result<()>;
+    /// Adds an IPv6 address.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn set_address6(&self, interface: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()>;
+    /// Adds the default route of IPv6.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn set_default_route6(&self, interface: &str, gateway: Ipv6Addr) -> io::Result<()>;
 }
 
 /// Sets the interface up: the one that has the wanted hardware address, or else the only one.
@@ -102,6 +131,11 @@ pub fn apply(links: &dyn Links, wanted: &Addressing) -> Result<String, NetworkEr
     links.set_up(name, true).map_err(failed("bring the link up"))?;
     if let Some(gateway) = wanted.gateway {
         links.set_default_route(name, gateway).map_err(failed("set the default route"))?;
+    }
+    if let Some(Ipv6Addressing { address, prefix, gateway }) = wanted.ipv6 {
+        links.enable_ipv6(name).map_err(failed("turn IPv6 on"))?;
+        links.set_address6(name, address, prefix).map_err(failed("set the IPv6 address"))?;
+        links.set_default_route6(name, gateway).map_err(failed("set the default route of IPv6"))?;
     }
     Ok(interface.name)
 }
@@ -159,15 +193,33 @@ pub fn loopback_up() -> io::Result<()> {
     Linux.set_up("lo", true)
 }
 
+/// `struct in6_rtmsg` of `linux/ipv6_route.h`, whose fields the crate libc keeps to itself.
+#[repr(C)]
+struct Route6 {
+    destination: libc::in6_addr,
+    source: libc::in6_addr,
+    gateway: libc::in6_addr,
+    kind: u32,
+    destination_length: u16,
+    source_length: u16,
+    /// 0 is the kernel's default.
+    metric: u32,
+    info: libc::c_ulong,
+    flags: u32,
+    index: libc::c_int,
+}
+
+const _: () = assert!(size_of::<Route6>() == size_of::<libc::in6_rtmsg>());
+
 /// The kernel itself.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Linux;
 
 #[expect(unsafe_code, reason = "interface ioctls have no safe wrapper")]
 impl Linux {
-    fn socket() -> io::Result<OwnedFd> {
+    fn socket(family: libc::c_int) -> io::Result<OwnedFd> {
         // SAFETY: socket(2) takes numbers only.
-        let number = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+        let number = unsafe { libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
         if number < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -188,10 +240,27 @@ impl Linux {
     }
 
     fn call<T>(code: libc::c_ulong, argument: &mut T) -> io::Result<()> {
-        let socket = Self::socket()?;
+        Self::call_of(libc::AF_INET, code, argument)
+    }
+
+    /// IPv6 has the same numbers as IPv4, with other structures: which is meant, the socket's family says.
+    fn call_of<T>(family: libc::c_int, code: libc::c_ulong, argument: &mut T) -> io::Result<()> {
+        let socket = Self::socket(family)?;
         // SAFETY: every caller passes the structure that its ioctl is documented to take, and it outlives the call.
         let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), code as _, std::ptr::from_mut(argument)) };
         if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Its number, which the structures of IPv6 have in place of its name.
+    fn index(interface: &str) -> io::Result<libc::c_int> {
+        let mut request = Self::request(interface)?;
+        Self::call(libc::SIOCGIFINDEX, &mut request)?;
+        // SAFETY: SIOCGIFINDEX has filled the index.
+        Ok(unsafe { request.ifr_ifru.ifru_ifindex })
+    }
+
+    fn inet6(address: Ipv6Addr) -> libc::in6_addr {
+        libc::in6_addr { s6_addr: address.octets() }
     }
 
     fn inet(address: Ipv4Addr) -> libc::sockaddr {
@@ -261,8 +330,55 @@ impl Links for Linux {
     }
 
     fn disable_ipv6(&self, interface: &str) {
-        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), "1");
+        let _ = std::fs::write(knob(interface, "disable_ipv6"), "1");
     }
+
+    fn enable_ipv6(&self, interface: &str) -> io::Result<()> {
+        for (name, value) in QUIET {
+            // Older kernels lack some.
+            let _ = std::fs::write(knob(interface, name), value);
+        }
+        std::fs::write(knob(interface, "disable_ipv6"), "0")
+    }
+
+    fn set_address6(&self, interface: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()> {
+        let mut request = libc::in6_ifreq {
+            ifr6_addr: Self::inet6(address),
+            ifr6_prefixlen: prefix.into(),
+            ifr6_ifindex: Self::index(interface)?,
+        };
+        Self::call_of(libc::AF_INET6, libc::SIOCSIFADDR, &mut request)
+    }
+
+    fn set_default_route6(&self, interface: &str, gateway: Ipv6Addr) -> io::Result<()> {
+        let everywhere = Self::inet6(Ipv6Addr::UNSPECIFIED);
+        let mut route = Route6 {
+            destination: everywhere,
+            source: everywhere,
+            gateway: Self::inet6(gateway),
+            kind: 0,
+            destination_length: 0,
+            source_length: 0,
+            metric: 0,
+            info: 0,
+            flags: u32::from(libc::RTF_UP | libc::RTF_GATEWAY),
+            index: Self::index(interface)?,
+        };
+        match Self::call_of(libc::AF_INET6, libc::SIOCADDRT, &mut route) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            outcome => outcome,
+        }
+    }
+}
+
+/// What keeps an interface's IPv6 to what is set: router advertisements are not for it, it makes no address of its own (1 is `none`),
+/// and the address it is given is used at once.
+const QUIET: [(&str, &str); 4] =
+    [("accept_ra", "0"), ("autoconf", "0"), ("accept_dad", "0"), ("addr_gen_mode", "1")];
+
+/// A setting of the interface's IPv6.
+fn knob(interface: &str, name: &str) -> String {
+    format!("/proc/sys/net/ipv6/conf/{interface}/{name}")
 }
 
 /// Ethernet interfaces beneath a class directory, sorted by name.
@@ -289,11 +405,14 @@ pub(crate) mod fake {
 
     use super::*;
 
+    /// Keeps what IPv6 it was given, as a kernel does over a reconfiguration.
     #[derive(Debug, Clone, Default)]
     pub(crate) struct FakeLinks {
         pub(crate) interfaces: Vec<Interface>,
         pub(crate) refuse: Option<&'static str>,
         pub(crate) done: Arc<Mutex<Vec<String>>>,
+        /// Of IPv6: whether it is on, and what is set. Off, nothing can be set and nothing is.
+        pub(crate) ipv6: Arc<Mutex<Option<Vec<String>>>>,
     }
 
     impl FakeLinks {
@@ -312,6 +431,16 @@ pub(crate) mod fake {
                 return Err(io::Error::from_raw_os_error(libc::EPERM));
             }
             self.done.lock().unwrap().push(words);
+            Ok(())
+        }
+
+        fn note6(&self, what: &'static str, words: String) -> io::Result<()> {
+            self.note(what, words.clone())?;
+            match self.ipv6.lock().unwrap().as_mut() {
+                Some(set) if !set.contains(&words) => set.push(words),
+                Some(_) => return Err(io::Error::from_raw_os_error(libc::EEXIST)),
+                None => return Err(io::Error::from_raw_os_error(libc::EACCES)),
+            }
             Ok(())
         }
     }
@@ -338,7 +467,23 @@ pub(crate) mod fake {
             self.note("route", format!("{interface} default {gateway}"))
         }
 
-        fn disable_ipv6(&self, _interface: &str) {}
+        fn disable_ipv6(&self, _interface: &str) {
+            *self.ipv6.lock().unwrap() = None;
+        }
+
+        fn enable_ipv6(&self, interface: &str) -> io::Result<()> {
+            self.note("ipv6", format!("{interface} IPv6"))?;
+            self.ipv6.lock().unwrap().get_or_insert_default();
+            Ok(())
+        }
+
+        fn set_address6(&self, interface: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()> {
+            self.note6("address6", format!("{interface} {address}/{prefix}"))
+        }
+
+        fn set_default_route6(&self, interface: &str, gateway: Ipv6Addr) -> io::Result<()> {
+            self.note6("route6", format!("{interface} default {gateway}"))
+        }
     }
 }
 
@@ -358,7 +503,13 @@ mod tests {
             address: Ipv4Addr::new(10, 1, 2, 3),
             prefix: 24,
             gateway: Some(Ipv4Addr::new(10, 1, 2, 1)),
+            ipv6: None,
         }
+    }
+
+    fn ipv6(last: u16) -> Ipv6Addressing {
+        let of = |last| Ipv6Addr::new(0xfddb, 1, 0, 0, 0, 0, 0, last);
+        Ipv6Addressing { address: of(last), prefix: 64, gateway: of(1) }
     }
 
     #[test]
@@ -385,6 +536,18 @@ mod tests {
     }
 
     #[test]
+    fn ipv6_is_set_once_the_link_is_up() {
+        let links = FakeLinks::with(&[("eth0", NEW)]);
+        apply(&links, &Addressing { ipv6: Some(ipv6(3)), ..wanted() }).unwrap();
+        let done = links.done();
+        let up = done.iter().position(|step| step == "eth0 up").unwrap();
+        assert_eq!(
+            done[up + 1..],
+            ["eth0 default 10.1.2.1", "eth0 IPv6", "eth0 fddb:1::3/64", "eth0 default fddb:1::1"]
+        );
+    }
+
+    #[test]
     fn a_network_that_cannot_be_set_up_says_at_which_step() {
         let none = apply(&FakeLinks::default(), &wanted()).unwrap_err();
         assert!(none.to_string().contains("there are 0"), "{none}");
@@ -394,9 +557,9 @@ mod tests {
             apply(&several, &Addressing { prefix: 33, ..wanted() }),
             Err(NetworkError::Prefix(33))
         ));
-        for what in ["down", "mac", "address", "up", "route"] {
+        for what in ["down", "mac", "address", "up", "route", "ipv6", "address6", "route6"] {
             let links = FakeLinks { refuse: Some(what), ..FakeLinks::with(&[("eth0", OLD)]) };
-            let refused = apply(&links, &wanted()).unwrap_err();
+            let refused = apply(&links, &Addressing { ipv6: Some(ipv6(3)), ..wanted() }).unwrap_err();
             assert!(refused.to_string().contains("eth0"), "{refused}");
         }
     }
@@ -427,6 +590,9 @@ mod tests {
             assert!(Linux.set_up(name, true).is_err());
             assert!(Linux.set_mac(name, NEW).is_err());
             assert!(Linux.set_address(name, Ipv4Addr::LOCALHOST, Ipv4Addr::BROADCAST).is_err());
+            assert!(Linux.enable_ipv6(name).is_err());
+            assert!(Linux.set_address6(name, Ipv6Addr::LOCALHOST, 128).is_err());
+            assert!(Linux.set_default_route6(name, Ipv6Addr::LOCALHOST).is_err());
         }
         assert!(Linux.set_default_route("no-such-if0", Ipv4Addr::LOCALHOST).is_err());
         Linux.disable_ipv6("no-such-if0");
@@ -443,6 +609,19 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever it was before: a clone wakes with its template's.
+        #[test]
+        fn only_the_last_ipv6_is_left(had in proptest::collection::vec(proptest::option::of(2_u16..9), 1..6)) {
+            let links = FakeLinks::with(&[("eth0", OLD)]);
+            for last in &had {
+                apply(&links, &Addressing { ipv6: last.map(ipv6), ..wanted() }).unwrap();
+            }
+            let left = links.ipv6.lock().unwrap().clone();
+            let last = had.last().copied().flatten();
+            let of = |last| vec![format!("eth0 fddb:1::{last:x}/64"), "eth0 default fddb:1::1".to_owned()];
+            prop_assert_eq!(left, last.map(of));
+        }
+
         #[test]
         fn hardware_addresses_round_trip(mac in any::<[u8; 6]>()) {
             prop_assert_eq!(parse_mac(&write_mac(mac)), Some(mac));

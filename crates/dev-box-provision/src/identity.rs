@@ -45,6 +45,7 @@ pub(crate) fn network_config(lease: &NetLease) -> NetworkConfig {
         prefix: lease.prefix,
         gateway: lease.gateway,
         dns: lease.dns.clone(),
+        ipv6: None,
     }
 }
 

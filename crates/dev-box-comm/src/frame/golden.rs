@@ -114,6 +114,7 @@ fn requests() -> Vec<Request> {
         prefix: 24,
         gateway: [10, 87, 0, 1].into(),
         dns: vec![[10, 87, 0, 1].into()],
+        ipv6: None,
     };
     let tree =
         Tree { path: path(), owner: Some("agent".into()), max_entries: Some(10), max_bytes: Some(100) };
@@ -230,13 +231,28 @@ fn requests_are_as_frozen_and_read_back() {
     }
 }
 
-/// What a later version has added within the generation.
+/// What later versions have added within the generation.
 #[test]
 fn additions_are_as_frozen_and_read_back() {
-    let added = [Request::Configure(Configure { hold_jobs: true, ..Configure::default() })];
-    frozen("requests-0.2.jsonl", &lines(&added));
-    for (request, line) in added.iter().zip(lines(&added).lines()) {
-        assert_eq!(message::decode::<Request>(line.as_bytes()).as_ref(), Ok(request), "{line}");
+    let network = NetworkConfig {
+        mac: "52:54:00:00:00:01".into(),
+        address: [10, 87, 0, 2].into(),
+        prefix: 24,
+        gateway: [10, 87, 0, 1].into(),
+        dns: Vec::new(),
+        ipv6: Some(Ipv6Config {
+            address: "fddb:a57::a57:2".parse().unwrap(),
+            prefix: 64,
+            gateway: "fddb:a57::a57:1".parse().unwrap(),
+        }),
+    };
+    for (file, added) in [
+        ("requests-0.2.jsonl", Configure { hold_jobs: true, ..Configure::default() }),
+        ("requests-0.3.jsonl", Configure { network: Some(network), ..Configure::default() }),
+    ] {
+        let (request, line) = (Request::Configure(added.clone()), lines(&[Request::Configure(added)]));
+        frozen(file, &line);
+        assert_eq!(message::decode::<Request>(line.trim_end().as_bytes()).as_ref(), Ok(&request), "{line}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! The guest as a machine: who it is, what is mounted, how it does.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,21 @@ pub struct NetworkConfig {
     /// Name servers for `/etc/resolv.conf`.
     #[serde(default)]
     pub dns: Vec<Ipv4Addr>,
+    /// Its IPv6 address too; with nothing here the interface has no IPv6. Only an agent with the capability
+    /// [`IPV6`](crate::hello::IPV6) obeys: an older one ignores it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Config>,
+}
+
+/// IPv6 of the guest's one interface: this address alone, nothing of what a router says, no link-local address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ipv6Config {
+    /// Its address.
+    pub address: Ipv6Addr,
+    /// Length of the network's prefix, 1 to 128.
+    pub prefix: u8,
+    /// Default route.
+    pub gateway: Ipv6Addr,
 }
 
 /// Mount the workspace share.

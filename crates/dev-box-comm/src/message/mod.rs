@@ -38,7 +38,7 @@ pub use files::{
     Watch, WriteFile, WriteMode,
 };
 pub use json::{JsonError, MAX_DEPTH, MAX_JSON, decode, encode};
-pub use machine::{Configure, Forward, GuestInfo, Mount, NetworkConfig, Shutdown, Sync, Unmount};
+pub use machine::{Configure, Forward, GuestInfo, Ipv6Config, Mount, NetworkConfig, Shutdown, Sync, Unmount};
 
 /// What the host asks; the payload that opens a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

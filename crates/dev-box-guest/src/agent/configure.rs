@@ -4,10 +4,10 @@ use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 
-use dev_box_comm::message::{Configure, GuestError, GuestErrorKind, NetworkConfig};
+use dev_box_comm::message::{Configure, GuestError, GuestErrorKind, Ipv6Config, NetworkConfig};
 
 use super::Surroundings;
-use crate::network::{self, Addressing};
+use crate::network::{self, Addressing, Ipv6Addressing};
 
 /// Applies everything that is given. Jobs that were held go on afterwards, whatever became of it.
 ///
@@ -92,7 +92,22 @@ fn addressing(network: &NetworkConfig) -> Result<Addressing, GuestError> {
         return Err(invalid(format!("{} is no length of a prefix", network.prefix)));
     }
     let gateway = (!network.gateway.is_unspecified()).then_some(network.gateway);
-    Ok(Addressing { mac, address: network.address, prefix: network.prefix, gateway })
+    let ipv6 = network.ipv6.as_ref().map(addressing6).transpose()?;
+    Ok(Addressing { mac, address: network.address, prefix: network.prefix, gateway, ipv6 })
+}
+
+fn addressing6(wanted: &Ipv6Config) -> Result<Ipv6Addressing, GuestError> {
+    let Ipv6Config { address, prefix, gateway } = *wanted;
+    let invalid = |text: String| GuestError::new(GuestErrorKind::InvalidRequest, text);
+    if !(1..=128).contains(&prefix) {
+        return Err(invalid(format!("{prefix} is no length of an IPv6 prefix")));
+    }
+    for (what, address) in [("address", address), ("router", gateway)] {
+        if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+            return Err(invalid(format!("{address} is no {what} of a machine's")));
+        }
+    }
+    Ok(Ipv6Addressing { address, prefix, gateway })
 }
 
 fn hosts(name: &str) -> String {
@@ -137,9 +152,14 @@ mod tests {
                 prefix: 24,
                 gateway: Ipv4Addr::new(10, 0, 0, 1),
                 dns: vec![Ipv4Addr::new(10, 0, 0, 1)],
+                ipv6: Some(ipv6()),
             }),
             hold_jobs: false,
         }
+    }
+
+    fn ipv6() -> Ipv6Config {
+        Ipv6Config { address: "fddb::9".parse().unwrap(), prefix: 64, gateway: "fddb::1".parse().unwrap() }
     }
 
     #[test]
@@ -176,7 +196,9 @@ mod tests {
         std::fs::write(root.path().join("var/lib/dbus/machine-id"), "the template's").unwrap();
         configure(&surroundings, &all()).unwrap();
         assert_eq!(machine.told(), ["clock 1700000000000000000", "entropy 64", "hostname job-7"]);
-        assert!(links.done().contains(&"eth0 10.0.0.9 255.255.255.0".to_owned()));
+        for set in ["eth0 10.0.0.9 255.255.255.0", "eth0 fddb::9/64", "eth0 default fddb::1"] {
+            assert!(links.done().contains(&set.to_owned()), "{set}: {:?}", links.done());
+        }
         let text = |name: &str| std::fs::read_to_string(etc.join(name)).unwrap();
         assert_eq!(text("hostname"), "job-7\n");
         assert!(text("hosts").contains("127.0.1.1\tjob-7\n"));
@@ -198,7 +220,18 @@ mod tests {
     #[test]
     fn nonsense_is_refused_before_anything_is_done() {
         let network = all().network.unwrap();
+        let with6 = |ipv6| Configure {
+            network: Some(NetworkConfig { ipv6: Some(ipv6), ..all().network.unwrap() }),
+            ..all()
+        };
+        let nobody = std::net::Ipv6Addr::UNSPECIFIED;
         let wrong = [
+            with6(Ipv6Config { prefix: 0, ..ipv6() }),
+            with6(Ipv6Config { prefix: 129, ..ipv6() }),
+            with6(Ipv6Config { address: nobody, ..ipv6() }),
+            with6(Ipv6Config { gateway: nobody, ..ipv6() }),
+            with6(Ipv6Config { address: "ff02::1".parse().unwrap(), ..ipv6() }),
+            with6(Ipv6Config { gateway: "::1".parse().unwrap(), ..ipv6() }),
             Configure { hostname: Some("-x".into()), ..all() },
             Configure { hostname: Some("x".repeat(64)), ..all() },
             Configure { hostname: Some("Ä".into()), ..all() },

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use dev_box_comm::hello::{GuestHello, HandshakeError};
+use dev_box_comm::hello::{GuestHello, HandshakeError, IPV6};
 use dev_box_comm::session::{GuestPort, Session};
 use dev_box_comm::transport::{Listen, VsockListen};
 use dev_box_comm::{SERIAL_PORT_NAME, VSOCK_PORT};
@@ -65,7 +65,7 @@ pub async fn serve_port(agent: &Agent, port: &Port) -> io::Result<()> {
     loop {
         let mut conversations = GuestPort::new(port.connection().await?);
         loop {
-            match conversations.accept(GuestHello::new(info::boot_id(&agent.surroundings.root))).await {
+            match conversations.accept(hello(agent)).await {
                 Ok((session, incoming, _host)) => {
                     agent.serve(incoming).await;
                     drop(session);
@@ -87,8 +87,7 @@ pub async fn serve_vsock(agent: &Agent, mut listener: impl Listen) -> io::Result
     let mut current: Option<(Session, tokio::task::JoinHandle<()>)> = None;
     loop {
         let connection = listener.accept().await?;
-        let hello = GuestHello::new(info::boot_id(&agent.surroundings.root));
-        let accepted = tokio::time::timeout(HELLO_PATIENCE, Session::accept(connection, hello)).await;
+        let accepted = tokio::time::timeout(HELLO_PATIENCE, Session::accept(connection, hello(agent))).await;
         let Ok(Ok((session, incoming, _host))) = accepted else { continue };
         if let Some((old, served)) = current.take() {
             old.close();
@@ -97,6 +96,11 @@ pub async fn serve_vsock(agent: &Agent, mut listener: impl Listen) -> io::Result
         let agent = agent.clone();
         current = Some((session, tokio::spawn(async move { agent.serve(incoming).await })));
     }
+}
+
+fn hello(agent: &Agent) -> GuestHello {
+    let boot_id = info::boot_id(&agent.surroundings.root);
+    GuestHello { capabilities: vec![IPV6.to_owned()], ..GuestHello::new(boot_id) }
 }
 
 /// One line on the console, which also says how long the boot took.
@@ -143,7 +147,9 @@ mod tests {
     async fn host(connections: &mpsc::Sender<Connection>) -> Session {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         connections.send(Box::new(theirs)).await.unwrap();
-        Session::connect(ours, HostHello::fresh().unwrap()).await.unwrap().0
+        let (session, hello) = Session::connect(ours, HostHello::fresh().unwrap()).await.unwrap();
+        assert!(hello.can(IPV6));
+        session
     }
 
     #[tokio::test]
@@ -182,7 +188,8 @@ mod tests {
         let serving = tokio::spawn(async move { serve_port(&agent, &port).await });
         for end in [pty.slave, again] {
             let end = Port::from_descriptor(end).connection().await.unwrap();
-            let (session, _) = Session::connect(end, HostHello::fresh().unwrap()).await.unwrap();
+            let (session, hello) = Session::connect(end, HostHello::fresh().unwrap()).await.unwrap();
+            assert!(hello.can(IPV6));
             assert!(session.call(Request::Info).await.is_ok());
             session.close();
             session.closed().await;
