@@ -220,6 +220,8 @@ pub struct Swept {
 pub struct LeaseSummary {
     /// The VM's address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, where the policy that it started with has IPv6.
+    pub ipv6: Option<Ipv6Lease>,
     /// Whether the owning process lives.
     pub owner: Owner,
     /// The record; `None` when it cannot be read.
@@ -437,8 +439,11 @@ impl VmNetwork {
     pub fn list<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<Vec<LeaseSummary>, NetError> {
         let Some(shape) = self.find(libvirt)? else { return Ok(Vec::new()) };
         let mut traffic = self.firewall.traffic()?;
-        let summary = |(address, (owner, record))| LeaseSummary {
+        let summary = |(address, (owner, record)): (_, (_, Option<LeaseRecord>))| LeaseSummary {
             address,
+            ipv6: shape
+                .ipv6_of(address)
+                .filter(|_| record.as_ref().is_some_and(|record| record.filter_policy().ipv6())),
             owner,
             record,
             traffic: traffic.remove(&address),
@@ -485,7 +490,7 @@ impl VmNetwork {
         Ok(swept)
     }
 
-    /// Removes the network, its filters, and all rules of ours on this host.
+    /// Removes the network, its filters, and all rules of ours on this host, but for those of another network's VMs.
     ///
     /// # Errors
     /// [`NetError::InUse`] while VMs have leases; other [`NetError`]s.
@@ -504,7 +509,10 @@ impl VmNetwork {
                 libvirt.find_network(name).is_ok_and(|network| network.is_some_and(|network| network.active));
             definition::forget(libvirt, name, active)?;
         }
-        Ok(self.firewall.clear()?)
+        match self.firewall.list()?.is_empty() {
+            true => Ok(self.firewall.clear()?),
+            false => Ok(()),
+        }
     }
 
     fn apply(

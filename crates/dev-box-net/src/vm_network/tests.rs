@@ -565,6 +565,21 @@ fn all_of_ours_is_removed_once_nobody_uses_it() {
 }
 
 #[test]
+fn what_holds_another_networks_vms_stays() {
+    let world = World::new();
+    let theirs = Ipv4Addr::new(10, 99, 0, 2);
+    let shape = NetworkShape::new("other", "other0", "10.99.0.0/24".parse().unwrap()).unwrap();
+    world
+        .firewall
+        .apply(&VmGuard::new(name("b"), shape, theirs, EgressPolicy::NatFiltered).unwrap())
+        .unwrap();
+    world.network.ensure(&world.libvirt).unwrap();
+    world.network.remove(&world.libvirt).unwrap();
+    assert!(world.network().is_none());
+    assert!(world.firewall.list().unwrap().contains(&theirs));
+}
+
+#[test]
 fn a_filter_in_use_stays() {
     let world = World::new();
     let lease = world.attach("a").unwrap();
