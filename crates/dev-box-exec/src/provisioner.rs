@@ -1,7 +1,7 @@
 //! The seam to whatever makes VMs ready. The executor and the pool are its consumers and so own the trait.
 
 use std::fmt::Debug;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -112,6 +112,9 @@ pub struct NetworkFacts {
     pub mac: String,
     /// The address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address too, under a policy with IPv6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Addr>,
     /// The interface's name on the host, by which the rules go.
     pub tap: String,
 }

@@ -1,9 +1,10 @@
 //! Who a VM is: told to its agent before any code of a user's runs.
 
-use dev_box_comm::message::{Configure, NetworkConfig};
+use dev_box_comm::hello::{GuestHello, IPV6};
+use dev_box_comm::message::{Configure, GuestText, Ipv6Config, NetworkConfig};
 use dev_box_core::clock::Clock;
 use dev_box_core::id::{VmId, VmName};
-use dev_box_net::NetLease;
+use dev_box_net::{Ipv6Lease, NetLease};
 
 /// As much as the kernel's pool holds (256 bits), twice.
 const ENTROPY_BYTES: usize = 64;
@@ -37,15 +38,37 @@ pub(crate) fn identity(
     })
 }
 
-/// The guest's side of a lease.
-pub(crate) fn network_config(lease: &NetLease) -> NetworkConfig {
-    NetworkConfig {
+/// The policy has IPv6, and the guest's agent is older than that: it would say that it is done, and have set none.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the VM's policy has IPv6, and the agent of its image (version {version}) sets no IPv6 address: rebuild the image with `dev-box \
+     image build`, and templates made of it, or use a policy without `ipv6 = true`"
+)]
+pub(crate) struct NoIpv6 {
+    version: GuestText,
+}
+
+/// The guest's side of a lease, for an agent that said this.
+///
+/// # Errors
+/// [`NoIpv6`].
+pub(crate) fn network_config(lease: &NetLease, agent: &GuestHello) -> Result<NetworkConfig, NoIpv6> {
+    Ok(NetworkConfig {
         mac: lease.mac.to_string(),
         address: lease.address,
         prefix: lease.prefix,
         gateway: lease.gateway,
         dns: lease.dns.clone(),
-        ipv6: None,
+        ipv6: ipv6_config(lease.ipv6, agent)?,
+    })
+}
+
+fn ipv6_config(lease: Option<Ipv6Lease>, agent: &GuestHello) -> Result<Option<Ipv6Config>, NoIpv6> {
+    match lease {
+        Some(_) if !agent.can(IPV6) => Err(NoIpv6 { version: GuestText::from(agent.version.as_str()) }),
+        lease => {
+            Ok(lease.map(|Ipv6Lease { address, prefix, gateway }| Ipv6Config { address, prefix, gateway }))
+        }
     }
 }
 
@@ -61,6 +84,8 @@ fn hostname(name: &VmName) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use dev_box_core::clock::{EasternTime, FakeClock};
 
     use super::*;
@@ -76,6 +101,21 @@ mod tests {
         assert_eq!(one.machine_id.as_deref(), Some(&*id.as_uuid().simple().to_string()));
         assert_eq!(one.unix_time_ns, Some(1_700_000_000_000_000_000));
         assert_ne!(one.entropy, two.entropy, "fresh each time");
+    }
+
+    #[test]
+    fn an_agent_that_sets_no_ipv6_is_not_asked_to() {
+        let of = |last| Ipv6Addr::new(0xfddb, 0, 0, 0, 0, 0, 0, last);
+        let lease = Ipv6Lease { address: of(9), prefix: 64, gateway: of(1) };
+        let (old, mut new) = (GuestHello::new("boot"), GuestHello::new("boot"));
+        new.capabilities = vec![IPV6.to_owned()];
+        let told = ipv6_config(Some(lease), &new).unwrap();
+        assert_eq!(told, Some(Ipv6Config { address: of(9), prefix: 64, gateway: of(1) }));
+        let refused = ipv6_config(Some(lease), &old).unwrap_err().to_string();
+        assert!(refused.contains("dev-box image build") && refused.contains(&old.version), "{refused}");
+        for agent in [old, new] {
+            assert_eq!(ipv6_config(None, &agent).unwrap(), None);
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
+use dev_box_comm::hello::GuestHello;
 use dev_box_comm::session::Session;
 use dev_box_comm::transport::{self, Dial, Preference, Probes, TransportKind};
 use dev_box_core::accel::{self, Accelerator};
@@ -567,7 +568,7 @@ impl Inner {
         Ok(())
     }
 
-    async fn connect(&self, dir: &VmDir, cid: Option<u32>) -> Result<(Session, String), ProvisionError> {
+    async fn connect(&self, dir: &VmDir, cid: Option<u32>) -> Result<(Session, GuestHello), ProvisionError> {
         let socket = dir.channel();
         let address = match cid {
             Some(cid) => Address::Vsock(cid),
@@ -576,7 +577,7 @@ impl Inner {
         let waited = self.settings.boot_timeout;
         let connected = reach::connect(&*self.reach.dial(address), Instant::now() + waited).await;
         match connected {
-            Ok((session, hello)) => Ok((session, hello.version)),
+            Ok(answered) => Ok(answered),
             Err(ReachError::Silent) => {
                 Err(ProvisionError::NoAnswer { waited, console: console::tail(&dir.console()) })
             }

@@ -16,7 +16,7 @@ mod rates;
 mod share;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -82,9 +82,16 @@ struct Watched {
     share: PathBuf,
     vcpus: u32,
     address: Option<Ipv4Addr>,
+    ipv6: Option<Ipv6Addr>,
     tap: Option<String>,
     /// Its agent is not asked.
     paused: bool,
+}
+
+impl Watched {
+    fn addresses(&self) -> Vec<IpAddr> {
+        self.address.map(IpAddr::V4).into_iter().chain(self.ipv6.map(IpAddr::V6)).collect()
+    }
 }
 
 /// What is remembered of a VM from look to look.
@@ -134,6 +141,7 @@ impl Watcher for HostWatch {
             share: vm.share.clone(),
             vcpus: size.cpus,
             address: vm.facts.network.as_ref().map(|network| network.address),
+            ipv6: vm.facts.network.as_ref().and_then(|network| network.ipv6),
             tap: vm.facts.network.as_ref().map(|network| network.tap.clone()),
             paused: false,
         };

@@ -86,6 +86,12 @@ pub struct HostConfig {
     pub state_root: PathBuf,
     /// Address leases lie here: one place for the whole host, whatever the state root, since its network is one.
     pub run_root: PathBuf,
+    /// libvirt's name for the VMs' network; the VMs of another are in the other's hands.
+    pub network: String,
+    /// The name of its bridge.
+    pub bridge: String,
+    /// Whether that network has IPv6, for VMs whose policy says so. The host then forwards IPv6.
+    pub ipv6: bool,
     /// Network policies by name, `NAME.toml` each.
     pub policies: PathBuf,
     /// Where the name servers are read that names of network policies are asked of.
@@ -103,6 +109,9 @@ impl Default for HostConfig {
             uri: "qemu:///system".to_owned(),
             state_root: PathBuf::from("/var/lib/dev-box"),
             run_root: PathBuf::from("/run/dev-box"),
+            network: "dev-box".to_owned(),
+            bridge: "devbox0".to_owned(),
+            ipv6: false,
             policies: PathBuf::from("/etc/dev-box/policies"),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             audit_key: None,
@@ -292,6 +301,14 @@ mod tests {
         let config = load("[vm]\nmemory = \"512MiB\"\n").unwrap();
         assert_eq!(config.vm.memory, ByteSize::mib(512));
         assert_eq!(config.vm.cpus, VmConfig::default().cpus);
+    }
+
+    #[test]
+    fn a_network_has_ipv6_where_the_administrator_says_so() {
+        let config = load("[host]\nipv6 = true\nnetwork = \"other\"\nbridge = \"other0\"\n").unwrap();
+        let HostConfig { network, bridge, ipv6, .. } = config.host;
+        assert_eq!((network.as_str(), bridge.as_str(), ipv6), ("other", "other0", true));
+        assert!(!load("").unwrap().host.ipv6);
     }
 
     #[test]

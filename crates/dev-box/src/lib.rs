@@ -408,6 +408,9 @@ pub async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditL
 
 fn network(config: &Config) -> VmNetwork {
     let mut settings = NetSettings::new(&config.host.run_root);
+    settings.name.clone_from(&config.host.network);
+    settings.bridge.clone_from(&config.host.bridge);
+    settings.ipv6 = config.host.ipv6;
     settings.policies.clone_from(&config.host.policies);
     settings.host.resolv_conf.clone_from(&config.host.resolv_conf);
     VmNetwork::new(settings, Arc::new(NftFirewall::default()))

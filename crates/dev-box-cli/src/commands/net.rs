@@ -1,5 +1,6 @@
 //! `dev-box net`.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -124,7 +125,10 @@ async fn perform(dev_box: &DevBox, command: NetCommand) -> Result<ExitCode, Fail
 #[derive(Debug, Serialize)]
 struct Shown {
     vm: VmName,
-    address: std::net::Ipv4Addr,
+    address: Ipv4Addr,
+    /// Where it has IPv6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ipv6: Option<Ipv6Addr>,
     /// Whether the process that owns it lives.
     owned: bool,
     policy: EgressPolicy,
@@ -138,6 +142,7 @@ impl Shown {
         Some(Self {
             vm: record.vm,
             address: lease.address,
+            ipv6: lease.ipv6.map(|ipv6| ipv6.address),
             owned: lease.owner == Owner::Alive,
             policy_digest: record.policy.digest().to_string(),
             policy: record.policy,
@@ -155,8 +160,9 @@ impl Shown {
 
     fn line(&self) -> String {
         let Traffic { sent, received, connections, .. } = &self.traffic;
+        let ipv6 = self.ipv6.map(|address| format!("  {address}")).unwrap_or_default();
         format!(
-            "{}  {}  {}  sent {} B, received {} B, {connections} connections, {} packets dropped{}",
+            "{}  {}{ipv6}  {}  sent {} B, received {} B, {connections} connections, {} packets dropped{}",
             self.vm,
             self.address,
             self.mode(),
@@ -302,7 +308,8 @@ fn described(event: &NetEvent) -> String {
 }
 
 fn way(packet: &PacketSummary) -> String {
-    let end = |address: Option<std::net::IpAddr>, port: Option<u16>| match (address, port) {
+    let end = |address: Option<IpAddr>, port: Option<u16>| match (address, port) {
+        (Some(IpAddr::V6(address)), Some(port)) => format!("[{address}]:{port}"),
         (Some(address), Some(port)) => format!("{address}:{port}"),
         (Some(address), None) => address.to_string(),
         (None, _) => "?".to_owned(),

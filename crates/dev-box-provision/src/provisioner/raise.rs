@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::chown;
 
+use dev_box_comm::hello::GuestHello;
 use dev_box_comm::message::Request;
 use dev_box_comm::session::Session;
 use dev_box_comm::share;
@@ -162,10 +163,10 @@ impl Inner {
             () = self.closing.cancelled() => return Err(ProvisionError::ShuttingDown),
         };
         watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
-        self.introduce(machine.lease.as_ref(), &session, &plan.name, vm.id()).await?;
+        self.introduce(machine.lease.as_ref(), (&session, &agent), &plan.name, vm.id()).await?;
         watch.step("configure");
         mounts::mount(&session, &request.mounts).await.map_err(step("mounting"))?;
-        let mut vm = Self::ready(machine, plan, request, (session, agent), watch);
+        let mut vm = Self::ready(machine, plan, request, (session, agent.version), watch);
         if let Origin::Clone(template) = origin {
             // The image may have been built anew since.
             vm.facts.image_digest = Some(template.manifest.image_digest.to_string());
@@ -177,12 +178,13 @@ impl Inner {
     pub(super) async fn introduce(
         &self,
         lease: Option<&NetLease>,
-        session: &Session,
+        (session, agent): (&Session, &GuestHello),
         name: &VmName,
         id: VmId,
     ) -> Result<(), ProvisionError> {
-        let identity = identity::identity(name, id, &*self.clock, lease.map(network_config))
-            .map_err(step("configuring the guest"))?;
+        let network = lease.map(|lease| network_config(lease, agent)).transpose().map_err(unsatisfiable)?;
+        let identity =
+            identity::identity(name, id, &*self.clock, network).map_err(step("configuring the guest"))?;
         let configured =
             async { session.call(Request::Configure(identity)).await.map_err(step("configuring the guest")) };
         let verified = async {
@@ -277,6 +279,7 @@ fn network_facts(lease: &NetLease, policy: &str) -> NetworkFacts {
         policy_digest: lease.policy_digest().to_string(),
         mac: lease.mac.to_string(),
         address: lease.address,
+        ipv6: lease.ipv6.map(|ipv6| ipv6.address),
         tap: lease.tap.clone(),
     }
 }

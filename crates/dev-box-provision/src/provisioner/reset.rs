@@ -80,11 +80,11 @@ impl Inner {
         let (session, agent) = self.connect(&machine.dir, clone.cid).await?;
         watch.step("answer");
         // A machine id of its own: what the last use has told about itself does not name this one.
-        self.introduce(machine.lease.as_ref(), &session, &vm.name, VmId::random()).await?;
+        self.introduce(machine.lease.as_ref(), (&session, &agent), &vm.name, VmId::random()).await?;
         watch.step("configure");
 
         vm.session = session;
-        vm.facts.agent_version = agent;
+        vm.facts.agent_version = agent.version;
         let mut after = watch.steps();
         let before = after.drain(..1).collect::<Vec<_>>();
         vm.facts.timings = before.into_iter().chain(rewound.steps).chain(after).collect();

@@ -171,6 +171,9 @@ pub enum UserVmError {
         /// Why.
         source: CallError,
     },
+    /// Its agent is too old for its policy; the text says what to do.
+    #[error("{0}")]
+    OldAgent(String),
     /// The act could not be written down: it was not done.
     #[error("the audit log takes no record of this")]
     Audit(#[from] AuditError),

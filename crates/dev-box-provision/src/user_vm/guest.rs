@@ -86,8 +86,10 @@ impl UserVms {
         patience: std::time::Duration,
     ) -> Result<(), UserVmError> {
         let name = &held.record.name;
-        let (session, _) = self.connect(held, patience).await?;
-        let identity = identity::identity(name, held.record.id, &*self.clock, lease.map(network_config))
+        let (session, agent) = self.connect(held, patience).await?;
+        let network = lease.map(|lease| network_config(lease, &agent)).transpose();
+        let network = network.map_err(|error| UserVmError::OldAgent(error.to_string()))?;
+        let identity = identity::identity(name, held.record.id, &*self.clock, network)
             .map_err(|error| UserVmError::Interrupted(Box::new(error)))?;
         let told = session.call(Request::Configure(identity)).await;
         told.map_err(|source| UserVmError::Identity { name: name.clone(), source })?;

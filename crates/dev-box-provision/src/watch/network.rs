@@ -12,7 +12,7 @@ use dev_box_observe::anomaly::Observation;
 use dev_box_observe::metrics::{NET_GUARD_LOST, NET_HOST_CHANGED, OBSERVATIONS_LOST};
 use tokio::sync::broadcast;
 
-use super::{Shared, whole};
+use super::{Shared, Watched, whole};
 
 /// The response code of a name that does not exist (RFC 1035, 4.1.1).
 const NXDOMAIN: u16 = 3;
@@ -62,8 +62,8 @@ impl Tries {
 }
 
 fn take(shared: &Shared, event: &NetEvent) {
-    let own = whole(&shared.vms).get(&event.vm).and_then(|vm| vm.address).map(IpAddr::V4);
-    if let Some(observation) = observed(&event.what, own) {
+    let own = whole(&shared.vms).get(&event.vm).map(Watched::addresses).unwrap_or_default();
+    if let Some(observation) = observed(&event.what, &own) {
         shared.parts.observer.see(event.vm.as_str(), observation);
     }
     match &event.what {
@@ -74,13 +74,13 @@ fn take(shared: &Shared, event: &NetEvent) {
     }
 }
 
-/// What there is to judge: what the VM with this address did, not what was done to it.
-fn observed(what: &NetEventKind, own: Option<IpAddr>) -> Option<Observation> {
+/// What there is to judge: what the VM with these addresses did, not what was done to it.
+fn observed(what: &NetEventKind, own: &[IpAddr]) -> Option<Observation> {
     match what {
         // That an answer of the gateway's resolver came when nobody waited for it any more: kernels say so by themselves.
         NetEventKind::Dropped { reason: DropReason::Gateway, packet } if packet.protocol == "icmp" => None,
         NetEventKind::Dropped { packet, .. } => {
-            let address = packet.destination.filter(|destination| Some(*destination) != own)?;
+            let address = packet.destination.filter(|destination| !own.contains(destination))?;
             Some(Observation::Dropped { address, port: packet.destination_port })
         }
         // The gateway's resolver: the one private address that the guard lets a VM reach.
@@ -103,10 +103,10 @@ mod tests {
 
     use super::*;
 
-    fn packet(destination: [u8; 4], port: u16) -> PacketSummary {
+    fn packet(destination: impl Into<IpAddr>, port: u16) -> PacketSummary {
         PacketSummary {
             protocol: "tcp".to_owned(),
-            destination: Some(IpAddr::from(destination)),
+            destination: Some(destination.into()),
             destination_port: Some(port),
             ..PacketSummary::default()
         }
@@ -145,28 +145,29 @@ mod tests {
 
     #[test]
     fn what_is_done_to_a_vm_is_not_held_against_it() {
-        let own = Some(IpAddr::from([10, 0, 0, 2]));
-        let to = |destination| NetEventKind::Dropped {
+        let own = [IpAddr::from([10, 0, 0, 2]), "fddb::2".parse().unwrap()];
+        let to = |destination: IpAddr| NetEventKind::Dropped {
             reason: DropReason::Special,
             packet: packet(destination, 80),
         };
-        let metadata = to([169, 254, 169, 254]);
+        let metadata = to(IpAddr::from([169, 254, 169, 254]));
         let expected = Observation::Dropped { address: IpAddr::from([169, 254, 169, 254]), port: Some(80) };
-        assert_eq!(observed(&metadata, own), Some(expected));
-        assert_eq!(observed(&to([10, 0, 0, 2]), own), None);
+        assert_eq!(observed(&metadata, &own), Some(expected));
+        assert_eq!(observed(&to(IpAddr::from([10, 0, 0, 2])), &own), None);
+        assert_eq!(observed(&to(own[1]), &own), None);
     }
 
     #[test]
     fn asking_the_resolver_is_no_private_contact() {
         let reached = |port| NetEventKind::NewDestination { packet: packet([10, 213, 0, 1], port) };
-        assert_eq!(observed(&reached(53), None), None);
-        assert!(observed(&reached(443), None).is_some());
+        assert_eq!(observed(&reached(53), &[]), None);
+        assert!(observed(&reached(443), &[]).is_some());
         let dropped = |protocol: &str| NetEventKind::Dropped {
             reason: DropReason::Gateway,
             packet: PacketSummary { protocol: protocol.to_owned(), ..packet([10, 213, 0, 1], 22) },
         };
-        assert_eq!(observed(&dropped("icmp"), None), None, "it did not wait for the answer");
-        assert!(observed(&dropped("tcp"), None).is_some());
+        assert_eq!(observed(&dropped("icmp"), &[]), None, "it did not wait for the answer");
+        assert!(observed(&dropped("tcp"), &[]).is_some());
     }
 
     #[test]
@@ -175,11 +176,11 @@ mod tests {
         let query = NetEventKind::DnsQuery { question: question.clone() };
         let answer =
             |code| NetEventKind::DnsAnswer { question: question.clone(), code, addresses: Vec::new() };
-        assert_eq!(observed(&query, None), None);
+        assert_eq!(observed(&query, &[]), None);
         for (code, missing) in [(0, false), (3, true)] {
             let expected = Observation::Query { name: "a.example".to_owned(), nxdomain: missing };
-            assert_eq!(observed(&answer(code), None), Some(expected));
+            assert_eq!(observed(&answer(code), &[]), Some(expected));
         }
-        assert_eq!(observed(&NetEventKind::Restored, None), None);
+        assert_eq!(observed(&NetEventKind::Restored, &[]), None);
     }
 }
