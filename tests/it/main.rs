@@ -13,6 +13,7 @@ mod firewall;
 mod honest;
 mod hostile;
 mod in_process;
+mod ipv6;
 mod libvirt_xml;
 mod libvirtd;
 mod monitoring;

@@ -7,8 +7,8 @@
 //! ```
 
 mod guest;
-mod layers;
-mod observers;
+pub(crate) mod layers;
+pub(crate) mod observers;
 mod stage;
 
 use std::time::Duration;

@@ -70,6 +70,22 @@ impl Internet {
         run(&format!("ip route add {address}/32 via {} dev {}", self.at(2), self.wire))
     }
 
+    /// IPv6 on the wire, the host at `PREFIX::1` and the namespace at `PREFIX::2`, and these ranges at the namespace; of a range of one
+    /// address the address too.
+    pub fn add_ipv6(&self, prefix: &str, ranges: &[&str]) -> Result<(), String> {
+        let Self { namespace: ns, wire, .. } = self;
+        run(&format!("ip address add {prefix}::1/64 dev {wire} nodad"))?;
+        run(&format!("ip -n {ns} address add {prefix}::2/64 dev eth0 nodad"))?;
+        run(&format!("ip -n {ns} -6 route add default via {prefix}::1"))?;
+        for range in ranges {
+            if range.ends_with("/128") {
+                run(&format!("ip -n {ns} address add {range} dev lo nodad"))?;
+            }
+            run(&format!("ip -6 route add {range} via {prefix}::2 dev {wire}"))?;
+        }
+        Ok(())
+    }
+
     /// A name server that knows these names, and has the host's resolver ask it: see [`Internet::resolves_for`].
     pub fn serve_names(&mut self, host: &Host, names: &[(&str, &str)]) -> Result<(), String> {
         let zone: Vec<String> = names.iter().map(|(name, at)| format!("--address=/{name}/{at}")).collect();

@@ -9,17 +9,17 @@ use dev_box_tests::run;
 
 /// A layer of the policy's enforcement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Layer {
+pub(crate) enum Layer {
     Guard,
     Filter,
 }
 
 /// `net.bridge.bridge-nf-call-*` of the host, as a test has it for some seconds; dropped, it is as before.
 #[derive(Debug)]
-pub(super) struct BridgeNetfilter(Vec<(PathBuf, String)>);
+pub(crate) struct BridgeNetfilter(Vec<(PathBuf, String)>);
 
 impl BridgeNetfilter {
-    pub(super) fn set(on: bool) -> Self {
+    pub(crate) fn set(on: bool) -> Self {
         let knobs = ["iptables", "ip6tables", "arptables"].map(|knob| {
             let path = PathBuf::from(format!("/proc/sys/net/bridge/bridge-nf-call-{knob}"));
             let before = std::fs::read_to_string(&path).unwrap();
@@ -39,7 +39,7 @@ impl Drop for BridgeNetfilter {
 }
 
 /// Has nft take a script as one transaction.
-pub(super) fn nft(script: &str) -> Result<(), String> {
+pub(crate) fn nft(script: &str) -> Result<(), String> {
     let child = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut child = child.map_err(|error| error.to_string())?;
     child.stdin.take().unwrap().write_all(script.as_bytes()).map_err(|error| error.to_string())?;
@@ -51,7 +51,7 @@ pub(super) fn nft(script: &str) -> Result<(), String> {
 }
 
 /// The maps by which the guard finds a VM's chains: off, they accept whatever it is.
-pub(super) fn set_guard(tap: &str, address: Ipv4Addr, on: bool) -> Result<(), String> {
+pub(crate) fn set_guard(tap: &str, address: Ipv4Addr, on: bool) -> Result<(), String> {
     let by_tap =
         [("bridge", "from-guest", "out"), ("bridge", "to-guest", "in"), ("inet", "direct-by", "direct")];
     let by_address = [
@@ -84,7 +84,7 @@ pub(super) fn set_guard(tap: &str, address: Ipv4Addr, on: bool) -> Result<(), St
     nft(&script)
 }
 
-pub(super) fn set_filter(vm: &str, on: bool) {
+pub(crate) fn set_filter(vm: &str, on: bool) {
     let output = Command::new("virsh").args(["-c", "qemu:///system", "dumpxml", vm]).output().unwrap();
     let xml = String::from_utf8(output.stdout).unwrap();
     let start = xml.find("<interface ").unwrap();

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, socket,
@@ -15,13 +15,52 @@ use nix::sys::socket::{
 use super::guest::PLACES;
 
 /// The names of the probes that arrived.
-pub(super) type Seen = Arc<Mutex<BTreeSet<String>>>;
+pub(crate) type Seen = Arc<Mutex<BTreeSet<String>>>;
 
 /// What the world sends to the guest that tries.
-pub(super) const INBOUND: &[u8] = b"probe:inbound-world;";
+pub(crate) const INBOUND: &[u8] = b"probe:inbound-world;";
+
+/// A packet is on its way for less than this.
+pub(crate) const SETTLE: Duration = Duration::from_millis(1500);
+/// Each probe is sent every half second or two.
+const ROUND: Duration = Duration::from_secs(4);
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whatever was on its way is nothing that arrived.
+pub(crate) fn forget(seen: &Seen) {
+    thread::sleep(SETTLE);
+    seen.lock().unwrap().clear();
+}
+
+#[track_caller]
+pub(crate) fn all_arrive(seen: &Seen, names: &[&str], when: &str) {
+    let start = Instant::now();
+    loop {
+        let missing: Vec<&str> = {
+            let seen = seen.lock().unwrap();
+            names.iter().copied().filter(|name| !seen.contains(*name)).collect()
+        };
+        if missing.is_empty() {
+            return;
+        }
+        assert!(start.elapsed() < LIMIT, "{missing:?} did not arrive {when}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// For as long as each of them is tried at least once.
+#[track_caller]
+pub(crate) fn none_arrive(seen: &Seen, names: &[&str], when: &str) {
+    thread::sleep(ROUND);
+    let arrived: Vec<&&str> = {
+        let seen = seen.lock().unwrap();
+        names.iter().filter(|name| seen.contains(**name)).collect()
+    };
+    assert!(arrived.is_empty(), "{arrived:?} arrived {when}");
+}
 
 /// Looks at what passes an interface.
-pub(super) fn observe(sniffer: OwnedFd, over: Arc<AtomicBool>, look: impl Fn(&[u8]) + Send + 'static) {
+pub(crate) fn observe(sniffer: OwnedFd, over: Arc<AtomicBool>, look: impl Fn(&[u8]) + Send + 'static) {
     thread::spawn(move || {
         let mut buffer = [0; 2048];
         while !over.load(Ordering::Relaxed) {
@@ -33,7 +72,7 @@ pub(super) fn observe(sniffer: OwnedFd, over: Arc<AtomicBool>, look: impl Fn(&[u
     });
 }
 
-pub(super) fn note(seen: &Seen, bytes: &[u8]) {
+pub(crate) fn note(seen: &Seen, bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     if let Some((name, _)) = text.split_once("probe:").and_then(|(_, rest)| rest.split_once(';')) {
         seen.lock().unwrap().insert(name.to_owned());
@@ -87,7 +126,7 @@ pub(super) fn at_guest(seen: &Seen, frame: &[u8], guest: Ipv4Addr) {
 }
 
 /// A packet(7) socket bound to that interface of the present namespace.
-pub(super) fn packet_socket(interface: &str) -> OwnedFd {
+pub(crate) fn packet_socket(interface: &str) -> OwnedFd {
     let all = SockProtocol::EthAll;
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, all).unwrap();
     bind(socket.as_raw_fd(), &link_address(interface)).unwrap();

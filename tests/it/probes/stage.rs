@@ -13,15 +13,13 @@ use nix::sys::signal::Signal;
 
 use super::guest::{CUT_OFF, HOST, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
 use super::layers::{Layer, nft, set_filter, set_guard};
-use super::observers::{INBOUND, Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket};
+use super::observers::{
+    self, INBOUND, SETTLE, Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket,
+};
 
 /// Of the wire to the world, and the host's end of it.
 const SUBNET: [u8; 3] = [45, 33, 32];
 const WAN: &str = "45.33.32.1";
-/// A packet is on its way for less than this.
-const SETTLE: Duration = Duration::from_millis(1500);
-/// Each probe is sent every half second or two.
-const ROUND: Duration = Duration::from_secs(4);
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A guest that runs.
@@ -166,33 +164,17 @@ impl Stage {
     }
 
     pub(super) fn forget(&self) {
-        thread::sleep(SETTLE);
-        self.seen.lock().unwrap().clear();
+        observers::forget(&self.seen);
     }
 
     #[track_caller]
     pub(super) fn all_arrive(&self, names: &[&str], when: &str) {
-        let start = Instant::now();
-        loop {
-            let missing: Vec<&str> = {
-                let seen = self.seen.lock().unwrap();
-                names.iter().copied().filter(|name| !seen.contains(*name)).collect()
-            };
-            if missing.is_empty() {
-                return;
-            }
-            assert!(start.elapsed() < LIMIT, "{missing:?} did not arrive {when}");
-            thread::sleep(Duration::from_millis(50));
-        }
+        observers::all_arrive(&self.seen, names, when);
     }
 
-    /// For as long as each of them is tried at least once.
     #[track_caller]
     pub(super) fn none_arrive(&self, names: &[&str], when: &str) {
-        thread::sleep(ROUND);
-        let seen = self.seen.lock().unwrap();
-        let arrived: Vec<&&str> = names.iter().filter(|name| seen.contains(**name)).collect();
-        assert!(arrived.is_empty(), "{arrived:?} arrived {when}");
+        observers::none_arrive(&self.seen, names, when);
     }
 
     /// Gives the VM that tries another policy; that it was about to be changed, and was, is on record.
