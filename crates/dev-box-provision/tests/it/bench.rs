@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use dev_box_comm::hello::{Generations, GuestHello};
+use dev_box_comm::hello::{Generations, GuestHello, IPV6};
 use dev_box_comm::message::{Configure, GuestError, GuestErrorKind, Message, Request};
 use dev_box_comm::session::Session;
 use dev_box_comm::testing::{MemoryDial, memory};
@@ -36,6 +36,8 @@ use tempfile::TempDir;
 pub(crate) enum Guest {
     /// Its agent answers and obeys.
     Obeys,
+    /// The same, by an agent that is older than IPv6.
+    KnowsNoIpv6,
     /// Its agent refuses to be configured.
     Refuses,
     /// Its agent is of a generation before the first that this one speaks.
@@ -93,7 +95,12 @@ impl Bench {
         let firewall = Arc::new(FakeFirewall::new());
         let host = HostPaths { interfaces: root.path().join("interfaces"), ..HostPaths::default() };
         let network = VmNetwork::new(
-            NetSettings { host, ..NetSettings::new(root.path().join("net")) },
+            NetSettings {
+                host,
+                policies: root.path().join("policies"),
+                ipv6: true,
+                ..NetSettings::new(root.path().join("net"))
+            },
             Arc::clone(&firewall) as Arc<dyn Firewall>,
         );
         let (dial, listen) = memory();
@@ -211,8 +218,11 @@ async fn serve(
             Guest::HangsUp => drop(io),
             // Held, and never read.
             Guest::Silent => std::mem::forget(io),
-            Guest::Obeys | Guest::Refuses | Guest::IsOld => {
+            Guest::Obeys | Guest::KnowsNoIpv6 | Guest::Refuses | Guest::IsOld => {
                 let mut hello = GuestHello::new("boot");
+                if guest == Guest::Obeys {
+                    hello.capabilities = vec![IPV6.to_owned()];
+                }
                 if guest == Guest::IsOld {
                     hello.version = "0.0.9".to_owned();
                     hello.generations = Generations { min: 0, max: 0 };

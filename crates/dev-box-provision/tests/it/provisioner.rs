@@ -1,3 +1,4 @@
+use std::fs;
 use std::time::Duration;
 
 use dev_box_core::accel::AcceleratorPolicy;
@@ -6,7 +7,7 @@ use dev_box_core::size::ByteSize;
 use dev_box_core::spec::LinkState;
 use dev_box_core::state::VmState;
 use dev_box_core::template::VmTemplate;
-use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, TransportChoice};
+use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, TransportChoice, VmRequest};
 use dev_box_net::events::{NetEvent, NetEventKind};
 use dev_box_provision::provisioner::ResumeError;
 
@@ -57,10 +58,7 @@ async fn a_vm_is_made_and_goes_without_a_trace() {
 #[tokio::test]
 async fn an_isolated_vm_has_no_interface_and_no_address() {
     let bench = Bench::new(Guest::Obeys).await;
-    let vm = bench
-        .provisioner
-        .provision(&dev_box_exec::VmRequest { network: NetworkMode::Isolated, ..request() })
-        .await;
+    let vm = bench.provisioner.provision(&VmRequest { network: NetworkMode::Isolated, ..request() }).await;
     let vm = vm.unwrap();
     let domain = bench.libvirt.find(vm.name.as_str()).unwrap().unwrap();
     let spec =
@@ -108,7 +106,7 @@ async fn what_cannot_be_had_is_said_before_anything_is_made() {
     );
     bad.image = "No Name".to_owned();
     assert!(matches!(bench.provisioner.provision(&bad).await, Err(ProvisionError::Unsatisfiable { .. })));
-    let kvm = dev_box_exec::VmRequest { accelerator: AcceleratorPolicy::Kvm, ..request() };
+    let kvm = VmRequest { accelerator: AcceleratorPolicy::Kvm, ..request() };
     if dev_box_core::accel::detect().why_not_kvm.is_some() {
         let error = bench.provisioner.provision(&kvm).await.unwrap_err();
         assert!(error.to_string().contains("KVM is required"), "{error}");
@@ -210,6 +208,44 @@ async fn an_image_with_an_older_agent_is_told_what_to_do() {
     let bench = Bench::new(Guest::IsOld).await;
     let error = chain(&bench.provisioner.provision(&request()).await.unwrap_err());
     assert!(error.contains("0.0.9") && error.contains("dev-box image build"), "{error}");
+    bench.assert_clean();
+}
+
+/// A request whose policy has IPv6.
+fn by_ipv6(bench: &Bench) -> VmRequest {
+    let policies = bench.root.path().join("policies");
+    fs::create_dir_all(&policies).unwrap();
+    fs::write(policies.join("six.toml"), "mode = 'custom'\nipv6 = true\n").unwrap();
+    VmRequest { network: NetworkMode::Named("six".to_owned()), ..request() }
+}
+
+#[tokio::test]
+async fn an_ipv6_address_is_told_to_the_vm_and_to_whoever_has_it() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let vm = bench.provisioner.provision(&by_ipv6(&bench)).await.unwrap();
+    let told = bench.configured.lock().unwrap().last().unwrap().network.clone().unwrap();
+    let ipv6 = told.ipv6.unwrap();
+    let fact = vm.facts.network.clone().unwrap();
+    assert_eq!((fact.address, fact.ipv6), (told.address, Some(ipv6.address)));
+    assert!(ipv6.gateway != ipv6.address && (1..128).contains(&ipv6.prefix));
+    bench.provisioner.retire(vm).await.unwrap();
+
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    assert_eq!(bench.configured.lock().unwrap().last().unwrap().network.as_ref().unwrap().ipv6, None);
+    assert_eq!(vm.facts.network.as_ref().unwrap().ipv6, None);
+    bench.provisioner.retire(vm).await.unwrap();
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn an_agent_older_than_ipv6_gets_no_vm_whose_policy_has_it() {
+    let bench = Bench::new(Guest::KnowsNoIpv6).await;
+    let error = chain(&bench.provisioner.provision(&by_ipv6(&bench)).await.unwrap_err());
+    assert!(error.contains("IPv6") && error.contains("dev-box image build"), "{error}");
+    assert!(bench.configured.lock().unwrap().is_empty());
+    bench.assert_clean();
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    bench.provisioner.retire(vm).await.unwrap();
     bench.assert_clean();
 }
 
