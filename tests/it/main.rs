@@ -20,6 +20,7 @@ mod monitoring;
 mod mounts;
 mod nested;
 mod net;
+mod nft_backend;
 mod observe;
 mod odd_traffic;
 mod policies;
