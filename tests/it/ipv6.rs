@@ -13,10 +13,14 @@ mod guest;
 mod network;
 mod stage;
 
+use std::collections::BTreeSet;
+use std::net::Ipv6Addr;
 use std::time::Duration;
 
-use dev_box_tests::{Host, skip, wait_until};
+use dev_box::net::identity::ipv6_of;
+use dev_box_tests::{Daemon, Host, skip, wait_until};
 use guest::{CUT_OFF, EXCHANGES, GUARD_ALONE, STATIC};
+use network::{Network, SETTINGS};
 use stage::Stage;
 
 use crate::probes::layers::{BridgeNetfilter, Layer};
@@ -87,4 +91,49 @@ fn what_a_guest_tries_by_ipv6_arrives_only_where_its_policy_says() {
     stage.owners_go_on();
     wait_until("all of it stands", Duration::from_secs(60), || stage.stands());
     stage.strike();
+}
+
+/// The addresses of the guest's interface, and how many default routes of IPv6 it has.
+const LOOK: &str = "ip -o addr show eth0 | awk '{print $4}'; ip -6 route show default | wc -l";
+
+/// Has its own IPv6 address and no other.
+#[track_caller]
+fn own_address(said: &str) -> Ipv6Addr {
+    let lines: Vec<&str> = said.lines().collect();
+    let address = lines[0].split('/').next().unwrap().parse().unwrap();
+    assert_eq!(lines[1..], [&*format!("{}/120", ipv6_of(address)), "1"], "{said}");
+    ipv6_of(address)
+}
+
+#[test]
+fn what_wakes_up_with_anothers_ipv6_address_gets_its_own_or_none() {
+    let Some(host) = Host::new("what_wakes_up_with_anothers_ipv6_address_gets_its_own_or_none") else {
+        return;
+    };
+    let _network = Network::new(&host);
+    let call = |arguments: &[&str]| {
+        host.spawn(Network::command(&host).args(arguments)).finish().expect_code(0).text()
+    };
+    let policy = host.root().join("policy.toml");
+    std::fs::write(&policy, stage::POLICY).unwrap();
+    let policy = policy.to_string_lossy().into_owned();
+    // The template's machine has one.
+    let check = "ip -6 addr show eth0 | grep -q fddb:";
+    call(&["template", "create", "t", "--policy", &policy, "--run", check]);
+    let run =
+        |net: [&str; 2]| call(&["run", "--quiet", "--template", "t", net[0], net[1], "--", "sh", "-c", LOOK]);
+    own_address(&run(["--policy", &policy]));
+    let without = run(["--net", "nat-filtered"]);
+    assert_eq!(without.lines().skip(1).collect::<Vec<_>>(), ["0"], "IPv4 alone: {without}");
+
+    let daemon = Daemon::start_with(&host, &SETTINGS);
+    let vm = call(&["start", "--policy", &policy]).trim().to_owned();
+    let forks = call(&["fork", &vm, "-n", "2"]);
+    let all: Vec<&str> = std::iter::once(&*vm).chain(forks.lines()).collect();
+    let addresses: BTreeSet<Ipv6Addr> =
+        all.iter().map(|vm| own_address(&call(&["exec", vm, "--", "sh", "-c", LOOK]))).collect();
+    assert_eq!(addresses.len(), 3, "one each: {addresses:?}");
+    daemon.stop().expect_code(0);
+    call(&["template", "rm", "t"]);
+    host.assert_clean();
 }

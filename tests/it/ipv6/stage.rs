@@ -86,7 +86,7 @@ pub(super) struct Stage<'a> {
     seen: Seen,
     over: Arc<AtomicBool>,
     guests: Vec<Guest>,
-    network: Network,
+    _network: Network<'a>,
 }
 
 impl<'a> Stage<'a> {
@@ -101,8 +101,14 @@ impl<'a> Stage<'a> {
         world.serve_names(host, &[("six.example.com", "2620:fe::53")])?;
         let sniffer = world.inside(|| packet_socket("eth0"))?;
         let network = Network::new(host);
-        let mut stage =
-            Self { host, world, seen: Seen::default(), over: Arc::default(), guests: Vec::new(), network };
+        let mut stage = Self {
+            host,
+            world,
+            seen: Seen::default(),
+            over: Arc::default(),
+            guests: Vec::new(),
+            _network: network,
+        };
         let seen = Arc::clone(&stage.seen);
         // What the world sends itself passes here as well.
         observe(sniffer, Arc::clone(&stage.over), move |frame| {
@@ -353,7 +359,6 @@ impl Drop for Stage<'_> {
             }
         }
         let _ = nft(&format!("delete table inet {BRIDGE}\n"));
-        self.network.remove(self.host);
     }
 }
 
