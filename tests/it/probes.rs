@@ -39,6 +39,11 @@ fn what_a_guest_tries_arrives_only_where_its_policy_says() {
     for reason in ["spoofed", "protocol", "gateway", "host", "neighbour", "special", "port", "unsolicited"] {
         assert!(dropped.contains(&format!("\"{reason}\"")), "nothing was dropped as {reason}: {dropped}");
     }
+    // What the neighbour sends to this one is counted, and goes on to be.
+    let before = stage.dropped_of_neighbour(&host);
+    wait_until("the neighbour's packets are counted", LIMIT, || {
+        stage.dropped_of_neighbour(&host) >= before + 4
+    });
     stage.all_are_told(&host);
     let flows = host.dev_box(["net", "flows", stage.vm(), "--json"]).expect_code(0).text();
     assert!(flows.contains("\"dropped\"") && flows.contains("\"new-destination\""), "{flows}");

@@ -28,7 +28,7 @@ pub(super) const PLACES: [(&str, u16, &str); 17] = [
 pub(super) const ALLOWED: [&str; 4] = ["tcp-22", "tcp-80", "tcp-443", "tcp-9418"];
 
 /// What libvirt's filter holds by itself: no probe to the host's own addresses and ports is among it.
-pub(super) const STATIC: [&str; 22] = [
+pub(super) const STATIC: [&str; 24] = [
     "metadata",
     "private-10",
     "private-172",
@@ -48,6 +48,8 @@ pub(super) const STATIC: [&str; 22] = [
     "spoof-arp",
     "neighbour-direct",
     "neighbour-routed",
+    "back-direct",
+    "back-routed",
     "ipv6",
     "rogue-dhcp",
     "gateway-udp",
@@ -56,11 +58,10 @@ pub(super) const STATIC: [&str; 22] = [
 /// The host's own, and what comes in unasked, which only the guard holds.
 pub(super) const HOST: [&str; 5] = ["gateway-9418", "host-9418", "host-22", "inbound", "inbound-world"];
 
-/// Tries each probe again and again. Arguments: the neighbour's address. A probe is known by its name in the payload
-/// (`probe:NAME;`), or, as a SYN carries none, by where it goes.
-pub(super) const TRY: &str = r#"
+/// What both guests do with: their addresses, and packets made by hand. A probe is known by its name in the payload (`probe:NAME;`),
+/// or, as a SYN carries none, by where it goes.
+pub(super) const MEANS: &str = r#"
 import random, socket, struct, subprocess, sys, threading, time
-b = sys.argv[1]
 route = subprocess.run(["ip", "-4", "route", "show", "default"], capture_output=True, text=True).stdout.split()
 gw, dev = route[2], route[4]
 me = subprocess.run(["ip", "-4", "-o", "addr", "show", dev], capture_output=True, text=True).stdout.split()[3].split("/")[0]
@@ -92,6 +93,18 @@ def arp(name, sender_ip, target):
     body = struct.pack("!HHBBH", 1, 0x800, 6, 4, 2) + mac(me) + socket.inet_aton(sender_ip) + bytes(6) + socket.inet_aton(target)
     frame(b"\xff" * 6, mac(me), 0x806, body + f"probe:{name};".encode())
 
+def again(what, *arguments):
+    def loop():
+        while True:
+            what(*arguments)
+            # Not in step with each other: of what is dropped, only so much a second is told.
+            time.sleep(random.uniform(0.3, 0.9))
+    threading.Thread(target=loop, daemon=True).start()
+"#;
+
+/// Tries each probe again and again. Arguments: the neighbour's address.
+pub(super) const TRY: &str = r#"
+b = sys.argv[1]
 public = "45.33.40.1"
 def frames():
     other = bytes([2, 0xdb, 9, 9, 9, 9])
@@ -124,14 +137,6 @@ def named(name):
     try: connect(socket.gethostbyname(name), 443)
     except OSError: pass
 
-def again(what, *arguments):
-    def loop():
-        while True:
-            what(*arguments)
-            # Not in step with each other: of what is dropped, only so much a second is told.
-            time.sleep(random.uniform(0.3, 0.9))
-    threading.Thread(target=loop, daemon=True).start()
-
 server = socket.create_server(("0.0.0.0", 8080))
 again(frames)
 again(special_frames)
@@ -146,11 +151,14 @@ print("trying as", me, flush=True)
 time.sleep(600)
 "#;
 
-/// The neighbour: says its address, and stays.
+/// The neighbour: says its address, and, once it is told the other's, sends to it by both ways.
 pub(super) const STAY: &str = r#"
-import subprocess, time
-dev = subprocess.run(["ip", "-4", "route", "show", "default"], capture_output=True, text=True).stdout.split()[4]
-print("here as", subprocess.run(["ip", "-4", "-o", "addr", "show", dev], capture_output=True, text=True).stdout.split()[3].split("/")[0], flush=True)
+print("here as", me, flush=True)
+a = sys.stdin.readline().strip()
+def frames():
+    frame(mac(a), mac(me), 0x800, packet("back-direct", me, a, 6, 0, 443))
+    frame(mac(gw), mac(me), 0x800, packet("back-routed", me, a, 6, 0, 80))
+again(frames)
 time.sleep(600)
 "#;
 

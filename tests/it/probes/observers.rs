@@ -120,7 +120,8 @@ pub(super) fn at_guest(seen: &Seen, frame: &[u8], guest: Ipv4Addr) {
     if opening(frame) == Some((guest, 8080)) {
         seen.lock().unwrap().insert("inbound".to_owned());
     }
-    if has(frame, INBOUND) {
+    // What its neighbour sends; the guest itself sends nothing of that name.
+    if has(frame, INBOUND) || has(frame, b"probe:back-") {
         note(seen, frame);
     }
 }

@@ -1,8 +1,9 @@
 //! The world that guests try to reach, the guests, and what became of their tries.
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
+use std::process::{ChildStdin, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use dev_box_tests::{Host, Internet, Running, run, wait_until};
 use nix::sys::signal::Signal;
 
-use super::guest::{CUT_OFF, HOST, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
+use super::guest::{CUT_OFF, HOST, MEANS, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
 use super::layers::{Layer, nft, set_filter, set_guard};
 use super::observers::{
     self, INBOUND, SETTLE, Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket,
@@ -25,6 +26,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A guest that runs.
 struct Guest {
     owner: Option<Running>,
+    /// Of the script.
+    stdin: ChildStdin,
     name: String,
     address: Ipv4Addr,
 }
@@ -101,7 +104,7 @@ impl Stage {
 
     fn start(&mut self, host: &Host, script: &str, word: &str) {
         let mut command = Internet::resolves_for(host);
-        command.args(["run", "--quiet", "--", "python3", "-c", script]);
+        command.args(["run", "--quiet", "-i", "--", "python3", "-c", &[MEANS, script].concat()]);
         if let Some(neighbour) = self.guests.first() {
             command.arg(neighbour.address.to_string());
         }
@@ -110,13 +113,17 @@ impl Stage {
         owner.wait_for_output(word);
         let address = owner.line().parse().expect("the guest's address");
         let name = host.vms().into_iter().find(|name| !before.contains(name)).expect("the VM's directory");
-        let guest = Guest { owner: Some(owner), name, address };
+        let stdin = owner.stdin();
+        let guest = Guest { owner: Some(owner), stdin, name, address };
         let (seen, neighbour) = (Arc::clone(&self.seen), self.guests.is_empty());
         let at_tap = move |frame: &[u8]| match neighbour {
             true => at_neighbour(&seen, frame, address),
             false => at_guest(&seen, frame, address),
         };
         observe(packet_socket(&guest.tap()), Arc::clone(&self.over), at_tap);
+        if let Some(neighbour) = self.guests.first_mut() {
+            writeln!(neighbour.stdin, "{address}").unwrap();
+        }
         self.guests.push(guest);
     }
 
@@ -193,8 +200,8 @@ impl Stage {
     }
 
     /// The dropped packets that were told so far, as `reason destination port`.
-    pub(super) fn told(&self, host: &Host) -> BTreeSet<String> {
-        let flows = host.dev_box(["net", "flows", self.vm(), "--json"]).expect_code(0).text();
+    pub(super) fn told(host: &Host, vm: &str) -> BTreeSet<String> {
+        let flows = host.dev_box(["net", "flows", vm, "--json"]).expect_code(0).text();
         let told = |line: &str| {
             let event: serde_json::Value = serde_json::from_str(line).ok()?;
             let (packet, reason) = (&event["packet"], event["reason"].as_str()?);
@@ -209,8 +216,12 @@ impl Stage {
         let start = Instant::now();
         loop {
             let mut missing = self.to_be_told();
-            let told = self.told(host);
+            let told = Self::told(host, self.vm());
             missing.retain(|probe| !told.contains(probe));
+            // Of the other VM: directly to one port, by way of the gateway to the other.
+            let told_back = Self::told(host, &self.guests[0].name);
+            let back = [443, 80].map(|port| format!("neighbour {} {port}", self.guests[1].address));
+            missing.extend(back.into_iter().filter(|probe| !told_back.contains(probe)));
             if missing.is_empty() {
                 return;
             }
@@ -245,6 +256,13 @@ impl Stage {
         all.push(format!("unsolicited {me} 8080"));
         all.push(format!("unsolicited {me} 8081"));
         all
+    }
+
+    /// Packets of the neighbour's that were dropped on their way to the VM that tries.
+    pub(super) fn dropped_of_neighbour(&self, host: &Host) -> u64 {
+        let shown = host.dev_box(["net", "show", &self.guests[0].name, "--json"]).expect_code(0).text();
+        let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+        shown["traffic"]["dropped"]["neighbour"]["packets"].as_u64().unwrap_or_default()
     }
 
     pub(super) fn dropped(&self, host: &Host) -> String {
