@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -55,15 +55,32 @@ impl Chance {
         format!("{}/{bits}", Ipv4Addr::from(address & mask))
     }
 
+    /// Mostly public, mostly short.
+    fn range6(&mut self) -> String {
+        let bits = u32::try_from(self.below(4) * self.below(33) + self.below(33)).unwrap().clamp(1, 128);
+        let top = if self.below(8) == 0 { self.below(1 << 16) } else { 0x2400 + self.below(0x600) };
+        let address =
+            u128::from(top) << 112 | u128::from(self.below(1 << 32)) << 80 | u128::from(self.below(9));
+        format!("{}/{bits}", Ipv6Addr::from(address & (u128::MAX << (128 - bits))))
+    }
+
     /// A policy as its author writes it, good or not.
     fn policy(&mut self) -> String {
         // Sometimes as long as lists may be.
         let many = if self.below(10) == 0 { 60 } else { 4 };
         let mut text = "mode = 'custom'\n".to_owned();
+        let ipv6 = self.below(3) == 0;
+        if ipv6 {
+            text += "ipv6 = true\n";
+        }
+        let range = |chance: &mut Self| match ipv6 && chance.below(2) == 0 {
+            true => chance.range6(),
+            false => chance.range(),
+        };
         for (key, list) in [
             ("ports", self.list(many, Self::port)),
-            ("allow", self.list(many * 4, Self::range)),
-            ("deny", self.list(many, Self::range)),
+            ("allow", self.list(many * 4, range)),
+            ("deny", self.list(many, range)),
             ("domains", self.list(3, |chance| format!("*.{}.org", chance.word(b"abc-x", 6)))),
         ] {
             if self.below(4) > 0 {
@@ -82,17 +99,18 @@ impl Chance {
         let subnet = format!("10.{}.{}.0/{}", self.below(256), self.below(256), 24 + self.below(6));
         // What this process makes has a name that no other network has.
         let name = format!("x{}-{name}", std::process::id()).chars().take(32).collect::<String>();
-        NetworkShape::new(&name, &bridge, subnet.parse::<Subnet>().ok()?).ok()
+        let shape = NetworkShape::new(&name, &bridge, subnet.parse::<Subnet>().ok()?).ok()?;
+        Some(if self.below(2) == 0 { shape.with_ipv6() } else { shape })
     }
 }
 
 /// As long as a policy may be.
 fn largest() -> EgressPolicy {
-    let ranges = |first: u8| (0..=255).map(|n| format!("{first}.{n}.0.0/16")).collect::<Vec<_>>();
+    let ranges = |first: u8| (0..=255).map(|n| format!("2a{first}:{n}::/32")).collect::<Vec<_>>();
     let ports: Vec<String> = (1..=64).map(|n| format!("udp/{}-{}", n * 1000, n * 1000 + 5)).collect();
     let (allow, deny) = (ranges(11), ranges(12));
     EgressPolicy::from_toml(&format!(
-        "mode = 'custom'\ndestinations = 'public'\nports = {ports:?}\nallow = {allow:?}\ndeny = {deny:?}"
+        "mode = 'custom'\nipv6 = true\ndestinations = 'public'\nports = {ports:?}\nallow = {allow:?}\ndeny = {deny:?}"
     ))
     .unwrap()
 }
@@ -140,6 +158,7 @@ fn libvirt_takes_the_filter_of_every_policy_that_we_take() {
         (0..POLICIES).map(|_| chance.policy()).filter_map(|text| EgressPolicy::from_toml(&text).ok());
     let mut policies: Vec<EgressPolicy> = written.take(TAKEN).collect();
     assert_eq!(policies.len(), TAKEN, "of {POLICIES} that were written");
+    assert!(policies.iter().filter(|policy| policy.ipv6()).count() >= 10, "too few with IPv6");
     policies.extend([EgressPolicy::NatFiltered, largest()]);
 
     let address = shape.subnet().gateway();

@@ -184,6 +184,11 @@ fn errors_name_the_line_and_the_field() {
 fn ten_thousand_rules_are_too_many() {
     let rules: Vec<String> = (0..10_000).map(|n| format!("'10.{}.{}.0/24'", n / 256, n % 256)).collect();
     let text = format!("mode = 'custom'\nallow = [\n{}\n]", rules.join(",\n"));
+    assert_eq!(
+        refusal(&text).to_string(),
+        "egress policy, line 2, allow: 10000 rules are more than the 256 this list may have"
+    );
+    let text = format!("{text}\n# {}", "x".repeat(MAX_DOCUMENT_BYTES));
     assert!(matches!(refusal(&text).problem, PolicyProblem::DocumentTooLarge { .. }));
     let text = format!("mode = 'custom'\nallow = [{}]", rules[..257].join(", "));
     let error = refusal(&text).to_string();

@@ -19,7 +19,7 @@ pub const MAX_CIDRS: usize = 256;
 /// Most domains of one policy.
 pub const MAX_DOMAINS: usize = 256;
 /// Largest TOML document that is read, in bytes.
-pub const MAX_DOCUMENT_BYTES: usize = 64 * 1024;
+pub const MAX_DOCUMENT_BYTES: usize = 1024 * 1024;
 
 /// A list of a policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
