@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use dev_box_core::size::ByteSize;
 
-use super::BuildError;
 use super::modules::WANTED;
+use super::{BuildError, elf};
 use crate::digest::Digest;
 use crate::name::ImageName;
 
@@ -87,6 +87,13 @@ pub enum InputError {
     /// Too many packages.
     #[error("more than {MAX_EXTRA} extra packages")]
     TooManyPackages,
+    /// An agent that the guest could not start.
+    #[error(
+        "the agent {} is linked dynamically, and there are no libraries where it runs: build it with \
+         RUSTFLAGS='-C target-feature=+crt-static', or name another with --agent",
+        .0.display()
+    )]
+    DynamicAgent(PathBuf),
     /// A size no file system can have.
     #[error("a disk of {0} cannot be made: use whole MiB, {MIN_DISK} to {MAX_DISK}")]
     DiskSize(ByteSize),
@@ -148,6 +155,10 @@ impl Build {
             Digest::of_file(path).map_err(|source| BuildError::Unreadable { path: path.clone(), source })
         };
         let agent = digest(&self.agent)?;
+        let dynamic = elf::is_dynamic(&self.agent);
+        if dynamic.map_err(|source| BuildError::Unreadable { path: self.agent.clone(), source })? {
+            return Err(InputError::DynamicAgent(self.agent.clone()).into());
+        }
         let tarball = match &self.source {
             BuildSource::Tar(path) => Some(digest(path)?),
             BuildSource::Packages { .. } => None,

@@ -10,6 +10,7 @@
 //! Programs run through the seam [`Commands`]; everything is made in a staging directory of the store.
 
 mod disk;
+mod elf;
 mod finish;
 mod initramfs;
 mod input;

@@ -201,6 +201,8 @@ fn what_cannot_be_is_told_before_anything_runs() {
     let mut world = World::new();
     world.build.agent = "/nowhere/agent".into();
     assert!(matches!(world.build(), Err(BuildError::Unreadable { .. })));
+    world.build.agent = "/bin/sh".into();
+    assert!(world.build().unwrap_err().to_string().contains("linked dynamically"));
     world.build.disk_size = ByteSize::mib(1);
     assert!(matches!(world.build(), Err(BuildError::Input(_))));
     let mut world = World::new();
