@@ -153,6 +153,7 @@ impl UserVms {
             disk_io: guest::disk_io(DiskIo::IoUring),
             policy: new.policy,
             address: None,
+            ipv6: None,
             started: None,
             stopped: None,
         };

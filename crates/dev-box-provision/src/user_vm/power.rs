@@ -11,6 +11,7 @@ use dev_box_observe::audit::AuditEvent;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use super::record::addresses;
 use super::{ANSWER, Held, UserVmError, UserVms, concluded};
 use crate::blocking;
 
@@ -64,7 +65,7 @@ impl UserVms {
         // What it left when its guest powered off.
         self.release_network(&name).await?;
         let lease = self.attach(held, held.record.address).await?;
-        held.record.address = lease.as_ref().map(|lease| lease.address);
+        (held.record.address, held.record.ipv6) = addresses(lease.as_ref());
         held.record.started = Some(self.clock.now());
         let run = async {
             let template = self.template(held, lease.as_ref())?;

@@ -1,7 +1,7 @@
 //! What is on record of a user's VM: `vm.json` in its directory.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use dev_box_core::accel::Accelerator;
@@ -9,7 +9,7 @@ use dev_box_core::clock::EasternTime;
 use dev_box_core::id::{VmId, VmName};
 use dev_box_core::spec::{DiskIo, ResourceProfile};
 use dev_box_image::{Digest, ImageName};
-use dev_box_net::EgressPolicy;
+use dev_box_net::{EgressPolicy, NetLease};
 use serde::{Deserialize, Serialize};
 
 use super::UserVmError;
@@ -49,10 +49,18 @@ pub struct VmRecord {
     pub policy: EgressPolicy,
     /// The address it has, or had when it ran last; it gets that one again unless somebody has it.
     pub address: Option<Ipv4Addr>,
+    /// Its IPv6 address with that, under a policy with IPv6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Addr>,
     /// When dev-box started it last.
     pub started: Option<EasternTime>,
     /// When dev-box stopped it last; a guest that powers itself off leaves no time.
     pub stopped: Option<EasternTime>,
+}
+
+/// What is on record of a lease.
+pub(super) fn addresses(lease: Option<&NetLease>) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+    (lease.map(|lease| lease.address), lease.and_then(|lease| lease.ipv6).map(|ipv6| ipv6.address))
 }
 
 impl VmRecord {

@@ -19,6 +19,7 @@ use dev_box_observe::audit::AuditEvent;
 use serde::Serialize;
 
 use super::power::end;
+use super::record::addresses;
 use super::{ANSWER, Held, UserVmError, UserVms, concluded};
 
 /// What became of a restore.
@@ -95,11 +96,11 @@ impl UserVms {
             (Ok(()), VmState::Running) => self.introduce(held, lease.as_ref(), ANSWER).await,
             (restored, _) => restored.map_err(UserVmError::from),
         };
-        let address = lease.as_ref().map(|lease| lease.address);
+        let (address, ipv6) = addresses(lease.as_ref());
         drop(lease);
         if state.is_active() {
             if address.is_some() && held.record.address != address {
-                held.record.address = address;
+                (held.record.address, held.record.ipv6) = (address, ipv6);
                 held.save()?;
             }
         } else {

@@ -233,6 +233,30 @@ async fn a_guest_that_does_not_come_up_leaves_a_vm_that_is_off() {
 }
 
 #[tokio::test]
+async fn ipv6_is_told_to_a_guest_whose_agent_can_set_it() {
+    let policy = EgressPolicy::from_toml("mode = 'custom'\nipv6 = true\n").unwrap();
+    let bench = Bench::new(Guest::Obeys).await;
+    let vms = &bench.user_vms;
+    vms.create(NewVm { policy: policy.clone(), ..new("a") }).await.unwrap();
+    vms.start(&name("a")).await.unwrap();
+    let told = bench.configured.lock().unwrap().pop().unwrap().network.unwrap().ipv6.unwrap();
+    assert_eq!(vms.inspect(&name("a")).await.unwrap().0.record.ipv6, Some(told.address));
+    vms.destroy(&name("a")).await.unwrap();
+    vms.remove(&name("a"), false).await.unwrap();
+    bench.assert_clean();
+
+    let bench = Bench::new(Guest::KnowsNoIpv6).await;
+    let vms = &bench.user_vms;
+    vms.create(NewVm { policy, ..new("a") }).await.unwrap();
+    let error = vms.start(&name("a")).await.unwrap_err();
+    assert!(matches!(&error, UserVmError::OldAgent(text) if text.contains("image build")), "{error:?}");
+    assert_eq!(vms.list().await.unwrap()[0].state, VmState::Shutoff);
+    assert!(bench.configured.lock().unwrap().is_empty());
+    vms.remove(&name("a"), false).await.unwrap();
+    bench.assert_clean();
+}
+
+#[tokio::test]
 async fn what_others_do_to_it_is_no_loss() {
     let bench = Bench::new(Guest::Obeys).await;
     let (vms, a) = (&bench.user_vms, name("a"));
