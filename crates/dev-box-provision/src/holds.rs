@@ -8,14 +8,45 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dev_box_core::id::VmName;
 
-/// VMs of a provisioner that were paused to stay so. Clones share it.
+/// VMs of a provisioner that were paused to stay so, and those that stand still for a moment. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Holds(Arc<Mutex<BTreeSet<VmName>>>);
+pub struct Holds {
+    held: Arc<Mutex<BTreeSet<VmName>>>,
+    still: Arc<Mutex<BTreeSet<VmName>>>,
+}
+
+/// While something reads a VM that stands still for it: whoever does that lets the VM go on afterwards, and nobody before.
+#[derive(Debug)]
+pub(crate) struct Moment {
+    holds: Holds,
+    vm: VmName,
+}
+
+impl Drop for Moment {
+    fn drop(&mut self) {
+        self.holds.still().remove(&self.vm);
+    }
+}
 
 impl Holds {
     fn held(&self) -> MutexGuard<'_, BTreeSet<VmName>> {
         // A set of names is whole whatever panicked beside it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn still(&self) -> MutexGuard<'_, BTreeSet<VmName>> {
+        self.still.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody lets it run until the moment is over, and who begins one lets it run on then.
+    pub(crate) fn moment(&self, vm: &VmName) -> Moment {
+        self.still().insert(vm.clone());
+        Moment { holds: self.clone(), vm: vm.clone() }
+    }
+
+    /// Whether the watch over its network may let it run: nobody else has stopped it.
+    pub(crate) fn lets_go(&self, vm: &VmName) -> bool {
+        !self.holds(vm) && !self.still().contains(vm)
     }
 
     /// It stays paused from now on: said before it is paused.
@@ -37,5 +68,23 @@ impl Holds {
     /// Forgets those that are not there any more.
     pub(crate) fn keep(&self, is_there: impl Fn(&VmName) -> bool) {
         self.held().retain(is_there);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_lets_a_vm_run_in_somebody_elses_moment() {
+        let (holds, vm) = (Holds::default(), VmName::new("dev-box-a").unwrap());
+        assert!(holds.lets_go(&vm));
+        let moment = holds.moment(&vm);
+        assert!(!holds.lets_go(&vm) && !holds.holds(&vm), "but it is not to last");
+        holds.hold(&vm);
+        drop(moment);
+        assert!(!holds.lets_go(&vm), "a hold outlasts it");
+        holds.release(&vm);
+        assert!(holds.lets_go(&vm));
     }
 }

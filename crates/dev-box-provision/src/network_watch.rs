@@ -286,7 +286,7 @@ impl Custody for Inner {
 
     fn resume<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(async move {
-            if self.holds.holds(vm) {
+            if !self.holds.lets_go(vm) {
                 return Ok(());
             }
             let domain = Vm::find(&self.connection, vm.as_str()).await.map_err(|error| error.to_string())?;
@@ -295,7 +295,7 @@ impl Custody for Inner {
                 Err(error) => return Err(error.to_string()),
             }
             // Who held it meanwhile saw that it stood still, and left it at that.
-            if self.holds.holds(vm) { self.pause(vm).await } else { Ok(()) }
+            if self.holds.lets_go(vm) { Ok(()) } else { self.pause(vm).await }
         })
     }
 

@@ -262,15 +262,24 @@ impl LibvirtProvisioner {
         let frozen = async {
             // What goes on in a fork begins when that knows who it is: its agent's next word to them is theirs to go on.
             hold_jobs(session).await.map_err(ForkError::Hold)?;
+            // A verification of its network that ends meanwhile is no reason to let it run.
+            let moment = self.0.holds.moment(vm);
+            let was_held = self.0.watch.is_held(vm);
             let paused = match self.stop(vm, session).await {
                 Ok(paused) => paused,
                 Err(error) => {
+                    drop(moment);
+                    // Where it stood still for its network's sake, which may have been found sound since.
+                    if was_held || self.0.watch.is_held(vm) {
+                        let _ = self.go_on(vm, session).await;
+                    }
                     // They go on by themselves after a while.
                     let _ = timeout(ANSWER, session.call(Request::Configure(Configure::default()))).await;
                     return Err(ForkError::Pause(error));
                 }
             };
             let saved = self.save_whole(vm, domain, staged, qemu).await;
+            drop(moment);
             let resumed = self.go_on(vm, session).await.map_err(ForkError::Resume);
             drop(paused);
             resumed.and(saved)
