@@ -606,7 +606,8 @@ impl<'a> Rules<'a> {
         let chain = format!("{tap}.open");
         let rate = self.drop_to(DropReason::Rate);
         if let Some(bytes) = limits.egress_bytes_per_second {
-            // A burst of a fifth of a second, and never less than a full-sized packet.
+            // A burst of a fifth of a second, and never less than a full-sized packet, beside what the kernel lets gather: the
+            // bytes of one second.
             let burst = (bytes.get() / 5).max(64 * 1024);
             script.rule(
                 &chain,
