@@ -193,6 +193,9 @@ pub struct JobGroup {
     /// Read again and again without being looked up.
     cpu_stat: Option<fs::File>,
     memory_events: Option<fs::File>,
+    events: Option<fs::File>,
+    processes: Option<fs::File>,
+    stat: Option<fs::File>,
     /// What jobs before this one have used.
     before: GroupUsage,
     limited: bool,
@@ -206,24 +209,32 @@ impl JobGroup {
     }
 
     fn new(path: PathBuf, directory: OwnedFd) -> Self {
-        let cpu_stat = fs::File::open(path.join("cpu.stat")).ok();
-        let memory_events = fs::File::open(path.join("memory.events")).ok();
-        Self { path, directory, cpu_stat, memory_events, before: GroupUsage::default(), limited: false }
+        let open = |file: &str| fs::File::open(path.join(file)).ok();
+        Self {
+            cpu_stat: open("cpu.stat"),
+            memory_events: open("memory.events"),
+            events: open("cgroup.events"),
+            processes: open("cgroup.procs"),
+            stat: open("cgroup.stat"),
+            path,
+            directory,
+            before: GroupUsage::default(),
+            limited: false,
+        }
     }
 
     /// Makes a group ready for another job, whose init, if there is one already, is to be its only process. False when it is not as a new one
     /// would be: it had limits of its own, or a job has made groups in it or frozen it.
     pub fn renew(&mut self, init: Option<i32>) -> bool {
-        let read = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
-        let events = read("cgroup.events");
+        let events = reread(self.events.as_ref());
         let alone = match init {
-            Some(pid) => read("cgroup.procs").trim_end() == pid.to_string(),
+            Some(pid) => reread(self.processes.as_ref()).trim_end() == pid.to_string(),
             None => events.contains("populated 0"),
         };
         if self.limited
             || !alone
             || events.contains("frozen 1")
-            || keyed(&read("cgroup.stat"), "nr_descendants") != 0
+            || keyed(&reread(self.stat.as_ref()), "nr_descendants") != 0
         {
             return false;
         }
@@ -464,6 +475,7 @@ mod tests {
         let write = |file: &str, text: &str| fs::write(root.path().join("jobs/9").join(file), text).unwrap();
         assert!(!group.renew(None), "who knows what is in it");
         write("cgroup.events", "populated 0\nfrozen 0\n");
+        write("cgroup.stat", "nr_descendants 0\n");
         write("cpu.stat", "user_usec 10\nsystem_usec 20\n");
         let mut group = cgroups.create("9", &GroupLimits::default()).unwrap();
         assert!(group.renew(None));
@@ -477,7 +489,9 @@ mod tests {
         assert!(!group.renew(None));
         write("cgroup.stat", "nr_descendants 0\n");
         assert!(group.renew(None));
-        assert!(!group.renew(Some(7)), "its init is not there");
+        write("cgroup.procs", "");
+        let mut group = cgroups.create("9", &GroupLimits::default()).unwrap();
+        assert!(group.renew(None) && !group.renew(Some(7)), "its init is not there");
         write("cgroup.procs", "7\n");
         assert!(group.renew(Some(7)));
         write("cgroup.procs", "7\n12\n");

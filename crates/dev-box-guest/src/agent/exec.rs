@@ -324,6 +324,8 @@ async fn in_front(agent: &Agent, running: Running, stream: GuestStream) {
     let waited = tokio::time::timeout(OUTPUT_PATIENCE, &mut drained).await;
     if waited.is_ok() {
         let _ = sender.send(Message::Exited(exited.clone())).await;
+        // It has been handed to whoever writes, who has had no time yet.
+        tokio::task::yield_now().await;
     }
     clear(agent, spare).await;
     agent.jobs.ended(&job);

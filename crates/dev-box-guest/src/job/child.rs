@@ -23,6 +23,8 @@ use super::report::{Ended, Report, Step};
 const CONTROL: c_int = 3;
 /// Where its list of mounts is, which polls as exceptional once one of them has changed (proc_pid_mounts(5)).
 const MOUNTS: c_int = 4;
+/// Where its own `oom_score_adj` is.
+const SCORE: c_int = 5;
 
 /// All a job's init needs, made by the agent before the split.
 pub(super) struct Child {
@@ -36,6 +38,9 @@ pub(super) struct Child {
     pub(super) stack_top: *mut c_void,
     /// Where the second process, which shares memory with the first, leaves its failure: step + 1 in the upper half.
     pub(super) failure: AtomicU64,
+    /// What the first's own `oom_score_adj` says while no program is split off: a text of at most eight bytes, zeroes behind it. None where
+    /// that cannot be written.
+    pub(super) own_score: AtomicU64,
 }
 
 /// The error number of the last call.
@@ -107,6 +112,8 @@ fn run_program(child: &Child, signals: c_int) {
         leave();
     }
     child.failure.store(0, Ordering::SeqCst);
+    // The agent and its inits are exempt from the out-of-memory killer; jobs are the first to go. What is split off inherits it.
+    set_score(child, u64::from_ne_bytes(*b"500\0\0\0\0\0"));
     // SAFETY: the stack belongs to nobody else; the process shares memory with this one, which sleeps until it has executed
     // the program or is gone (CLONE_VFORK), so that `child` outlives it.
     let main = unsafe {
@@ -117,9 +124,11 @@ fn run_program(child: &Child, signals: c_int) {
             std::ptr::from_ref(child).cast_mut().cast(),
         )
     };
+    let error = errno();
+    set_score(child, child.own_score.load(Ordering::SeqCst));
     let failure = child.failure.load(Ordering::SeqCst);
     if main < 0 || signals < 0 {
-        tell(CONTROL, Report::Failed { step: Step::Fork, errno: errno() });
+        tell(CONTROL, Report::Failed { step: Step::Fork, errno: error });
         leave();
     }
     if failure != 0 {
@@ -176,6 +185,7 @@ fn prepare(child: &Child) -> Result<(), (Step, c_int)> {
             return Err((Step::Streams, errno()));
         }
         libc::syscall(libc::SYS_close_range, CONTROL as c_long + 1, c_long::from(u32::MAX), 0_i64);
+        open_score(child);
         if child.namespaced {
             let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
             let kind = c"proc".as_ptr();
@@ -191,6 +201,34 @@ fn prepare(child: &Child) -> Result<(), (Step, c_int)> {
         }
     }
     Ok(())
+}
+
+/// Keeps this process's `oom_score_adj` (proc_pid_oom_score_adj(5)) open, of the agent's `/proc`: an open file in its own would be in the way
+/// of a program that changes that mount.
+fn open_score(child: &Child) {
+    let mut own = [0_u8; 8];
+    // SAFETY: descriptors of this process, of which those up to the socket alone are open; the buffer is ours and as long as said.
+    unsafe {
+        let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if score >= 0
+            && libc::read(score, own.as_mut_ptr().cast(), own.len()) > 0
+            && libc::dup3(score, SCORE, libc::O_CLOEXEC) == SCORE
+        {
+            child.own_score.store(u64::from_ne_bytes(own), Ordering::SeqCst);
+        }
+        libc::close(score);
+    }
+}
+
+/// Writes this process's `oom_score_adj`.
+fn set_score(child: &Child, text: u64) {
+    if child.own_score.load(Ordering::SeqCst) == 0 {
+        return;
+    }
+    let text = text.to_ne_bytes();
+    let length = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
+    // SAFETY: writes as many bytes of our own as there are.
+    unsafe { libc::pwrite(SCORE, text.as_ptr().cast(), length, 0) };
 }
 
 /// Descriptors of one message, and room for their header.
@@ -210,7 +248,8 @@ fn receive_streams() -> Result<(), (Step, c_int)> {
         message.msg_iovlen = 1;
         message.msg_control = (&raw mut space).cast();
         message.msg_controllen = 64;
-        let received = libc::recvmsg(CONTROL, &raw mut message, libc::MSG_CMSG_CLOEXEC);
+        // The program is to have them: nothing else is executed from here.
+        let received = libc::recvmsg(CONTROL, &raw mut message, 0);
         if received <= 0 {
             leave();
         }
@@ -224,7 +263,6 @@ fn receive_streams() -> Result<(), (Step, c_int)> {
             let source = descriptors.add(target as usize).read_unaligned();
             // Those of the program before are closed, and the kernel gives the lowest numbers first.
             if source == target {
-                libc::fcntl(target, libc::F_SETFD, 0);
                 continue;
             }
             if libc::dup2(source, target) < 0 {
@@ -359,11 +397,6 @@ fn become_program(child: &Child) -> (Step, c_int) {
         }
         if plan.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
             return (Step::Terminal, errno());
-        }
-        // The agent is exempt from the out-of-memory killer; its jobs are the first to go.
-        let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-        if score >= 0 {
-            libc::write(score, c"500".as_ptr().cast(), 3);
         }
         for limit in std::slice::from_raw_parts(plan.limits, plan.limit_count) {
             let value = libc::rlimit64 { rlim_cur: limit.soft, rlim_max: limit.hard };

@@ -81,6 +81,7 @@ impl Process {
             namespaced: matches!(isolation, Isolation::Namespaces(_)),
             stack_top: arena.stack_top(),
             failure: AtomicU64::new(0),
+            own_score: AtomicU64::new(0),
         };
         let (pid, pidfd) = clone_init(&child, isolation).map_err(SpawnError::Clone)?;
         drop(theirs);

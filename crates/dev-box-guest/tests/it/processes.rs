@@ -247,6 +247,21 @@ fn everything_running() -> String {
 }
 
 #[tokio::test]
+async fn a_job_goes_before_its_init_when_memory_is_short() {
+    if !root("a_job_goes_before_its_init_when_memory_is_short") {
+        return;
+    }
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap();
+    let own = own.trim();
+    // The init's is as before once the program executes.
+    let script = format!(
+        "cat /proc/self/oom_score_adj; until [ \"$(cat /proc/1/oom_score_adj)\" = {own} ]; do :; done; echo so"
+    );
+    let (_, output) = run(&launch(&["sh", "-c", &script]), Isolation::Namespaces(None)).await;
+    assert_eq!(output, "500\nso\n");
+}
+
+#[tokio::test]
 async fn another_user_has_only_that_users_rights() {
     if !root("another_user_has_only_that_users_rights") {
         return;
