@@ -90,6 +90,11 @@ pub(super) fn fast(workspace: &Workspace, more: &[String]) -> Result<(), StepErr
             command.args(["--exclude", package]);
         }
     }
+    if !more.iter().any(|argument| argument.starts_with("-j") || argument.starts_with("--test-threads")) {
+        // Many of them wait for most of their time.
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        command.args(["--test-threads", &(processors * 2).to_string()]);
+    }
     process::run(command.args(more))?;
     Ok(())
 }
