@@ -317,17 +317,12 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Switches a layer for all guests; what is no layer of ours, the bridge's own isolation, goes with the filter.
+    /// Switches a layer for all guests.
     pub(super) fn set_layer(&self, layer: Layer, on: bool) {
         for guest in &self.guests {
             match layer {
                 Layer::Guard => set_both_guards(guest, on).unwrap(),
-                Layer::Filter => {
-                    let isolated = if on { "on" } else { "off" };
-                    run(&format!("bridge link set dev {} isolated {isolated}", tap_of(guest.address)))
-                        .unwrap();
-                    set_filter(&guest.name, on);
-                }
+                Layer::Filter => set_filter(&guest.name, &tap_of(guest.address), on),
             }
         }
     }

@@ -84,7 +84,10 @@ pub(crate) fn set_guard(tap: &str, address: Ipv4Addr, on: bool) -> Result<(), St
     nft(&script)
 }
 
-pub(crate) fn set_filter(vm: &str, on: bool) {
+/// Libvirt's filter at a VM's tap; what is no layer of ours, the bridge's own isolation, goes with it.
+pub(crate) fn set_filter(vm: &str, tap: &str, on: bool) {
+    let isolated = if on { "on" } else { "off" };
+    run(&format!("bridge link set dev {tap} isolated {isolated}")).unwrap();
     let output = Command::new("virsh").args(["-c", "qemu:///system", "dumpxml", vm]).output().unwrap();
     let xml = String::from_utf8(output.stdout).unwrap();
     let start = xml.find("<interface ").unwrap();

@@ -288,16 +288,12 @@ impl Stage {
         }
     }
 
-    /// Switches a layer for both guests; what is no layer of ours, the bridge's own isolation, goes with the filter.
+    /// Switches a layer for both guests.
     pub(super) fn set_layer(&self, layer: Layer, on: bool) {
         for guest in &self.guests {
             match layer {
                 Layer::Guard => set_guard(&guest.tap(), guest.address, on).unwrap(),
-                Layer::Filter => {
-                    let isolated = if on { "on" } else { "off" };
-                    run(&format!("bridge link set dev {} isolated {isolated}", guest.tap())).unwrap();
-                    set_filter(&guest.name, on);
-                }
+                Layer::Filter => set_filter(&guest.name, &guest.tap(), on),
             }
         }
     }
