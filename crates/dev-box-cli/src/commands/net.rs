@@ -169,7 +169,7 @@ impl Shown {
             sent.bytes,
             received.bytes,
             self.traffic.dropped_packets(),
-            if self.owned { "" } else { "  (its owner is gone: dev-box gc)" }
+            if self.owned { "" } else { "  (no process watches it: dev-box net verify)" }
         )
     }
 }
