@@ -68,6 +68,42 @@ for number in range(warm_up + rounds):
         print((time.perf_counter() - began) * 1e3)
 ";
 
+/// What separation and reading of outputs cost by themselves: the program is started by the first process of PID, mount and IPC namespaces, which
+/// waits for the next each time as a job's init does, its two outputs are pipes that are read to their ends, and nobody outside the guest is asked.
+const SPAWN_ISOLATED: &str = "
+import ctypes, os, socket, sys, time
+warm_up, rounds = map(int, sys.argv[1:])
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+if ctypes.CDLL(None).unshare(0x20000000 | 0x00020000 | 0x08000000) != 0:
+    sys.exit('unshare')
+if os.fork() == 0:
+    ours.close()
+    while True:
+        outputs = socket.recv_fds(theirs, 1, 2)[1]
+        if not outputs:
+            os._exit(0)
+        actions = [(os.POSIX_SPAWN_DUP2, outputs[0], 1), (os.POSIX_SPAWN_DUP2, outputs[1], 2)]
+        program = os.posix_spawn('/bin/true', ['/bin/true'], {}, file_actions=actions)
+        os.close(outputs[0])
+        os.close(outputs[1])
+        os.waitpid(program, 0)
+        theirs.send(b'.')
+theirs.close()
+for number in range(warm_up + rounds):
+    began = time.perf_counter()
+    output, errors = os.pipe(), os.pipe()
+    socket.send_fds(ours, [b'.'], [output[1], errors[1]])
+    os.close(output[1])
+    os.close(errors[1])
+    ours.recv(1)
+    os.read(output[0], 65536)
+    os.read(errors[0], 65536)
+    if number >= warm_up:
+        print((time.perf_counter() - began) * 1e3)
+    os.close(output[0])
+    os.close(errors[0])
+";
+
 /// From sending the request for /bin/true to its exit, and what the guest needs for it by itself.
 pub(crate) fn exec_true() -> Result<Vec<Figure>, NotRun> {
     block_on(async {
@@ -95,13 +131,14 @@ async fn measure(session: &Session) -> Result<Vec<Figure>, NotRun> {
     Ok(vec![
         Figure::of("exec.true", Unit::Milliseconds, whole),
         Figure::of("exec.true.ping", Unit::Milliseconds, pings),
-        Figure::of("baseline.spawn_and_wait", Unit::Milliseconds, spawn_and_wait(session).await?),
+        Figure::of("baseline.spawn_and_wait", Unit::Milliseconds, in_guest(session, SPAWN_AND_WAIT).await?),
+        Figure::of("baseline.spawn_isolated", Unit::Milliseconds, in_guest(session, SPAWN_ISOLATED).await?),
     ])
 }
 
-async fn spawn_and_wait(session: &Session) -> Result<Vec<f64>, NotRun> {
+async fn in_guest(session: &Session, script: &str) -> Result<Vec<f64>, NotRun> {
     let (warm_up, rounds) = (WARM_UP.to_string(), COMMANDS.to_string());
-    let argv = ["python3", "-c", SPAWN_AND_WAIT, warm_up.as_str(), rounds.as_str()];
+    let argv = ["python3", "-c", script, warm_up.as_str(), rounds.as_str()];
     let mut parts = session.open(Request::Exec(ExecRequest::new(argv))).await?.split();
     let mut text = Vec::new();
     while let Some(bytes) = parts.output.next().await {

@@ -101,7 +101,7 @@ const ALL: &[Benchmark] = &[
     },
     Benchmark {
         name: "exec.true",
-        about: "/bin/true in a VM, from the request to its exit; and a ping beside it",
+        about: "/bin/true in a VM, from the request to its exit; beside it a ping, and the guest alone",
         figures: &[],
         run: |_, report| report.take(end_to_end::exec_true()),
     },

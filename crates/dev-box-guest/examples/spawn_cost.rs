@@ -104,7 +104,7 @@ async fn with_a_spare() -> std::io::Result<Duration> {
     tokio::time::sleep(Duration::from_millis(40)).await;
     let begin = Instant::now();
     process.launch(&plan("/bin/true")?, [null.as_fd(); 3]).map_err(std::io::Error::other)?;
-    process.started().await.map_err(std::io::Error::other)?;
+    process.started(std::future::pending()).await.map_err(std::io::Error::other)?;
     process.ended().await;
     let taken = begin.elapsed();
     process.reap().await;
@@ -119,7 +119,7 @@ async fn again_and_again(rounds: usize) -> std::io::Result<Vec<Duration>> {
     for _ in 0..rounds {
         let begin = Instant::now();
         process.launch(&plan("/bin/true")?, [null.as_fd(); 3]).map_err(std::io::Error::other)?;
-        process.started().await.map_err(std::io::Error::other)?;
+        process.started(std::future::pending()).await.map_err(std::io::Error::other)?;
         process.ended().await;
         told.push(begin.elapsed());
         if !process.renew().await {
@@ -156,7 +156,7 @@ async fn once(namespaces: bool, group: bool, program: &str) -> std::io::Result<I
         false => Isolation::ProcessGroup,
     };
     let mut process = Process::spawn(&plan, [null.as_fd(); 3], isolation).map_err(std::io::Error::other)?;
-    if process.started().await.is_ok() {
+    if process.started(std::future::pending()).await.is_ok() {
         process.ended().await;
     }
     let end = Instant::now();

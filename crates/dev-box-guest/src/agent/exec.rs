@@ -23,7 +23,6 @@ use dev_box_comm::session::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 
 use super::answers::conclude;
 use super::jobs::{COMMANDS, Job};
@@ -63,6 +62,29 @@ struct Theirs {
     input: OwnedFd,
     output: OwnedFd,
     errors: Option<OwnedFd>,
+}
+
+impl Ends {
+    /// Until the program has said something.
+    async fn speak(&self) {
+        tokio::select! {
+            () = speaks(&self.output) => {}
+            () = async {
+                match &self.errors {
+                    Some(errors) => speaks(errors).await,
+                    None => std::future::pending().await,
+                }
+            } => {}
+        }
+    }
+}
+
+/// Until there is something to read; for ever when there is nothing but the end.
+async fn speaks(descriptor: &AsyncFd<OwnedFd>) {
+    match descriptor.readable().await {
+        Ok(ready) if !ready.ready().is_read_closed() => {}
+        _ => std::future::pending().await,
+    }
 }
 
 impl Theirs {
@@ -139,7 +161,7 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
             let launched = spare.process.launch(&plan, theirs.streams());
             drop(theirs);
             let started = match launched {
-                Ok(()) => spare.process.started().await,
+                Ok(()) => spare.process.started(ends.speak()).await,
                 Err(error) => Err(error),
             };
             started.err().map(|error| refusal(&error, request))
@@ -156,7 +178,7 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
         argv: request.argv.clone(),
         pid: u32::try_from(spare.process.pid()).unwrap_or(0),
         background: request.background,
-        started: Instant::now(),
+        started: spare.process.launched().into_std(),
         commands: sender,
         exited,
         terminal: ends.terminal.then(|| ends.output.clone()),
@@ -305,42 +327,61 @@ async fn in_front(agent: &Agent, running: Running, stream: GuestStream) {
     let mut sender: MessageSender = parts.sender;
     let listening = tokio::spawn(listen(parts.receiver, job.clone(), rules.grace));
     let feeding = ends.input.map(|input| tokio::spawn(feed(parts.input, input, ends.terminal)));
-    let output = tokio::spawn(lanes::drain_to_lane(ends.output, parts.output));
-    let errors = errors_to_lane(ends.errors, parts.errors);
-    let outcome = supervise(&spare.process, spare.group.as_ref(), &mut commands, rules).await;
+    let drained = async {
+        tokio::join!(
+            lanes::drain_to_lane(ends.output, parts.output),
+            errors_to_lane(ends.errors, parts.errors)
+        )
+    };
+    tokio::pin!(drained);
+    let mut drained_ends = None;
+    let outcome = {
+        let supervised = supervise(&spare.process, spare.group.as_ref(), &mut commands, rules);
+        tokio::pin!(supervised);
+        loop {
+            tokio::select! {
+                biased;
+                outcome = &mut supervised => break outcome,
+                ends = &mut drained, if drained_ends.is_none() => drained_ends = Some(ends),
+            }
+        }
+    };
     let exited = exited(&outcome);
     let _ = exit.send(Some(exited.clone()));
     if let Some(feeding) = feeding {
         feeding.abort();
     }
-    let drained = async {
-        let _ = output.await;
-        if let Some(errors) = errors {
-            let _ = errors.await;
-        }
-    };
-    tokio::pin!(drained);
     // The answer first: clearing away takes longer than most commands' last words.
-    let waited = tokio::time::timeout(OUTPUT_PATIENCE, &mut drained).await;
-    if waited.is_ok() {
+    if drained_ends.is_none() {
+        drained_ends = tokio::time::timeout(OUTPUT_PATIENCE, &mut drained).await.ok();
+    }
+    if drained_ends.is_some() {
         let _ = sender.send(Message::Exited(exited.clone())).await;
         // It has been handed to whoever writes, who has had no time yet.
         tokio::task::yield_now().await;
     }
-    clear(agent, spare).await;
-    agent.jobs.ended(&job);
-    if waited.is_err() {
-        drained.await;
-        let _ = sender.send(Message::Exited(exited)).await;
-    }
+    let cleared = async {
+        clear(agent, spare).await;
+        agent.jobs.ended(&job);
+    };
+    let told = async {
+        if drained_ends.is_none() {
+            drained.await;
+            let _ = sender.send(Message::Exited(exited)).await;
+        }
+    };
+    tokio::join!(cleared, told);
     listening.abort();
 }
 
-fn errors_to_lane(errors: Option<Arc<AsyncFd<OwnedFd>>>, mut lane: LaneWriter) -> Option<JoinHandle<()>> {
+async fn errors_to_lane(
+    errors: Option<Arc<AsyncFd<OwnedFd>>>,
+    mut lane: LaneWriter,
+) -> Option<Arc<AsyncFd<OwnedFd>>> {
     if errors.is_none() {
         lane.finish();
     }
-    errors.map(|errors| tokio::spawn(lanes::drain_to_lane(errors, lane)))
+    lanes::drain_to_lane(errors?, lane).await
 }
 
 /// Runs a job whose output is remembered, whoever listens.

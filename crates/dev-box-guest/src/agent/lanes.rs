@@ -105,15 +105,18 @@ impl Source {
     }
 }
 
-/// Sends what a descriptor gives along a lane, and finishes the lane at its end.
-pub(crate) async fn drain_to_lane(descriptor: Arc<AsyncFd<OwnedFd>>, mut lane: LaneWriter) {
+/// Sends what a descriptor gives along a lane, and finishes the lane at its end. Gives a descriptor back that is at its end: closing it can wait until
+/// the host has been told.
+pub(crate) async fn drain_to_lane(
+    descriptor: Arc<AsyncFd<OwnedFd>>,
+    mut lane: LaneWriter,
+) -> Option<Arc<AsyncFd<OwnedFd>>> {
     let mut source = Source::new(descriptor);
     while let Some(part) = source.next().await {
-        if lane.write(part).await.is_err() {
-            return;
-        }
+        lane.write(part).await.ok()?;
     }
     lane.finish();
+    Some(source.descriptor)
 }
 
 /// Keeps the last of what a descriptor gives.

@@ -34,6 +34,7 @@ pub const OPEN_FILES: u64 = 1 << 19;
 pub fn run(transport: Transport, restarts: u32) -> io::Result<()> {
     let _ =
         nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES);
+    yield_to_programs();
     let surroundings = Surroundings::linux(restarts);
     if let (Containment::Full(cgroups), true) = (&surroundings.containment, restarts > 0) {
         // What the agent before this one left behind.
@@ -54,6 +55,17 @@ pub fn run(transport: Transport, restarts: u32) -> io::Result<()> {
             Transport::Vsock => serve_vsock(&agent, VsockListen::bind(VSOCK_PORT)?).await,
         }
     })
+}
+
+/// Has this thread, and what it starts not, run when a program sleeps or its time is up, instead of in its midst (sched(7), `SCHED_BATCH`): each
+/// change of places costs both more than what there is to do, as when one program closes its outputs one after the other.
+fn yield_to_programs() {
+    let any = libc::sched_param { sched_priority: 0 };
+    #[expect(unsafe_code, reason = "sched_setscheduler has no safe wrapper")]
+    // SAFETY: plain numbers, of this thread; a kernel that refuses leaves things as they are.
+    unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK, &raw const any)
+    };
 }
 
 /// Serves whoever opens the host's end of a port, one conversation after the other.

@@ -143,6 +143,18 @@ async fn a_command_runs_with_everything_it_was_given() {
 }
 
 #[tokio::test]
+async fn a_command_that_ends_before_anybody_looks_has_its_time_and_its_output() {
+    let host = host().await;
+    let mut stream =
+        host.session.open(Request::Exec(shell("sleep 0.004; printf '%070000d' 1"))).await.unwrap();
+    started(&mut stream).await;
+    let (last, output, _) = finish(stream).await;
+    let Message::Exited(exited) = last else { panic!("{last:?}") };
+    assert!(exited.usage.wall_us >= 4_000, "{exited:?}");
+    assert_eq!(output.len(), 70_000);
+}
+
+#[tokio::test]
 async fn standard_input_is_streamed_and_closed() {
     let host = host().await;
     let request = ExecRequest { stdin: true, ..shell("cat; echo end") };

@@ -25,6 +25,8 @@ const CONTROL: c_int = 3;
 const MOUNTS: c_int = 4;
 /// Where its own `oom_score_adj` is.
 const SCORE: c_int = 5;
+/// A program that has ended within so many milliseconds is told of once: waking the agent twice costs as much as half of `/bin/true`.
+const SHORT: c_int = 10;
 
 /// All a job's init needs, made by the agent before the split.
 pub(super) struct Child {
@@ -138,7 +140,6 @@ fn run_program(child: &Child, signals: c_int) {
         keep_coverage();
         leave();
     }
-    tell(CONTROL, Report::Started);
     // SAFETY: descriptors of this process; whoever reads the other ends must see the end of file when the program's own copies are closed.
     unsafe {
         libc::close(0);
@@ -274,15 +275,19 @@ fn receive_streams() -> Result<(), (Step, c_int)> {
     Ok(())
 }
 
-/// Waits for the program's end, reaping whatever else ends and passing signals on.
+/// Waits for the program's end, reaping whatever else ends and passing signals on. Tells of a program that goes on.
 fn watch(main: c_int, signals: c_int) -> Ended {
+    let mut patience = SHORT;
     loop {
         let mut ready = [
             libc::pollfd { fd: CONTROL, events: libc::POLLIN, revents: 0 },
             libc::pollfd { fd: signals, events: libc::POLLIN, revents: 0 },
         ];
-        // SAFETY: two structures, as said; every signal is blocked, so that only readiness ends the wait.
-        unsafe { libc::poll(ready.as_mut_ptr(), 2, -1) };
+        // SAFETY: two structures, as said; every signal is blocked, so that only readiness or time ends the wait.
+        if unsafe { libc::poll(ready.as_mut_ptr(), 2, patience) } == 0 {
+            tell(CONTROL, Report::Started);
+            patience = -1;
+        }
         let [control, signals_ready] = ready;
         if control.revents != 0 {
             let mut number = [0_u8; 4];

@@ -79,7 +79,7 @@ impl Ended {
 /// One packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Report {
-    /// The program is executing.
+    /// The program has been executing for a while; one that ends sooner has `Ended` alone.
     Started,
     /// It never will.
     Failed {

@@ -47,7 +47,7 @@ pub struct Outcome {
     pub group: Option<GroupUsage>,
     /// Whether its own timeout stopped it.
     pub timed_out: bool,
-    /// From start to end.
+    /// From the launch to the end.
     pub wall: Duration,
 }
 
@@ -61,7 +61,7 @@ pub async fn supervise(
     commands: &mut mpsc::Receiver<Command>,
     rules: Rules,
 ) -> Outcome {
-    let start = Instant::now();
+    let start = process.launched();
     let mut timeout = rules.timeout.map(|timeout| start + timeout);
     let mut kill_at: Option<Instant> = None;
     let mut cpu_check = rules.cpu_time.and(group).map(|_| start + CPU_PAUSE);

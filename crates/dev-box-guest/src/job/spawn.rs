@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
 
 use super::arena::Arena;
 use super::child::{Child, job_init};
@@ -61,6 +62,9 @@ pub struct Process {
     pidfd: AsyncFd<OwnedFd>,
     control: AsyncFd<OwnedFd>,
     arena: Arena,
+    launched: Instant,
+    /// The end of a program that came before anybody asked.
+    ended: Option<Ended>,
     reaped: bool,
 }
 
@@ -86,7 +90,7 @@ impl Process {
         let (pid, pidfd) = clone_init(&child, isolation).map_err(SpawnError::Clone)?;
         drop(theirs);
         let pidfd = watch(pidfd, Interest::READABLE).map_err(SpawnError::Clone)?;
-        Ok(Self { pid, pidfd, control, arena, reaped: false })
+        Ok(Self { pid, pidfd, control, arena, launched: Instant::now(), ended: None, reaped: false })
     }
 
     /// Has the waiting init execute a program with these standard streams (input, output, error; they may be the same).
@@ -96,6 +100,8 @@ impl Process {
     pub fn launch(&mut self, plan: &Plan, streams: [BorrowedFd<'_>; 3]) -> Result<(), SpawnError> {
         use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
         self.arena.write(plan).map_err(SpawnError::Clone)?;
+        self.launched = Instant::now();
+        self.ended = None;
         let streams = streams.map(|stream| stream.as_raw_fd());
         let rights = [ControlMessage::ScmRights(&streams)];
         let byte = [io::IoSlice::new(b"!")];
@@ -124,15 +130,29 @@ impl Process {
         self.pid
     }
 
-    /// Waits until the program executes.
+    /// When it was launched.
+    #[must_use]
+    pub fn launched(&self) -> Instant {
+        self.launched
+    }
+
+    /// Waits until the program executes, which its init says of one that does not end at once; `sign`, its output for instance, may say so before.
     ///
     /// # Errors
     /// [`SpawnError`] with the step that failed.
-    pub async fn started(&mut self) -> Result<(), SpawnError> {
-        let report = self.report().await;
+    pub async fn started(&mut self, sign: impl Future<Output = ()>) -> Result<(), SpawnError> {
+        let report = tokio::select! {
+            biased;
+            report = self.report() => report,
+            () = sign => Some(Report::Started),
+        };
         self.arena.clear();
         match report {
             Some(Report::Started) => Ok(()),
+            Some(Report::Ended(ended)) => {
+                self.ended = Some(ended);
+                Ok(())
+            }
             Some(Report::Failed { step, errno }) => {
                 Err(SpawnError::Step { step, error: io::Error::from_raw_os_error(errno) })
             }
@@ -143,9 +163,15 @@ impl Process {
     /// Waits until the program has ended and nothing of its tree is left; call it after [`started`](Self::started). A job whose init was killed
     /// (by the cgroup's) counts as killed.
     pub async fn ended(&self) -> Ended {
-        match self.report().await {
-            Some(Report::Ended(ended)) => ended,
-            _ => Ended { status: libc::SIGKILL, ..Ended::default() },
+        if let Some(ended) = self.ended {
+            return ended;
+        }
+        loop {
+            match self.report().await {
+                Some(Report::Ended(ended)) => return ended,
+                Some(Report::Started) => {}
+                _ => return Ended { status: libc::SIGKILL, ..Ended::default() },
+            }
         }
     }
 

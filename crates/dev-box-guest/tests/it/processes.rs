@@ -61,7 +61,7 @@ fn start(launch: &Launch, isolation: Isolation<'_>) -> (Process, std::fs::File) 
 /// Runs it to its end.
 async fn run(launch: &Launch, isolation: Isolation<'_>) -> (Ended, String) {
     let (mut process, mut output) = start(launch, isolation);
-    process.started().await.unwrap();
+    process.started(std::future::pending()).await.unwrap();
     let ended = process.ended().await;
     let mut text = String::new();
     output.read_to_string(&mut text).unwrap();
@@ -71,7 +71,7 @@ async fn run(launch: &Launch, isolation: Isolation<'_>) -> (Ended, String) {
 
 async fn failure(launch: &Launch, isolation: Isolation<'_>) -> (Step, i32) {
     let (mut process, _output) = start(launch, isolation);
-    match process.started().await {
+    match process.started(std::future::pending()).await {
         Err(SpawnError::Step { step, error }) => (step, error.raw_os_error().unwrap()),
         other => panic!("expected a failed step, not {other:?}"),
     }
@@ -131,7 +131,7 @@ async fn nothing_of_the_agent_is_inherited() {
 async fn signals_reach_the_process_group() {
     let wanted = launch(&["sh", "-c", "trap 'echo got it; exit 3' TERM; echo ready; sleep 30 & wait"]);
     let (mut process, mut output) = start(&wanted, Isolation::ProcessGroup);
-    process.started().await.unwrap();
+    process.started(std::future::pending()).await.unwrap();
     let mut ready = [0; 6];
     output.read_exact(&mut ready).unwrap();
     assert_eq!(process.signal(0).unwrap_err().raw_os_error(), Some(libc::EINVAL));
@@ -147,7 +147,7 @@ async fn signals_reach_the_process_group() {
 async fn a_dropped_job_is_killed() {
     let wanted = launch(&["sleep", "1000"]);
     let (mut process, mut output) = start(&wanted, Isolation::ProcessGroup);
-    process.started().await.unwrap();
+    process.started(std::future::pending()).await.unwrap();
     let begin = Instant::now();
     drop(process);
     let mut nothing = Vec::new();
@@ -158,7 +158,7 @@ async fn a_dropped_job_is_killed() {
 #[tokio::test]
 async fn an_init_that_is_killed_counts_as_killed() {
     let (mut process, _output) = start(&launch(&["sleep", "1000"]), Isolation::ProcessGroup);
-    process.started().await.unwrap();
+    process.started(std::future::pending()).await.unwrap();
     process.kill();
     assert_eq!(process.ended().await.signal(), Some(libc::SIGKILL));
     assert!(process.pid() > 1);
@@ -192,7 +192,7 @@ async fn run_in(process: &mut Process, script: &str) -> String {
     let plan = Plan::new(&launch(&["sh", "-c", script])).unwrap();
     process.launch(&plan, [null.as_fd(), writer.as_fd(), writer.as_fd()]).unwrap();
     drop(writer);
-    process.started().await.unwrap();
+    process.started(std::future::pending()).await.unwrap();
     assert_eq!(process.ended().await.code(), Some(0));
     let mut text = String::new();
     std::fs::File::from(reader).read_to_string(&mut text).unwrap();
@@ -294,7 +294,7 @@ async fn a_terminal_is_controlled_by_the_job() {
     let plan = Plan::new(&wanted).unwrap();
     let slave = pty.slave.as_fd();
     let mut process = Process::spawn(&plan, [slave, slave, slave], Isolation::ProcessGroup).unwrap();
-    process.started().await.unwrap();
+    process.started(std::future::pending()).await.unwrap();
     drop(pty.slave);
     let mut master = std::fs::File::from(pty.master);
     let mut seen = String::new();
@@ -310,4 +310,22 @@ async fn a_terminal_is_controlled_by_the_job() {
     // What a user's Ctrl-C is: a byte, which the terminal turns into a signal.
     std::io::Write::write_all(&mut master, b"\x03").unwrap();
     assert_eq!(process.ended().await.signal(), Some(libc::SIGINT));
+}
+
+#[tokio::test]
+async fn a_program_that_ends_at_once_has_started_and_one_that_speaks_is_not_waited_for() {
+    let (mut process, _output) = start(&launch(&["sh", "-c", "exit 3"]), Isolation::ProcessGroup);
+    process.started(std::future::pending()).await.unwrap();
+    assert_eq!(process.ended().await.code(), Some(3));
+    process.reap().await;
+    let (mut process, mut output) =
+        start(&launch(&["sh", "-c", "echo here; exec sleep 30"]), Isolation::ProcessGroup);
+    let mut line = [0; 5];
+    output.read_exact(&mut line).unwrap();
+    process.started(std::future::ready(())).await.unwrap();
+    // What its init says of it in the meantime is passed over.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    process.signal(libc::SIGTERM).unwrap();
+    assert_eq!(process.ended().await.signal(), Some(libc::SIGTERM));
+    process.reap().await;
 }
