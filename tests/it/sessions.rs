@@ -186,6 +186,20 @@ fn background_jobs(host: &Host) {
     assert!(following.finish().expect_code(0).text().contains("got it"));
     let ended = host.dev_box(["attach", "work", &job]).expect_code(128 + 10);
     assert!(ended.text().contains("got it"));
+    let console = host.root().join("vms").join(host.vms().pop().unwrap()).join("console.log");
+    let log = || String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();
+    wait_until("the console tells of a job by its id", SOON, || {
+        let job = host.dev_box(["exec", "--detach", "work", "--", "true"]).expect_code(0).text();
+        let told = |words: &str| {
+            let line = format!("dev-box: job {}: {words}", job.trim());
+            log().lines().any(|said| said.contains(&line))
+        };
+        // Of so many a second; this one may have been too many.
+        (0..50).any(|_| {
+            std::thread::sleep(Duration::from_millis(30));
+            told("process ") && told("exit 0 after ")
+        })
+    });
     let unknown = host.dev_box(["logs", "work", "no-such-job"]).expect_code(1);
     assert!(unknown.stderr.contains("no-such-job"), "{}", unknown.stderr);
     // A terminal in the background, with a size of whoever comes.

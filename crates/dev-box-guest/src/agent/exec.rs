@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use dev_box_comm::message::{
     Attach, ExecRequest, ExitStatus, Exited, GuestError, GuestErrorKind, Message, PtySize, Started, Usage,
+    valid_job_id,
 };
 use dev_box_comm::session::{
     GuestStream, LaneReader, LaneWriter, MessageReceiver, MessageSender, StreamError,
@@ -108,11 +109,17 @@ struct Running {
 pub(super) async fn exec(agent: &Agent, request: ExecRequest, mut stream: GuestStream) {
     let running = match start(agent, &request).await {
         Ok(running) => running,
-        Err(error) => return conclude(&mut stream, Err(error)).await,
+        Err(error) => {
+            if let Some(id) = request.job.filter(|id| valid_job_id(id)) {
+                agent.told.tell(&id, format_args!("not started: {:?}", error.kind));
+            }
+            return conclude(&mut stream, Err(error)).await;
+        }
     };
     let started = Started { pid: running.job.pid, job: Some(running.job.id.clone()) };
     // That nobody listens is noticed by whoever listens for messages.
     let _ = stream.send(Message::Started(started)).await;
+    agent.told.tell(&running.job.id, format_args!("process {}", running.job.pid));
     if request.background {
         let job = running.job.clone();
         tokio::spawn(in_background(agent.clone(), running));
@@ -362,12 +369,12 @@ async fn in_front(agent: &Agent, running: Running, stream: GuestStream) {
     }
     let cleared = async {
         clear(agent, spare).await;
-        agent.jobs.ended(&job);
+        over(agent, &job, &exited);
     };
     let told = async {
         if drained_ends.is_none() {
             drained.await;
-            let _ = sender.send(Message::Exited(exited)).await;
+            let _ = sender.send(Message::Exited(exited.clone())).await;
         }
     };
     tokio::join!(cleared, told);
@@ -405,9 +412,27 @@ async fn in_background(agent: Agent, running: Running) {
     if let Ok(mut stdin) = job.stdin.lock() {
         *stdin = None;
     }
-    let _ = exit.send(Some(exited(&outcome)));
+    let exited = exited(&outcome);
+    let _ = exit.send(Some(exited.clone()));
     clear(&agent, spare).await;
-    agent.jobs.ended(&job);
+    over(&agent, &job, &exited);
+}
+
+/// A job has ended and its answer is on its way.
+fn over(agent: &Agent, job: &Job, exited: &Exited) {
+    agent.jobs.ended(job);
+    agent.told.tell(&job.id, format_args!("{}", last_words(exited)));
+}
+
+/// What the console is told of a job's end.
+fn last_words(exited: &Exited) -> String {
+    let how = match exited.status {
+        ExitStatus::Code(code) => format!("exit {code}"),
+        ExitStatus::Signal(signal) => format!("signal {signal}"),
+    };
+    let late = if exited.timed_out { ", out of time" } else { "" };
+    let full = if exited.oom_killed { ", out of memory" } else { "" };
+    format!("{how} after {} ms{late}{full}", exited.usage.wall_us / 1000)
 }
 
 /// A stream's time with a background job, from the first byte remembered of each kind.
@@ -532,5 +557,19 @@ async fn discard(agent: &Agent, Spare { process, group, .. }: Spare) {
     while !group.remove(Duration::ZERO) && Instant::now() < deadline {
         let _ = group.kill();
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_words_say_how_and_why() {
+        let usage = Usage { wall_us: 1_234_567, ..Usage::default() };
+        let exited = |status, timed_out, oom_killed| Exited { status, usage, timed_out, oom_killed };
+        assert_eq!(last_words(&exited(ExitStatus::Code(7), false, false)), "exit 7 after 1234 ms");
+        let killed = exited(ExitStatus::Signal(9), true, true);
+        assert_eq!(last_words(&killed), "signal 9 after 1234 ms, out of time, out of memory");
     }
 }

@@ -29,6 +29,7 @@ use dev_box_comm::message::Request;
 use dev_box_comm::session::{GuestStream, Incoming};
 
 use crate::cgroup::{self, Cgroups};
+use crate::console::Told;
 use crate::machine::{self, Machine};
 use crate::modules::{self, Settled};
 use crate::mounts::{self, Mounts};
@@ -118,13 +119,15 @@ pub struct Agent {
     pub(crate) surroundings: Arc<Surroundings>,
     pub(crate) jobs: Arc<Jobs>,
     pub(crate) spares: Arc<Spares>,
+    pub(crate) told: Arc<Told>,
 }
 
 impl Agent {
     /// An agent without jobs.
     #[must_use]
     pub fn new(surroundings: Surroundings) -> Self {
-        Self { surroundings: Arc::new(surroundings), jobs: Arc::default(), spares: Arc::default() }
+        let told = Arc::new(Told::on_console());
+        Self { surroundings: Arc::new(surroundings), jobs: Arc::default(), spares: Arc::default(), told }
     }
 
     /// Serves a session to its end, then waits a moment for its foreground jobs to be gone.
