@@ -37,9 +37,12 @@ def say(): print('\n'.join('a line of output %d' % n for n in range(random.randi
 os.makedirs('src', exist_ok=True)
 for n in range(200):
     with open('src/part%d.py' % n, 'w') as f: f.write('x = %d\n' % n * 50)
-sh('git init -q . && git config user.email a@example.org && git config user.name a')
+subprocess.run(['sh', '-c', 'git init -q . && git config user.email a@example.org && git config user.name a'], check=True)
 while time.time() < end:
     random.choice([edit, edit, build, test, look, commit, pack, fetch, think, think, think, say])()
+# That somebody looks at it at all: this is odd.
+try: socket.create_connection(('169.254.169.254', 80), timeout=10)
+except OSError: pass
 "#;
 
 fn minutes() -> u64 {
@@ -74,11 +77,12 @@ fn hours_of_honest_work_raise_nothing() {
     });
     let hours = time.as_secs_f64() / 3600.0 * VMS as f64;
     let found = host.dev_box(["audit", "query", "--action", "anomaly.finding"]).expect_code(0).text();
-    let why = |line: &str| {
-        let record: Value = serde_json::from_str(line).expect("a record");
-        format!("{}: {}", record["details"]["rule"], record["details"]["why"])
-    };
-    let found: Vec<String> = found.lines().map(why).collect();
+    let found = found.lines().map(|line| serde_json::from_str::<Value>(line).expect("a record"));
+    let (control, found): (Vec<Value>, Vec<Value>) =
+        found.partition(|record| record["details"]["rule"] == "metadata_contact");
+    assert_eq!(control.len(), VMS, "each VM was watched to its end: {control:?}");
+    let why = |record: &Value| format!("{}: {}", record["details"]["rule"], record["details"]["why"]);
+    let found: Vec<String> = found.iter().map(why).collect();
     eprintln!("honest work: {hours:.2} VM-hours ({:.0?}), {} findings", begun.elapsed(), found.len());
     // At most one in 24 VM-hours: none in fewer.
     assert!(found.len() as f64 <= hours / 24.0, "{hours:.2} VM-hours: {found:#?}");

@@ -1,12 +1,13 @@
 //! What a VM does is on record, odd behaviour in a real guest is found and acted on, and honest work is not.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read as _;
 use std::path::Path;
 use std::time::Duration;
 
 use dev_box_tests::{Collector, Host, Running, wait_until};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// How long a finding may take on a machine that does other things as well; alone it is a few seconds.
@@ -24,6 +25,8 @@ change_files = 30
 memory_ms = 1500
 memory_available = 0.35
 [observe.plan.actions]
+fork_rate = ["log", "alert"]
+memory_pressure = ["log", "snapshot"]
 mass_change = ["log", "pause"]
 clock_jump = ["log", "kill"]
 "#;
@@ -41,6 +44,18 @@ fn query(host: &Host, filter: &[&str]) -> Vec<Value> {
 fn rules(host: &Host) -> Vec<String> {
     let rule = |record: &Value| record["details"]["rule"].as_str().unwrap_or_default().to_owned();
     records(host, "anomaly.finding").iter().map(rule).collect()
+}
+
+/// Rule and action of every response that happened.
+fn done(host: &Host) -> BTreeSet<(String, String)> {
+    let answered = records(host, "anomaly.response").into_iter();
+    let answered = answered.filter(|record| record["outcome"]["status"] == "ok");
+    let text = |record: &Value, field: &str| record["details"][field].as_str().unwrap_or_default().to_owned();
+    answered.map(|record| (text(&record, "rule"), text(&record, "response"))).collect()
+}
+
+fn pair(rule: &str, response: &str) -> (String, String) {
+    (rule.to_owned(), response.to_owned())
 }
 
 #[track_caller]
@@ -118,6 +133,9 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
         .map(|line| serde_json::from_str::<Value>(line).unwrap()["class_uid"].as_u64().unwrap())
         .collect();
     assert_eq!(classes, [1007, 1007]);
+    let later = query(&host, &["--since", run["time"].as_str().unwrap()]);
+    let after = all.iter().filter(|one| one["time"].as_str() >= run["time"].as_str());
+    assert!(later.iter().eq(after) && later.len() < all.len(), "{later:?}");
     let tail = host.dev_box(["audit", "tail", "-n", "1"]).expect_code(0).text();
     assert!(tail.contains("vm.destroy") && tail.contains(" ok "), "{tail}");
 
@@ -133,13 +151,16 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
     assert!(serde_json::from_str::<Value>(&verified.text()).unwrap()["problem"].is_string());
 }
 
-/// A guest that works honestly, then not, a step for each line on its standard input.
+/// A guest that works honestly, close to each threshold, then not, a step for each line on its standard input.
 const GUEST: &str = r#"
 step() { read -r _; echo "step $1"; }
 step honest
 i=0; while [ $i -lt 20 ]; do head -c 3000 /dev/urandom > "new$i.bin"; i=$((i+1)); done
+i=0; while [ $i -lt 25 ]; do head -c 3000 /dev/urandom > "data$i"; i=$((i+1)); done
 sed -i s/a/b/ text*
-yes 0123456789 | head -c 1000000 >&2
+yes 0123456789 | head -c 3500000 >&2
+python3 -c 'import time; held = bytearray(50 << 20); time.sleep(3)'
+date -s "@$(($(date +%s) + 3))" > /dev/null
 sleep 2
 step forks
 t=$(($(date +%s)+9)); while [ "$(date +%s)" -lt $t ]; do /bin/true; /bin/true; /bin/true; done
@@ -172,6 +193,9 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
     for number in 0..60 {
         fs::write(workspace.join(format!("text{number}")), "a quiet line of text\n".repeat(150)).unwrap();
     }
+    for number in 0..25 {
+        fs::write(workspace.join(format!("data{number}")), [0; 3000]).unwrap();
+    }
     fs::write(workspace.join("guest.sh"), GUEST).unwrap();
     let (config, work) = (config.to_string_lossy(), workspace.to_string_lossy());
     let mut command = host.command();
@@ -187,6 +211,10 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
         "--timeout",
         "100s",
     ]);
+    let told = Collector::start();
+    let secret = host.root().join("secret");
+    fs::write(&secret, "0123456789abcdef").unwrap();
+    command.env("DEV_BOX_OBSERVE__WEBHOOK_URL", told.url()).env("DEV_BOX_OBSERVE__WEBHOOK_SECRET", &secret);
     // The flood goes there, and nobody reads it.
     command.args(["--", "sh", "guest.sh"]).stderr(std::process::Stdio::null());
     let mut running = host.spawn(&mut command);
@@ -196,13 +224,18 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
     next(&mut running, &mut stdin, "forks");
     assert_eq!(rules(&host), Vec::<String>::new(), "honest work raises nothing");
     wait_for_rule(&host, "fork_rate");
+    let vm = host.vms().remove(0);
+    wait_until("somebody is told", SOON, || told.has("\"rule\":\"fork_rate\"") && told.has(&vm));
     next(&mut running, &mut stdin, "flood");
     wait_for_rule(&host, "output_flood");
     next(&mut running, &mut stdin, "memory");
     wait_for_rule(&host, "memory_pressure");
+    wait_until("a bundle is made", SOON, || done(&host).contains(&pair("memory_pressure", "snapshot")));
+    let bundles: Vec<_> = fs::read_dir(host.root().join("forensics")).unwrap().flatten().collect();
+    let name = bundles[0].file_name().into_string().unwrap();
+    assert!(bundles.len() == 1 && name.starts_with(&format!("{vm}-memory_pressure-")), "{bundles:?}");
     next(&mut running, &mut stdin, "encrypt");
     wait_for_rule(&host, "mass_change");
-    let vm = host.vms().remove(0);
     let state = || {
         let shown =
             std::process::Command::new("virsh").args(["-c", "qemu:///system", "domstate", &vm]).output();
@@ -221,14 +254,10 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
     let ended = running.finish().expect_code(125);
     assert!(ended.elapsed < Duration::from_secs(90), "{ended:?}");
 
-    let mut done: BTreeMap<String, String> = BTreeMap::new();
-    for record in records(&host, "anomaly.response") {
-        if record["outcome"]["status"] == "ok" {
-            let text = |field: &str| record["details"][field].as_str().unwrap_or_default().to_owned();
-            done.insert(text("rule"), text("response"));
-        }
+    let done = done(&host);
+    for (rule, response) in [("fork_rate", "alert"), ("mass_change", "pause"), ("clock_jump", "kill")] {
+        assert!(done.contains(&pair(rule, response)), "{rule}: {done:?}");
     }
-    assert_eq!((done["mass_change"].as_str(), done["clock_jump"].as_str()), ("pause", "kill"));
     let claims = records(&host, "anomaly.finding");
     let evidence = |rule: &str| {
         let found = claims.iter().find(|record| record["details"]["rule"] == rule).expect(rule);
@@ -246,14 +275,16 @@ fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
         "--net",
         "isolated",
         "-i",
+        "--json",
         "--",
         "sh",
         "-c",
-        "echo up; read -r _; echo still here",
+        "read -r _; echo still here",
     ]);
-    running.wait_for_output("up");
+    wait_until("the guest's console tells of a job", SOON, || console(&host).contains("dev-box: job "));
     let vm = host.vms().remove(0);
     let archive = host.root().join("case.tar");
+    let mut following = host.start(["audit", "tail", "-f", "-n", "1000"]);
     let made =
         host.dev_box(["forensics", &vm, "--output", &archive.to_string_lossy(), "--json"]).expect_code(0);
     let manifest: Value = serde_json::from_str(&made.text()).unwrap();
@@ -268,11 +299,32 @@ fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
     let memory = parts.iter().find(|part| part["name"] == "memory.kdump").unwrap();
     assert!(memory["bytes"].as_u64().unwrap() > 1 << 20, "{memory}");
     check_digests(&archive, parts);
+    following.wait_for_output("vm.forensics");
+    following.signal(Signal::SIGINT);
+    following.finish().expect_code(0);
     let again = host.dev_box(["forensics", &vm, "--output", &archive.to_string_lossy()]);
     assert_eq!(again.code(), 1, "nothing is overwritten");
     drop(running.stdin());
-    assert!(running.finish().expect_code(0).text().contains("still here"));
+    let report: Value = serde_json::from_str(&running.finish().expect_code(0).text()).unwrap();
+    assert_eq!(report["stdout"], "still here\n", "{report}");
+    // One name for the job, from the command to the guest.
+    let job = report["job"].as_str().unwrap();
+    assert!(part(&archive, "console.log").contains(&format!("dev-box: job {job}: process ")));
+    assert_eq!(records(&host, "exec.run")[0]["job"], job);
     assert!(records(&host, "vm.forensics").iter().any(|record| record["outcome"]["status"] == "ok"));
+}
+
+/// What the one VM's console has had until now.
+fn console(host: &Host) -> String {
+    let Some(vm) = host.vms().pop() else { return String::new() };
+    let log = fs::read(host.root().join("vms").join(vm).join("console.log")).unwrap_or_default();
+    String::from_utf8_lossy(&log).into_owned()
+}
+
+/// A part of a bundle.
+fn part(archive: &Path, name: &str) -> String {
+    let tar = std::process::Command::new("tar").args(["-xOf", &archive.to_string_lossy(), name]).output();
+    String::from_utf8_lossy(&tar.expect("tar").stdout).into_owned()
 }
 
 /// By the tools that somebody else would use.
