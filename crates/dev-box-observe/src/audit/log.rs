@@ -75,9 +75,16 @@ impl Shared {
         if queue.closed {
             return Err(AuditError::Closed);
         }
+        // The writer is woken for what changes how long it waits, and not a thousand times a second.
+        let matters = queue.waiting.is_empty()
+            || (waiter.is_some() && !queue.urgent)
+            || queue.waiting.len() + 1 >= MAX_GROUP;
         queue.urgent |= waiter.is_some();
         queue.waiting.push_back(Queued { entry, waiter, since: Instant::now() });
-        self.filled.notify_one();
+        drop(queue);
+        if matters {
+            self.filled.notify_one();
+        }
         Ok(())
     }
 }
