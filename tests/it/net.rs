@@ -53,6 +53,18 @@ fn a_filtered_guest_has_its_resolver_and_a_way_out() {
 }
 
 #[test]
+fn that_no_vm_has_a_network_is_said() {
+    let Some(host) = Host::new("that_no_vm_has_a_network_is_said") else { return };
+    for command in ["ls", "verify"] {
+        // Of another network, which no VM is in.
+        let mut of_another = host.command();
+        of_another.env("DEV_BOX_HOST__NETWORK", "dev-box-nobodys").env("DEV_BOX_HOST__BRIDGE", "dbnobody0");
+        let said = host.spawn(of_another.args(["net", command])).finish().expect_code(0);
+        assert!(said.stdout.is_empty() && said.stderr.contains("no VM has a network"), "{said:?}");
+    }
+}
+
+#[test]
 fn a_filtered_guest_does_not_reach_the_host() {
     let Some(host) = Host::new("a_filtered_guest_does_not_reach_the_host") else { return };
     // On every address of the host, its bridges' included, on a port that egress to the internet allows.

@@ -174,12 +174,17 @@ impl Shown {
     }
 }
 
+const NONE: &str = "no VM has a network";
+
 async fn list(dev_box: &DevBox, json: bool) -> Result<(), Failure> {
     let leases =
         dev_box.with_network(|network, libvirt| network.list(libvirt)).await.map_err(Failure::new)?;
     let shown: Vec<Shown> = leases.into_iter().filter_map(Shown::of).collect();
     if json {
         return output::json(&shown);
+    }
+    if shown.is_empty() {
+        output::note(NONE);
     }
     shown.iter().try_for_each(|vm| output::line(&vm.line()))
 }
@@ -262,6 +267,8 @@ async fn verify(dev_box: &DevBox, vm: Option<VmName>, json: bool) -> Result<Exit
     }
     if json {
         output::json(&verified)?;
+    } else if verified.is_empty() {
+        output::note(NONE);
     } else {
         for Verified { vm, finding, .. } in &verified {
             output::line(&format!("{vm}: {}", finding.as_deref().unwrap_or("every layer stands")))?;
