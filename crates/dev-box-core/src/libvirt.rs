@@ -315,6 +315,27 @@ pub trait NwFilters: fmt::Debug + Send + Sync {
     /// Makes libvirt forget it.
     ///
     /// # Errors
-    /// [`LibvirtError::NoSuchFilter`], [`LibvirtError::InUse`] while a domain uses it.
+    /// [`LibvirtError::NoSuchFilter`], [`LibvirtError::InUse`] while a domain or a binding uses it.
     fn undefine_filter(&self, name: &str) -> Result<()>;
+
+    /// The interfaces of the host (`vnet0`) that filters are bound to, by domains or by [`NwFilters::bind_filter`].
+    ///
+    /// # Errors
+    /// [`LibvirtError::Unsupported`].
+    fn bound_filters(&self) -> Result<Vec<String>>;
+
+    /// Puts a filter in force at an interface of the host that is no domain's, by an element `filterbinding`
+    /// (<https://libvirt.org/formatnwfilter.html>). It stays, whoever uses the interface, until it is unbound. Blocks until the
+    /// filter is in force: a second or so.
+    ///
+    /// # Errors
+    /// [`LibvirtError::InvalidXml`], [`LibvirtError::NameTaken`] when a filter is bound there already,
+    /// [`LibvirtError::OperationFailed`] when the filter or the interface is not there.
+    fn bind_filter(&self, xml: &str) -> Result<()>;
+
+    /// Takes the filter off an interface of the host, whether that still exists or not.
+    ///
+    /// # Errors
+    /// [`LibvirtError::NoSuchFilter`] when none is bound there.
+    fn unbind_filter(&self, interface: &str) -> Result<()>;
 }

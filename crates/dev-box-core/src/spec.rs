@@ -13,7 +13,9 @@ use crate::accel::Accelerator;
 use crate::clock::EasternTime;
 use crate::id::{LeaseId, VmId, VmName};
 
-pub use device::{Channel, Disk, DiskCache, DiskFormat, DiskIo, FilterRef, Interface, LinkState, Share};
+pub use device::{
+    Channel, Disk, DiskCache, DiskFormat, DiskIo, FilterRef, HostEnd, Interface, LinkState, Share,
+};
 pub use mac::{MacAddress, MacError};
 pub use resources::{Bandwidth, BlockLimits, ResourceProfile};
 

@@ -9,7 +9,7 @@ mod check;
 mod read;
 mod write;
 
-use crate::spec::{Interface, LinkState, Ownership, VmSpec};
+use crate::spec::{HostEnd, Interface, LinkState, Ownership, VmSpec};
 
 pub use crate::xml::XmlError;
 pub use check::SpecError;
@@ -83,7 +83,9 @@ impl VmTemplate {
     #[must_use]
     pub fn unplugged(&self) -> Self {
         let mut unplugged = self.clone();
-        if let Some(interface) = &mut unplugged.spec.interface {
+        if let Some(interface) = &mut unplugged.spec.interface
+            && interface.host_end == HostEnd::Libvirt
+        {
             interface.filter = None;
             interface.link = LinkState::Down;
         }

@@ -8,6 +8,9 @@ use ipnet::Ipv4Net;
 
 use crate::subnet::{parse_routes, parse_routes6};
 
+/// Of a tap: it stays when nobody has it open (linux/if_tun.h).
+const IFF_PERSIST: u32 = 0x0800;
+
 /// Where the kernel tells these things; other paths in tests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostPaths {
@@ -55,6 +58,24 @@ impl HostPaths {
     /// Whether there is an interface of that name.
     pub(crate) fn has_interface(&self, name: &str) -> bool {
         self.interfaces.join(name).exists()
+    }
+
+    /// Whether the interface of that name is a port of that bridge.
+    pub(crate) fn is_on_bridge(&self, name: &str, bridge: &str) -> bool {
+        let master = fs::read_link(self.interfaces.join(name).join("master"));
+        master.is_ok_and(|master| master.file_name() == Some(bridge.as_ref()))
+    }
+
+    /// Whether a VM may have the tap of that name: one that libvirt made is there as long as its VM, and a persistent one is
+    /// open then.
+    pub(crate) fn has_open_tap(&self, name: &str) -> bool {
+        let tap = self.interfaces.join(name);
+        let flags = fs::read_to_string(tap.join("tun_flags")).ok();
+        let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim().strip_prefix("0x")?, 16).ok());
+        let persistent = flags.is_some_and(|flags| flags & IFF_PERSIST != 0);
+        // Of one that was set down nobody can say.
+        let closed = || fs::read_to_string(tap.join("carrier")).is_ok_and(|carrier| carrier.trim() == "0");
+        tap.exists() && !(persistent && closed())
     }
 
     /// Whether the host forwards IPv4.

@@ -43,6 +43,29 @@ pub struct LeaseRecord {
     pub filter_policy: Option<EgressPolicy>,
     /// The rules that were put in place; `None` before that.
     pub fingerprint: Option<Fingerprint>,
+    /// Whose the tap is.
+    #[serde(default, skip_serializing_if = "TapUse::is_libvirts")]
+    pub tap: TapUse,
+}
+
+/// Whose a tap is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TapUse {
+    /// libvirt's: there as long as the VM.
+    #[default]
+    Libvirt,
+    /// It was prepared, and the VM has it.
+    Prepared,
+    /// It was prepared, and waits: no VM has that name.
+    Waiting,
+}
+
+impl TapUse {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde wants it")]
+    fn is_libvirts(&self) -> bool {
+        *self == Self::Libvirt
+    }
 }
 
 impl LeaseRecord {

@@ -39,6 +39,7 @@ pub mod network;
 pub mod policy;
 pub mod resolver;
 pub mod subnet;
+pub mod tap;
 pub mod throttle;
 pub mod vm_network;
 pub mod watch;
@@ -50,4 +51,6 @@ pub use policy::{EgressPolicy, PolicyDigest, PolicyError};
 pub use resolver::{DnsmasqResolver, Resolver, ResolverError};
 pub use subnet::Subnet;
 pub use throttle::{NftThrottle, ThrottleError};
-pub use vm_network::{GuardState, Ipv6Lease, NetError, NetLease, NetSettings, Verification, VmNetwork};
+pub use vm_network::{
+    GuardState, Ipv6Lease, NetError, NetLease, NetSettings, PreparedTap, Verification, VmNetwork,
+};

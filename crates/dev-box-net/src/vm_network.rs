@@ -18,24 +18,27 @@ use std::sync::Arc;
 
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
-use dev_box_core::spec::{FilterRef, Interface, LinkState, MacAddress};
+use dev_box_core::spec::{FilterRef, HostEnd, Interface, LinkState, MacAddress};
 
 use crate::events::RecordFile;
 use crate::guard::{Fingerprint, Firewall, NetworkRules, Traffic, VmGuard};
 use crate::host::HostPaths;
 use crate::identity::{mac_of, tap_of};
-use crate::lease::{AddressLease, AddressLeases, LeaseError, LeaseRecord, Owner};
+use crate::lease::{AddressLease, AddressLeases, LeaseError, LeaseRecord, Owner, TapUse};
 use crate::network::NetworkShape;
 use crate::policy::{EgressPolicy, PolicyDigest, PolicyStore};
 use crate::resolver::{DnsmasqResolver, NameService, Resolver};
 use crate::subnet::Subnet;
+use crate::tap::{IpTaps, Taps};
 use crate::xml::nwfilter::{FilterDefinition, name_prefix, nwfilter};
 
 mod definition;
 mod error;
+mod prepared;
 mod upkeep;
 
 pub use error::NetError;
+pub use prepared::PreparedTap;
 
 /// What a host's network of VMs is called and where its leases lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +80,7 @@ pub struct VmNetwork {
     settings: NetSettings,
     firewall: Arc<dyn Firewall>,
     resolver: Arc<dyn Resolver>,
+    taps: Arc<dyn Taps>,
     policies: PolicyStore,
 }
 
@@ -111,6 +115,7 @@ pub struct NetLease {
     filter_policy: EgressPolicy,
     shape: NetworkShape,
     lock: AddressLease,
+    host_end: HostEnd,
 }
 
 /// A VM's IPv6 address, which follows from its IPv4 address; the agent sets it.
@@ -125,6 +130,49 @@ pub struct Ipv6Lease {
 }
 
 impl NetLease {
+    fn new(shape: NetworkShape, record: LeaseRecord, lock: AddressLease) -> Self {
+        let address = lock.address();
+        let filter_policy = record.filter_policy().clone();
+        Self {
+            vm: record.vm,
+            mac: mac_of(address),
+            address,
+            prefix: shape.subnet().prefix(),
+            gateway: shape.gateway(),
+            ipv6: shape.ipv6_of(address).filter(|_| filter_policy.ipv6()),
+            dns: vec![shape.gateway()],
+            tap: tap_of(address),
+            network: shape.name().to_owned(),
+            bridge: shape.bridge().to_owned(),
+            filter: record.filter,
+            policy: record.policy,
+            filter_policy,
+            shape,
+            lock,
+            host_end: match record.tap {
+                TapUse::Libvirt => HostEnd::Libvirt,
+                TapUse::Prepared | TapUse::Waiting => HostEnd::Prepared,
+            },
+        }
+    }
+
+    /// Whether its tap was prepared, and can be kept for another VM ([`VmNetwork::keep`]).
+    pub fn is_prepared(&self) -> bool {
+        self.host_end == HostEnd::Prepared
+    }
+
+    /// The policy that its filter was made for.
+    pub fn filter_policy(&self) -> &EgressPolicy {
+        &self.filter_policy
+    }
+
+    fn tap_use(&self) -> TapUse {
+        match self.host_end {
+            HostEnd::Libvirt => TapUse::Libvirt,
+            HostEnd::Prepared => TapUse::Prepared,
+        }
+    }
+
     /// The network that it is in.
     pub fn shape(&self) -> &NetworkShape {
         &self.shape
@@ -142,12 +190,13 @@ impl NetLease {
             mac: self.mac,
             ip: Some(self.address),
             target_dev: Some(self.tap.clone()),
-            filter: Some(FilterRef {
+            filter: (self.host_end == HostEnd::Libvirt).then(|| FilterRef {
                 name: self.filter.clone(),
                 parameters: FilterDefinition::parameters(&self.filter_policy, self.address),
             }),
             link: LinkState::Up,
             port_isolated: true,
+            host_end: self.host_end,
         }
     }
 }
@@ -237,7 +286,7 @@ impl VmNetwork {
         let dir = settings.dir.join(&settings.name).join("resolvers");
         let resolver = Arc::new(DnsmasqResolver::new(dir, &settings.host.resolv_conf));
         let policies = PolicyStore::new(&settings.policies);
-        Self { settings, firewall, resolver, policies }
+        Self { settings, firewall, resolver, taps: Arc::new(IpTaps), policies }
     }
 
     /// What networks a VM can be asked for by name.
@@ -249,6 +298,12 @@ impl VmNetwork {
     #[must_use]
     pub fn with_resolver(self, resolver: Arc<dyn Resolver>) -> Self {
         Self { resolver, ..self }
+    }
+
+    /// The same, with other taps.
+    #[must_use]
+    pub fn with_taps(self, taps: Arc<dyn Taps>) -> Self {
+        Self { taps, ..self }
     }
 
     /// Has libvirt's network defined and running. Idempotent; safe from several processes at once.
@@ -288,6 +343,19 @@ impl VmNetwork {
         if policy.is_isolated() {
             return Ok(None);
         }
+        let (shape, record, lease) = self.claim(libvirt, vm, policy, preferred, TapUse::Libvirt)?;
+        self.open(libvirt, shape, record, lease).map(Some)
+    }
+
+    /// An address on record, and the definition of the filter that it is to have.
+    fn claim<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        vm: &VmName,
+        policy: &EgressPolicy,
+        preferred: Option<Ipv4Addr>,
+        tap: TapUse,
+    ) -> Result<(NetworkShape, LeaseRecord, AddressLease), NetError> {
         let lock = self.lock()?;
         let shape = self.ensure_locked(libvirt)?;
         self.check_ipv6(&shape, policy)?;
@@ -298,6 +366,7 @@ impl VmNetwork {
             filter: filter.name.clone(),
             filter_policy: None,
             fingerprint: None,
+            tap,
         };
         let leases = self.leases(&shape)?;
         // An address without a lease here may still be someone's: of a VM whose owner died, or of VMs whose leases
@@ -311,7 +380,7 @@ impl VmNetwork {
             !self.settings.host.has_interface(&tap_of(address))
                 && (!guarded.contains(&address) || leases.is_on_record(address))
         };
-        let mut lease = match preferred.map(|wanted| leases.acquire(&record, |a| a == wanted && free(a))) {
+        let lease = match preferred.map(|wanted| leases.acquire(&record, |a| a == wanted && free(a))) {
             Some(Ok(lease)) => lease,
             None | Some(Err(LeaseError::Exhausted { .. })) => leases.acquire(&record, free)?,
             Some(Err(error)) => return Err(error.into()),
@@ -319,32 +388,40 @@ impl VmNetwork {
         let made = ensure_filter(libvirt, &filter.name, &filter.xml);
         // The lease is on record and names the filter, so nobody collects it from here on.
         drop(lock);
-        match made.and_then(|()| self.apply(&shape, record, &mut lease, true)) {
-            Ok(()) => Ok(Some(NetLease {
-                vm: vm.clone(),
-                mac: mac_of(lease.address()),
-                address: lease.address(),
-                prefix: shape.subnet().prefix(),
-                gateway: shape.gateway(),
-                ipv6: shape.ipv6_of(lease.address()).filter(|_| policy.ipv6()),
-                dns: vec![shape.gateway()],
-                tap: tap_of(lease.address()),
-                network: shape.name().to_owned(),
-                bridge: shape.bridge().to_owned(),
-                filter: filter.name,
-                policy: policy.clone(),
-                filter_policy: policy.clone(),
-                shape,
-                lock: lease,
-            })),
-            Err(error) => {
-                let address = lease.address();
-                if let Err(undo) = self.end(libvirt, lease, &shape, &filter.name) {
-                    tracing::warn!(%vm, %address, error = %undo, "what a failed attach left is for the next sweep");
-                }
-                Err(error)
-            }
+        match made {
+            Ok(()) => Ok((shape, record, lease)),
+            Err(error) => Err(self.undo(libvirt, lease, &shape, &record, error)),
         }
+    }
+
+    /// Rules and names, of what has an address: what a VM may use.
+    fn open<L: NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        shape: NetworkShape,
+        record: LeaseRecord,
+        mut lease: AddressLease,
+    ) -> Result<NetLease, NetError> {
+        match self.apply(&shape, record.clone(), &mut lease, true) {
+            Ok(()) => Ok(NetLease::new(shape, record, lease)),
+            Err(error) => Err(self.undo(libvirt, lease, &shape, &record, error)),
+        }
+    }
+
+    /// Takes away what there is of something that failed.
+    fn undo<L: NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        lease: AddressLease,
+        shape: &NetworkShape,
+        record: &LeaseRecord,
+        error: NetError,
+    ) -> NetError {
+        let address = lease.address();
+        if let Err(undo) = self.end(libvirt, lease, shape, &record.filter, record.tap) {
+            tracing::warn!(vm = %record.vm, %address, error = %undo, "what a failed attach left is for the next sweep");
+        }
+        error
     }
 
     /// Changes what a VM may do, at once and for established connections too. The nwfilter of its interface stays as
@@ -359,6 +436,7 @@ impl VmNetwork {
             filter: lease.filter.clone(),
             filter_policy: None,
             fingerprint: None,
+            tap: lease.tap_use(),
         };
         let record = record.under(policy.clone());
         let other_names = policy.names() != lease.policy.names();
@@ -428,8 +506,9 @@ impl VmNetwork {
     /// # Errors
     /// [`NetError`]; what is left is found by [`VmNetwork::sweep`].
     pub fn detach<L: NwFilters + ?Sized>(&self, libvirt: &L, lease: NetLease) -> Result<(), NetError> {
+        let tap = lease.tap_use();
         let NetLease { shape, filter, lock, .. } = lease;
-        self.end(libvirt, lock, &shape, &filter)
+        self.end(libvirt, lock, &shape, &filter, tap)
     }
 
     /// All leases on record, of this process and others.
@@ -448,7 +527,11 @@ impl VmNetwork {
             record,
             traffic: traffic.remove(&address),
         };
-        Ok(self.leases(&shape)?.list()?.into_iter().map(summary).collect())
+        let mut leases = self.leases(&shape)?.list()?;
+        // No VM has it.
+        let waits = |record: &LeaseRecord| record.tap == TapUse::Waiting;
+        leases.retain(|_, (_, record)| !record.as_ref().is_some_and(waits));
+        Ok(leases.into_iter().map(summary).collect())
     }
 
     /// Removes what dead owners left. An address whose tap still exists is left alone, its rules standing: the VM
@@ -463,12 +546,14 @@ impl VmNetwork {
         let mut swept = Swept::default();
         for (address, (owner, record)) in leases.list()? {
             if owner == Owner::Dead
-                && !self.settings.host.has_interface(&tap_of(address))
+                && !self.settings.host.has_open_tap(&tap_of(address))
                 && let Some(lease) = leases.adopt(address)?
             {
-                self.resolver.stop(address)?;
-                self.firewall.remove(address)?;
-                RecordFile::remove(&self.events_of(address))?;
+                self.close(address)?;
+                // A record that cannot be read may be of a tap that stays.
+                if record.as_ref().is_none_or(|record| record.tap != TapUse::Libvirt) {
+                    self.remove_tap(libvirt, address)?;
+                }
                 lease.release()?;
                 swept.leases.push((address, record.map(|record| record.vm)));
             }
@@ -567,10 +652,12 @@ impl VmNetwork {
         lease: AddressLease,
         shape: &NetworkShape,
         filter: &str,
+        tap: TapUse,
     ) -> Result<(), NetError> {
-        self.resolver.stop(lease.address())?;
-        self.firewall.remove(lease.address())?;
-        RecordFile::remove(&self.events_of(lease.address()))?;
+        self.close(lease.address())?;
+        if tap != TapUse::Libvirt {
+            self.remove_tap(libvirt, lease.address())?;
+        }
         let _lock = self.lock()?;
         lease.release()?;
         let held = self.leases(shape)?.list()?;
@@ -578,6 +665,13 @@ impl VmNetwork {
             forget_filter(libvirt, filter)?;
         }
         Ok(())
+    }
+
+    /// What [`VmNetwork::open`] made, away.
+    fn close(&self, address: Ipv4Addr) -> Result<(), NetError> {
+        self.resolver.stop(address)?;
+        self.firewall.remove(address)?;
+        Ok(RecordFile::remove(&self.events_of(address))?)
     }
 
     fn leases(&self, shape: &NetworkShape) -> Result<AddressLeases, NetError> {

@@ -178,6 +178,7 @@ mod code {
     pub(super) const AUTH_UNAVAILABLE: u32 = 94;
     pub(super) const AGENT_UNSYNCED: u32 = 97;
     pub(super) const DEVICE_MISSING: u32 = 99;
+    pub(super) const NO_NWFILTER_BINDING: u32 = 101;
     pub(super) const AGENT_COMMAND_TIMEOUT: u32 = 112;
     pub(super) const AGENT_COMMAND_FAILED: u32 = 113;
 }
@@ -230,7 +231,7 @@ impl LibvirtError {
             code::NO_DOMAIN_SNAPSHOT => Self::NoSuchSnapshot { message },
             code::NO_NETWORK => Self::NoSuchNetwork { message },
             code::DEVICE_MISSING => Self::NoSuchDevice { message },
-            code::NO_NWFILTER => Self::NoSuchFilter { message },
+            code::NO_NWFILTER | code::NO_NWFILTER_BINDING => Self::NoSuchFilter { message },
             code::DOM_EXIST | code::NETWORK_EXIST => Self::NameTaken { message },
             // "operation failed: domain 'x' already exists with uuid ..." and its like for every kind of object.
             code::OPERATION_FAILED | code::OPERATION_INVALID | code::INVALID_ARG
@@ -299,7 +300,7 @@ mod tests {
     #[test]
     fn sorted_by_code_and_text() {
         let sort = LibvirtError::from_libvirt;
-        let cases: [(LibvirtError, &str); 32] = [
+        let cases: [(LibvirtError, &str); 33] = [
             (
                 sort(9, "snapshot-save job failed: Error while writing VM state: Input/output error"),
                 "StateNotWritten",
@@ -330,6 +331,7 @@ mod tests {
             (sort(43, "Network not found"), "NoSuchNetwork"),
             (sort(99, "device not found: no device matching MAC address x"), "NoSuchDevice"),
             (sort(62, "no nwfilter with matching name 'x'"), "NoSuchFilter"),
+            (sort(101, "no nwfilter binding for port dev 'x'"), "NoSuchFilter"),
             (sort(9, "operation failed: domain 'x' already exists with uuid y"), "NameTaken"),
             (sort(55, "domain is already active as 'x': is already in use"), "NameTaken"),
             (sort(28, "exists"), "NameTaken"),

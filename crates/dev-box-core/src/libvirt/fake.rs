@@ -66,6 +66,8 @@ struct State {
     domains: Vec<FakeDomain>,
     networks: Vec<FakeNetwork>,
     filters: Vec<(String, String)>,
+    /// Interfaces, each with the filter that is bound to it.
+    bound: Vec<(String, String)>,
     links: Vec<Weak<LinkState>>,
     stopped: bool,
     muted: bool,

@@ -66,5 +66,8 @@ mockall::mock! {
         fn define_filter(&self, xml: &str) -> Result<()>;
         fn filter_xml(&self, name: &str) -> Result<String>;
         fn undefine_filter(&self, name: &str) -> Result<()>;
+        fn bound_filters(&self) -> Result<Vec<String>>;
+        fn bind_filter(&self, xml: &str) -> Result<()>;
+        fn unbind_filter(&self, interface: &str) -> Result<()>;
     }
 }

@@ -7,6 +7,7 @@
 mod disk_snapshot;
 mod domains;
 mod events;
+mod filter_bindings;
 mod networks;
 mod snapshots;
 

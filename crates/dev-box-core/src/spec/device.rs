@@ -137,6 +137,19 @@ pub struct Interface {
     pub link: LinkState,
     /// Whether the bridge keeps it from other isolated ports (`<port isolated='yes'/>`).
     pub port_isolated: bool,
+    /// Who makes the host's end.
+    pub host_end: HostEnd,
+}
+
+/// Who makes an interface's end on the host, puts it on the network's bridge and its filter in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HostEnd {
+    /// libvirt, when the VM starts; it takes all of that away when the VM ends.
+    #[default]
+    Libvirt,
+    /// Whoever starts the VM, beforehand: a tap that is there already, isolated from other ports and with its filter bound to it, so
+    /// that libvirt has nothing to do but open it. It outlives the VM.
+    Prepared,
 }
 
 /// Whether packets get from the guest's interface to the host's, and back.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::accel::Accelerator;
 use crate::size::ByteSize;
-use crate::spec::{BootSource, Interface, LinkState, NetworkMode, VmSpec};
+use crate::spec::{BootSource, HostEnd, Interface, LinkState, NetworkMode, VmSpec};
 use crate::xml::is_legal;
 
 /// The longest path of a Unix socket, in bytes (`sun_path` without its final NUL, unix(7)).
@@ -90,6 +90,12 @@ pub enum SpecError {
         "the interface has a filter and no IP address: without one the guest's first packet would choose it"
     )]
     FilterWithoutAddress,
+    /// A tap that is made beforehand, and that is not what such a tap is.
+    #[error("the interface's prepared tap {what}")]
+    Prepared {
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// A policy's name that means something else.
     #[error("{name:?} cannot be a policy's name")]
     PolicyName {
@@ -260,6 +266,17 @@ fn check_interface(interface: &Interface, mode: &NetworkMode) -> Checked {
                 range: "a name that does not begin with one of libvirt's own prefixes, such as vnet",
             });
         }
+    }
+    if interface.host_end == HostEnd::Prepared {
+        let missing = |what| Err(SpecError::Prepared { what });
+        return match interface {
+            Interface { target_dev: None, .. } => missing("has no name"),
+            Interface { filter: Some(_), .. } => {
+                missing("is to get a filter, which is bound to it beforehand")
+            }
+            Interface { port_isolated: false, .. } => missing("is not isolated"),
+            _ => Ok(()),
+        };
     }
     let Some(filter) = &interface.filter else {
         return match (mode, interface.link) {

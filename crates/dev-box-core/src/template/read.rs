@@ -10,8 +10,8 @@ use crate::clock::EasternTime;
 use crate::id::VmName;
 use crate::size::ByteSize;
 use crate::spec::{
-    Bandwidth, BlockLimits, BootSource, Channel, Disk, DiskCache, DiskFormat, DiskIo, FilterRef, Interface,
-    LinkState, NetworkMode, Ownership, ResourceProfile, RunAs, Share, VmSpec,
+    Bandwidth, BlockLimits, BootSource, Channel, Disk, DiskCache, DiskFormat, DiskIo, FilterRef, HostEnd,
+    Interface, LinkState, NetworkMode, Ownership, ResourceProfile, RunAs, Share, VmSpec,
 };
 use crate::xml::Node;
 
@@ -245,8 +245,16 @@ fn interface(node: &Node, meta: &Node) -> Read<Interface> {
         }
         filter = Some(FilterRef { name: need(reference.get("filter"), "filter")?.to_owned(), parameters });
     }
+    let host_end = match node.get("type") {
+        Some("ethernet") => HostEnd::Prepared,
+        _ => HostEnd::Libvirt,
+    };
+    let network = match host_end {
+        HostEnd::Prepared => meta.get("bridged-to"),
+        HostEnd::Libvirt => node.at("source").and_then(|s| s.get("network")),
+    };
     Ok(Interface {
-        network: need(node.at("source").and_then(|s| s.get("network")), "network")?.to_owned(),
+        network: need(network, "network")?.to_owned(),
         mac: parse(need(node.at("mac").and_then(|m| m.get("address")), "MAC address")?, "MAC address")?,
         ip,
         target_dev: node.at("target").and_then(|t| t.get("dev")).map(str::to_owned),
@@ -255,7 +263,9 @@ fn interface(node: &Node, meta: &Node) -> Read<Interface> {
             Some("down") => LinkState::Down,
             _ => LinkState::Up,
         },
-        port_isolated: node.at("port").and_then(|p| p.get("isolated")) == Some("yes"),
+        port_isolated: host_end == HostEnd::Prepared
+            || node.at("port").and_then(|p| p.get("isolated")) == Some("yes"),
+        host_end,
     })
 }
 

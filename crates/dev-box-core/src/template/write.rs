@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::{GUEST_AGENT_PORT, METADATA_NAMESPACE};
 use crate::accel::Accelerator;
-use crate::spec::{BootSource, Channel, Disk, Interface, LinkState, ResourceProfile, RunAs, Share, VmSpec};
+use crate::spec::{
+    BootSource, Channel, Disk, HostEnd, Interface, LinkState, ResourceProfile, RunAs, Share, VmSpec,
+};
 use crate::xml::Node;
 
 /// Virtio as of 1.0 only, as a device behind a root port would be: on the root bus QEMU adds the legacy interface otherwise.
@@ -95,6 +97,7 @@ fn metadata(spec: &VmSpec) -> Node {
                     .and_then(|i| i.ip)
                     .map(|ip| ip.to_string()),
             )
+            .attr_if("bridged-to", prepared(spec).map(|i| i.network.clone()))
             .attr_if("iops", r.block.iops.map(|n| n.to_string()))
             .attr_if("bytes-per-second", r.block.bytes_per_second.map(|n| n.to_string()))
             .attr_if("download", r.bandwidth.download_kib.map(|n| n.to_string()))
@@ -305,18 +308,27 @@ pub(super) fn interface(interface: &Interface, resources: &ResourceProfile) -> N
             .with_all(interface.ip.map(|ip| parameter("IP", &ip.to_string())))
             .with_all(filter.parameters.iter().map(|(name, value)| parameter(name, value)))
     });
+    let prepared = interface.host_end == HostEnd::Prepared;
+    let target = |dev: &String| {
+        Node::new("target").attr("dev", dev).attr_if("managed", prepared.then(|| "no".to_owned()))
+    };
     Node::new("interface")
-        .attr("type", "network")
+        .attr("type", if prepared { "ethernet" } else { "network" })
         .with(Node::new("mac").attr("address", interface.mac.to_string()))
-        .with(Node::new("source").attr("network", &interface.network))
-        .with_all(interface.target_dev.as_ref().map(|dev| Node::new("target").attr("dev", dev)))
+        .with_all((!prepared).then(|| Node::new("source").attr("network", &interface.network)))
+        .with_all(interface.target_dev.as_ref().map(target))
         .with(Node::new("model").attr("type", MODERN))
         // Nothing boots from it: the firmware need not run its boot program.
         .with(Node::new("rom").attr("enabled", "no"))
         .with_all(filter)
         .with_all(bandwidth)
         .with_all((interface.link == LinkState::Down).then(|| Node::new("link").attr("state", "down")))
-        .with_all(interface.port_isolated.then(|| Node::new("port").attr("isolated", "yes")))
+        .with_all((interface.port_isolated && !prepared).then(|| Node::new("port").attr("isolated", "yes")))
+}
+
+/// An interface of which libvirt knows too little to read it back from there.
+fn prepared(spec: &VmSpec) -> Option<&Interface> {
+    spec.interface.as_ref().filter(|interface| interface.host_end == HostEnd::Prepared)
 }
 
 /// Checked by [`super::check`] to be UTF-8.

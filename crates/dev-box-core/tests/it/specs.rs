@@ -78,6 +78,7 @@ pub(crate) fn full(accelerator: Accelerator) -> VmSpec {
         }),
         link: LinkState::Up,
         port_isolated: true,
+        host_end: HostEnd::Libvirt,
     });
     spec.console_log = Some(format!("{vm}/console.log").into());
     spec.run_as = Some(RunAs { uid: 64055, gid: 993 });
@@ -110,6 +111,11 @@ pub(crate) fn variants() -> Vec<(&'static str, VmSpec)> {
         interface.filter = None;
         interface.link = LinkState::Down;
     }
+    let mut prepared = full(Tcg);
+    if let Some(interface) = &mut prepared.interface {
+        interface.filter = None;
+        interface.host_end = HostEnd::Prepared;
+    }
     let mut attachable = full(Tcg);
     attachable.vsock_cid = None;
     attachable.console_socket = Some("/var/lib/dev-box/user-vms/x/console.sock".into());
@@ -119,6 +125,7 @@ pub(crate) fn variants() -> Vec<(&'static str, VmSpec)> {
         ("attachable-console", attachable),
         ("attachable-console-without-log", unlogged),
         ("unplugged", unplugged),
+        ("prepared-tap", prepared),
         ("plain-kvm", plain(Kvm)),
         ("plain-tcg", plain(Tcg)),
         ("full-kvm", full(Kvm)),
@@ -159,16 +166,20 @@ fn interface(named: bool) -> impl Strategy<Value = Interface> {
     let parameters = vec(("[A-Z_]{1,8}x", "[A-Za-z0-9_./:-]{1,20}"), 0..3);
     let filter = (text(), parameters).prop_map(|(name, parameters)| FilterRef { name, parameters });
     let filter = (filter, any::<bool>()).prop_map(move |(f, keep)| (!named || keep).then_some(f));
-    let flags = (any::<bool>(), any::<bool>());
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
     (text(), any::<[u8; 3]>(), any::<u32>(), option::of("t[a-z0-9.-]{0,14}"), filter, flags).prop_map(
-        |(network, [a, b, c], ip, target_dev, filter, (up, port_isolated))| Interface {
-            network,
-            mac: MacAddress::qemu(a, b, c),
-            ip: Some(ip.into()),
-            target_dev,
-            filter,
-            link: if up { LinkState::Up } else { LinkState::Down },
-            port_isolated,
+        |(network, [a, b, c], ip, target_dev, filter, (up, isolated, prepared))| {
+            let prepared = prepared && target_dev.is_some();
+            Interface {
+                network,
+                mac: MacAddress::qemu(a, b, c),
+                ip: Some(ip.into()),
+                target_dev,
+                filter: filter.filter(|_| !prepared),
+                link: if up { LinkState::Up } else { LinkState::Down },
+                port_isolated: isolated || prepared,
+                host_end: if prepared { HostEnd::Prepared } else { HostEnd::Libvirt },
+            }
         },
     )
 }

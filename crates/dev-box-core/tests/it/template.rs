@@ -80,6 +80,12 @@ fn what_the_design_demands_is_there() {
 
 type Change = fn(&mut VmSpec);
 
+fn prepared(spec: &mut VmSpec, change: impl FnOnce(&mut Interface)) {
+    let interface = spec.interface.as_mut().unwrap();
+    interface.host_end = HostEnd::Prepared;
+    change(interface);
+}
+
 #[test]
 fn each_mistake_has_its_error() {
     let long = "x".repeat(200);
@@ -93,6 +99,9 @@ fn each_mistake_has_its_error() {
         (|s| s.resources.block.iops = Some(0), "disk's limit"),
         (|s| s.resources.io_weight = Some(0), "IO weight"),
         (|s| s.resources.bandwidth.upload_kib = Some(0), "bandwidth"),
+        (|s| prepared(s, |_| {}), "is to get a filter"),
+        (|s| prepared(s, |i| (i.filter, i.target_dev) = (None, None)), "has no name"),
+        (|s| prepared(s, |i| (i.filter, i.port_isolated) = (None, false)), "is not isolated"),
         (|s| s.resources.guest_pids = Some(0), "process limit"),
         (|s| s.ownership.owner = String::new(), "owner has 0 bytes"),
         (|s| s.ownership.purpose = "a\u{1}b".into(), "purpose has the character"),

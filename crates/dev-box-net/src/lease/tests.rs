@@ -13,6 +13,7 @@ fn record(vm: &str) -> LeaseRecord {
         filter: "f".to_owned(),
         filter_policy: None,
         fingerprint: None,
+        tap: TapUse::Libvirt,
     }
 }
 

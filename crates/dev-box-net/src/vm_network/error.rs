@@ -12,6 +12,7 @@ use crate::lease::LeaseError;
 use crate::network::InvalidName;
 use crate::resolver::ResolverError;
 use crate::subnet::SubnetError;
+use crate::tap::TapError;
 use crate::xml::network::UnreadableNetwork;
 
 /// Why a VM has no network.
@@ -46,6 +47,9 @@ pub enum NetError {
         #[source]
         source: LibvirtError,
     },
+    /// no tap
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// no address
     #[error(transparent)]
     Lease(#[from] LeaseError),

@@ -9,21 +9,23 @@ use crate::guard::fake::{Call, FakeFirewall};
 use crate::guard::{FilterRules, GuardError};
 use crate::resolver::fake::FakeResolver;
 use crate::subnet::SubnetError;
+use crate::tap::fake::FakeTaps;
 use crate::xml::network::network_xml;
 
 const ROUTES: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
     eth0\t0000D50A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
 
-struct World {
-    dir: tempfile::TempDir,
-    libvirt: FakeLibvirt,
-    firewall: Arc<FakeFirewall>,
-    resolver: Arc<FakeResolver>,
-    network: VmNetwork,
+pub(super) struct World {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) libvirt: FakeLibvirt,
+    pub(super) firewall: Arc<FakeFirewall>,
+    pub(super) resolver: Arc<FakeResolver>,
+    pub(super) network: VmNetwork,
+    pub(super) taps: Arc<FakeTaps>,
 }
 
 impl World {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with(|_| {})
     }
 
@@ -33,8 +35,11 @@ impl World {
         change(&mut settings);
         let firewall = Arc::new(FakeFirewall::new());
         let resolver = Arc::new(FakeResolver::new());
-        let network = VmNetwork::new(settings, firewall.clone()).with_resolver(resolver.clone());
-        Self { dir, libvirt: FakeLibvirt::new(), firewall, resolver, network }
+        let taps = Arc::new(FakeTaps::new(&settings.host.interfaces));
+        let network = VmNetwork::new(settings, firewall.clone())
+            .with_resolver(resolver.clone())
+            .with_taps(taps.clone());
+        Self { dir, libvirt: FakeLibvirt::new(), firewall, resolver, network, taps }
     }
 
     fn attach(&self, vm: &str) -> Result<NetLease, NetError> {
@@ -51,7 +56,7 @@ impl World {
     }
 
     /// No lease, no rule, no filter.
-    fn is_clean(&self) -> bool {
+    pub(super) fn is_clean(&self) -> bool {
         self.network.list(&self.libvirt).unwrap().is_empty()
             && self.firewall.list().unwrap().is_empty()
             && self.resolver.serving().unwrap().is_empty()
@@ -74,11 +79,11 @@ fn settings(dir: &Path) -> NetSettings {
     NetSettings { host, ..NetSettings::new(dir.join("net")) }
 }
 
-fn name(vm: &str) -> VmName {
+pub(super) fn name(vm: &str) -> VmName {
     VmName::new(vm).unwrap()
 }
 
-fn fault() -> LibvirtError {
+pub(super) fn fault() -> LibvirtError {
     LibvirtError::Unsupported { message: "scripted".to_owned() }
 }
 

@@ -8,7 +8,6 @@ use dev_box_core::id::VmName;
 use dev_box_core::libvirt::Networks;
 
 use super::{NetError, NetLease, VmNetwork};
-use crate::identity::{mac_of, tap_of};
 use crate::lease::Owner;
 
 impl VmNetwork {
@@ -32,28 +31,10 @@ impl VmNetwork {
         };
         // Somebody else may have had it, and gone, between the look and the lock.
         let Some(record) = lock.record().filter(|record| record.vm == *vm) else { return Ok(None) };
-        let (policy, filter, address) = (record.policy.clone(), record.filter.clone(), lock.address());
-        let filter_policy = record.filter_policy().clone();
         if record.fingerprint.is_none() {
             // Its owner died before the rules stood, or before that was written down.
-            self.apply(&shape, record, &mut lock, true)?;
+            self.apply(&shape, record.clone(), &mut lock, true)?;
         }
-        Ok(Some(NetLease {
-            vm: vm.clone(),
-            mac: mac_of(address),
-            address,
-            prefix: shape.subnet().prefix(),
-            gateway: shape.gateway(),
-            ipv6: shape.ipv6_of(address).filter(|_| filter_policy.ipv6()),
-            dns: vec![shape.gateway()],
-            tap: tap_of(address),
-            network: shape.name().to_owned(),
-            bridge: shape.bridge().to_owned(),
-            filter,
-            policy,
-            filter_policy,
-            shape,
-            lock,
-        }))
+        Ok(Some(NetLease::new(shape, record, lock)))
     }
 }

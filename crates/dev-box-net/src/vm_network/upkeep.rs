@@ -12,7 +12,7 @@ use dev_box_core::libvirt::{Networks, NwFilters};
 
 use super::{GuardState, LeaseSummary, NetError, Verification, VmNetwork, ensure_filter, libvirt_failed};
 use crate::identity::{mac_of, tap_of};
-use crate::lease::LeaseRecord;
+use crate::lease::{LeaseRecord, TapUse};
 use crate::network::NetworkShape;
 use crate::policy::EgressPolicy;
 use crate::xml::nwfilter::nwfilter;
@@ -95,7 +95,8 @@ impl VmNetwork {
         libvirt: &L,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
         let Some((shape, network_active)) = self.find_active(libvirt)? else { return Ok(BTreeMap::new()) };
-        let records = self.leases(&shape)?.records()?;
+        let mut records = self.leases(&shape)?.records()?;
+        records.retain(|_, record| record.tap != TapUse::Waiting);
         if records.is_empty() {
             return Ok(BTreeMap::new());
         }
@@ -129,7 +130,7 @@ impl VmNetwork {
     }
 
     /// Whether libvirt's filter is in force, of each VM on record that has a tap.
-    fn filters_in_force(
+    pub(super) fn filters_in_force(
         &self,
         shape: &NetworkShape,
         records: &BTreeMap<Ipv4Addr, LeaseRecord>,
@@ -179,6 +180,9 @@ impl VmNetwork {
         let filter = nwfilter(&shape, record.filter_policy());
         if filter.name == record.filter {
             ensure_filter(libvirt, &filter.name, &filter.xml)?;
+        }
+        if record.tap == TapUse::Prepared {
+            self.rebind(libvirt, &shape, &record, address)?;
         }
         self.put(&shape, address, record, false)?;
         Ok(true)

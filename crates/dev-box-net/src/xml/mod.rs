@@ -1,5 +1,6 @@
 //! libvirt's XML: networks and network filters.
 
+pub mod filter_binding;
 pub mod network;
 pub mod nwfilter;
 

@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::virtual_networks::{filter, network};
 use super::{Rung, ok, refused};
 use crate::id::VmId;
-use crate::libvirt::{Access, StartMode, XmlView};
+use crate::libvirt::{Access, Libvirt, StartMode, XmlView};
 use crate::xml::Node;
 
 const MAC: &str = "52:54:00:00:c0:de";
@@ -66,6 +66,7 @@ pub fn devices(rung: &Rung) {
     let quoted = current().replace('\'', "\"");
     assert!(quoted.contains(&rules) && !quoted.contains("<link state=\"down\""), "{quoted}");
 
+    bindings(&*libvirt, &bridge, &rules);
     ok(libvirt.destroy(id), "destroy");
     let xml = ok(libvirt.xml(id, XmlView::Current), "xml");
     assert!(!xml.contains("filterref"), "what was changed live is gone: {xml}");
@@ -73,4 +74,27 @@ pub fn devices(rung: &Rung) {
     ok(libvirt.undefine_filter(&rules), "undefine the filter");
     ok(libvirt.stop_network(&net), "stop the network");
     ok(libvirt.undefine_network(&net), "undefine the network");
+}
+
+/// A filter is bound to an interface that is no domain's: the bridge, since it is there.
+fn bindings(libvirt: &dyn Libvirt, interface: &str, filter: &str) {
+    let binding = |filter: &str| {
+        let owner = Node::new("owner").with(Node::text("name", "contract"));
+        Node::new("filterbinding")
+            .with(owner.with(Node::text("uuid", Uuid::new_v4().to_string())))
+            .with(Node::new("portdev").attr("name", interface))
+            .with(Node::new("mac").attr("address", MAC))
+            .with(Node::new("filterref").attr("filter", filter))
+            .to_xml()
+    };
+    let bound = || ok(libvirt.bound_filters(), "bindings").iter().any(|bound| bound == interface);
+    refused(libvirt.unbind_filter(interface), "NoSuchFilter", "unbind where nothing is bound");
+    refused(libvirt.bind_filter("<filterbinding"), "InvalidXml", "binding without XML");
+    assert!(libvirt.bind_filter(&binding("no-such-filter")).is_err(), "a filter that is not there");
+    assert!(!bound());
+    ok(libvirt.bind_filter(&binding(filter)), "bind");
+    assert!(bound());
+    refused(libvirt.bind_filter(&binding(filter)), "NameTaken", "a second binding of one interface");
+    ok(libvirt.unbind_filter(interface), "unbind");
+    assert!(!bound());
 }

@@ -47,6 +47,10 @@ impl State {
     }
 
     fn filter_in_use(&self, name: &str) -> bool {
+        self.bound.iter().any(|(_, filter)| filter == name) || self.filter_in_use_by_domain(name)
+    }
+
+    fn filter_in_use_by_domain(&self, name: &str) -> bool {
         self.domains.iter().filter(|domain| domain.is_active()).any(|domain| {
             let root = Node::parse(domain.xml()).unwrap_or_default();
             root.child("devices").is_some_and(|devices| {
@@ -185,6 +189,38 @@ impl NwFilters for FakeLibvirt {
             return refuse(55, "Requested operation is not valid: nwfilter is in use");
         }
         state.filters.retain(|(filter, _)| filter != name);
+        Ok(())
+    }
+
+    fn bound_filters(&self) -> Result<Vec<String>> {
+        Ok(self.enter("bound_filters", false)?.bound.iter().map(|(interface, _)| interface.clone()).collect())
+    }
+
+    fn bind_filter(&self, xml: &str) -> Result<()> {
+        let mut state = self.enter("bind_filter", true)?;
+        let invalid = |error: crate::xml::XmlError| LibvirtError::InvalidXml { message: error.to_string() };
+        let binding = Node::parse(xml).map_err(invalid)?;
+        let named = |path, attribute| binding.at(path).and_then(|node| node.get(attribute));
+        let (Some(interface), Some(filter)) = (named("portdev", "name"), named("filterref", "filter")) else {
+            return refuse(27, "XML error: a binding without portdev or filterref");
+        };
+        if state.bound.iter().any(|(bound, _)| bound == interface) {
+            return refuse(9, format!("operation failed: binding '{interface}' already exists"));
+        }
+        if !state.filters.iter().any(|(known, _)| known == filter) {
+            return refuse(1, format!("internal error: referenced filter '{filter}' is missing"));
+        }
+        state.bound.push((interface.to_owned(), filter.to_owned()));
+        Ok(())
+    }
+
+    fn unbind_filter(&self, interface: &str) -> Result<()> {
+        let mut state = self.enter("unbind_filter", true)?;
+        let before = state.bound.len();
+        state.bound.retain(|(bound, _)| bound != interface);
+        if state.bound.len() == before {
+            return refuse(101, format!("no nwfilter binding for port dev '{interface}'"));
+        }
         Ok(())
     }
 }

@@ -1,5 +1,4 @@
-//! The only unsafe code of this crate: libvirt's event loop, lifecycle events and the close callback, none of which
-//! `virt` offers.
+//! libvirt's event loop, lifecycle events and the close callback, which `virt` does not offer.
 //!
 //! Life of a callback's data: a boxed [`EventSink`] goes to libvirt as a raw pointer together with [`free_sink`].
 //! Libvirt calls [`free_sink`] once, when the callback is deregistered and no longer under way; when registering

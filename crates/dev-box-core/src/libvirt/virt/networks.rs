@@ -3,7 +3,7 @@
 use virt::network::Network;
 use virt::nwfilter::NWFilter;
 
-use super::{VirtDriver, of};
+use super::{VirtDriver, filter_bindings, of};
 use crate::libvirt::{LibvirtError, NetworkSummary, Networks, NwFilters, Result};
 
 impl VirtDriver {
@@ -79,6 +79,18 @@ impl NwFilters for VirtDriver {
 
     fn undefine_filter(&self, name: &str) -> Result<()> {
         self.filter(name)?.undefine().map_err(of)
+    }
+
+    fn bound_filters(&self) -> Result<Vec<String>> {
+        filter_bindings::list(&self.connect)
+    }
+
+    fn bind_filter(&self, xml: &str) -> Result<()> {
+        filter_bindings::create(&self.connect, xml)
+    }
+
+    fn unbind_filter(&self, interface: &str) -> Result<()> {
+        filter_bindings::delete(&self.connect, interface)
     }
 }
 
