@@ -25,6 +25,7 @@ pub(crate) const FIGURES: &[&str] = &[
     "template.create",
     "boot.cold.256m",
     "clone.ready",
+    "clone.unprepared",
     "clone.from_shell",
     "reset.rewind",
     "reset.replace",
@@ -42,6 +43,8 @@ const BOOTS: usize = 3;
 const CLONES: usize = 10;
 const RESETS: usize = 20;
 const LEASES: usize = 100;
+/// As many as there are VMs at once, `pool.init_8` and its shells included.
+const TAPS: usize = 9;
 const PATIENCE: Duration = Duration::from_secs(120);
 const TEMPLATE: &str = "dev-box-bench";
 /// Ten MiB, in memory that the guest had not used before.
@@ -93,6 +96,10 @@ impl Bench {
         if wanted.has("boot.cold.256m") {
             report.take(self.one_by_one(&boots, "boot.cold.256m", BOOTS).await);
         }
+        if wanted.has("clone.unprepared") {
+            report.take(self.one_by_one(&self.clones, "clone.unprepared", CLONES).await);
+        }
+        report.take(self.keep_taps(TAPS).await.map(|()| Vec::new()));
         if wanted.has("clone.ready") {
             report.take(self.one_by_one(&self.clones, "clone.ready", CLONES).await);
         }
@@ -120,6 +127,19 @@ impl Bench {
         if wanted.has("baseline") {
             baseline::run(self, wanted, report).await;
         }
+    }
+
+    /// As the daemon's pool has them, from here on.
+    async fn keep_taps(&self, count: usize) -> Result<(), NotRun> {
+        self.clones.keep_taps(&self.request.network, count).await?;
+        let began = Instant::now();
+        while self.clones.waiting_taps(&self.request.network)? < count {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if began.elapsed() > PATIENCE {
+                return Err("no tap is prepared".into());
+            }
+        }
+        Ok(())
     }
 
     /// The first command in a VM that is ready, which answers with a word of its own.

@@ -207,3 +207,51 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
     host.dev_box(["rm", "work"]).expect_code(0);
     daemon.stop().expect_code(0);
 }
+
+/// libvirt binds the filter of such a tap to no domain: it has to be bound anew.
+#[test]
+fn the_filter_of_a_prepared_tap_is_put_back() {
+    const NAME: &str = "the_filter_of_a_prepared_tap_is_put_back";
+    let Some(host) = Host::new(NAME) else { return };
+    for program in ["ebtables", "virsh"] {
+        if Command::new(program).arg("--version").output().is_err() {
+            return dev_box_tests::skip(NAME, &format!("needs {program}"));
+        }
+    }
+    host.dev_box(["template", "create"]).expect_code(0);
+    let daemon = Daemon::start_with(&host, &[("DEV_BOX_POOL__READY", "0"), ("DEV_BOX_POOL__MAX", "1")]);
+    crate::prepared_taps::wait_for_taps(&daemon, 1);
+    host.dev_box(["pool", "fill", "1"]).expect_code(0);
+    wait_until("a VM is ready", LIMIT, || {
+        let status = host.dev_box(["pool", "status", "--json"]);
+        let pools: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+        pools[0]["ready"] == 1
+    });
+    host.dev_box(["start", "--name", "work"]).expect_code(0);
+    let vm = host.vms().pop().expect("a VM");
+    let domain = output("virsh", &["-c", "qemu:///system", "dumpxml", &vm]);
+    assert!(domain.contains("managed='no'"), "{domain}");
+
+    let others = Others::save();
+    run("ebtables", &["-t", "nat", "-F"]);
+    let lost = || host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text();
+    wait_until("it is audited", LIMIT, || lost().contains("libvirt's filter are not in force"));
+    wait_until("every layer stands again", LIMIT, || {
+        host.dev_box(["net", "verify", &vm]).code() == 0 && !paused(&vm)
+    });
+    drop(others);
+    let answered = host.dev_box(["exec", "work", "--", "python3", "-c", crate::net::ASK_RESOLVER]);
+    assert_eq!(answered.expect_code(0).text(), "answered abcd\n");
+    // And it outlives libvirtd, as the VM does.
+    match libvirtd::daemon().filter(|_| !Path::new("/run/systemd/system").exists()) {
+        Some(pid) => {
+            drop(Going::stop(pid));
+            wait_until("every layer stands", LIMIT, || host.dev_box(["net", "verify", &vm]).code() == 0);
+        }
+        None => dev_box_tests::skip(NAME, "with libvirtd away: it is no daemon that a test can start again"),
+    }
+    host.dev_box(["rm", "work"]).expect_code(0);
+    daemon.stop().expect_code(0);
+    host.dev_box(["template", "rm", "default"]).expect_code(0);
+    host.assert_clean();
+}

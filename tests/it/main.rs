@@ -25,6 +25,7 @@ mod observe;
 mod odd_traffic;
 mod policies;
 mod pool;
+mod prepared_taps;
 mod probes;
 mod rewind;
 mod run;

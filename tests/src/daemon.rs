@@ -1,6 +1,7 @@
 //! A `dev-box serve` of a test's own.
 
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -17,6 +18,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// The files that it has open.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", self.running.id())).expect("it runs");
+        open.flatten().filter_map(|file| std::fs::read_link(file.path()).ok()).collect()
+    }
+
     /// Starts it, and waits until it answers.
     pub fn start(host: &Host) -> Self {
         Self::start_with(host, &[])

@@ -10,6 +10,7 @@ use dev_box_net::{NetError, NetLease, VmNetwork};
 use crate::admission::Promise;
 use crate::blocking::{self, BlockingError};
 use crate::network_watch::EventsTask;
+use crate::provisioner::Lent;
 use crate::rewind::QemuProcess;
 use crate::vm_dir::{VmDir, VmDirError};
 
@@ -21,6 +22,8 @@ pub(crate) struct Machine {
     pub(crate) overlay: Option<Overlay>,
     /// Its interface; what a dead owner's left is found by the network itself.
     pub(crate) lease: Option<NetLease>,
+    /// Its tap is one of those that are kept for others.
+    pub(crate) lent: Option<Lent>,
     /// What its network sees is taken down.
     pub(crate) events: Option<EventsTask>,
     /// Its vsock address.
@@ -73,6 +76,7 @@ impl Machine {
             dir,
             overlay: None,
             lease: None,
+            lent: None,
             events: None,
             cid: None,
             started: false,
@@ -87,6 +91,7 @@ impl Machine {
             dir,
             overlay: None,
             lease: None,
+            lent: None,
             events: None,
             cid: None,
             started: true,
@@ -95,25 +100,40 @@ impl Machine {
         }
     }
 
+    /// The first thing that goes: the guest.
+    ///
+    /// # Errors
+    /// It is still there.
+    pub(crate) async fn remove_domain(
+        &mut self,
+        connection: &LibvirtConnection,
+    ) -> Result<(), TearDownError> {
+        if !self.started {
+            return Ok(());
+        }
+        let name = self.dir.name();
+        let removed = match Vm::find(connection, name.as_str()).await {
+            Ok(vm) => vm.remove().await,
+            Err(VmError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        };
+        removed.map_err(|source| TearDownError::Domain { name: name.to_string(), source })?;
+        self.started = false;
+        Ok(())
+    }
+
     /// Takes it down, in the reverse order of its making: the guest first, then what held it in. The files stay while
     /// the domain does, since they are what a later sweep finds it by.
     ///
     /// # Errors
     /// The first thing that would not go.
     pub(crate) async fn tear_down(
-        self,
+        mut self,
         connection: &LibvirtConnection,
         network: &VmNetwork,
     ) -> Result<(), TearDownError> {
         let name = self.dir.name().clone();
-        if self.started {
-            let removed = match Vm::find(connection, name.as_str()).await {
-                Ok(vm) => vm.remove().await,
-                Err(VmError::NotFound { .. }) => Ok(()),
-                Err(error) => Err(error),
-            };
-            removed.map_err(|source| TearDownError::Domain { name: name.to_string(), source })?;
-        }
+        self.remove_domain(connection).await?;
         drop(self.events);
         if let Some(lease) = self.lease {
             let network = network.clone();

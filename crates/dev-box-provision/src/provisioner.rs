@@ -19,6 +19,7 @@ mod power;
 mod raise;
 mod reset;
 mod shells;
+mod taps;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -34,9 +35,10 @@ use dev_box_core::clock::{Clock, EasternTime};
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_exec::sink::BoxFuture;
-use dev_box_exec::{ProvisionError, Provisioner, ReadyVm, TransportChoice, VmRequest};
+use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmRequest};
 use dev_box_image::template::{HostFacts, Shape, Template, TemplateError, TemplateStore};
 use dev_box_image::{Digest, Image, ImageName, ImageStore, OverlayError, SpaceLimits};
+use dev_box_net::policy::PolicyStoreError;
 use dev_box_net::watch::WatchHandle;
 use dev_box_net::{EgressPolicy, NetEvent, VmNetwork};
 use dev_box_observe::AuditSink;
@@ -59,9 +61,11 @@ use crate::template::{self, TemplateUse};
 use crate::vm_dir::{QemuUser, VmDir};
 
 use shells::{Kind, Shelf};
+use taps::TapShelf;
 
 pub use fork::{Fork, ForkError, HoldError, Original};
 pub use power::{Paused, ResumeError};
+pub(crate) use taps::Lent;
 
 /// How VMs are made here.
 #[derive(Debug, Clone)]
@@ -150,6 +154,7 @@ pub(crate) struct Inner {
     machines: Mutex<HashMap<VmName, Machine>>,
     promises: Promises,
     shelf: Shelf,
+    taps: TapShelf,
     pub(crate) holds: Holds,
     work: TaskTracker,
     pub(crate) closing: CancellationToken,
@@ -186,6 +191,7 @@ impl LibvirtProvisioner {
                 machines: Mutex::default(),
                 promises: Promises::default(),
                 shelf: Shelf::default(),
+                taps: TapShelf::default(),
                 holds: Holds::default(),
                 work: TaskTracker::new(),
                 closing: CancellationToken::new(),
@@ -283,6 +289,26 @@ impl LibvirtProvisioner {
         self.0.shells(&Kind::new(request, &self.1))
     }
 
+    /// Has `count` taps for VMs under that network policy from now on, those that VMs use among them: prepared in the background,
+    /// one at a time, and used again by one VM after the other. A VM that finds none waits for libvirt to put its filter in
+    /// force: a second or so. At most 64; 0 takes away those that wait.
+    ///
+    /// # Errors
+    /// There is no such policy.
+    pub async fn keep_taps(&self, network: &NetworkMode, count: usize) -> Result<(), PolicyStoreError> {
+        let policy = self.0.network.policies().get(network)?;
+        self.0.keep_taps(&policy, count).await;
+        Ok(())
+    }
+
+    /// How many taps wait for VMs under that policy.
+    ///
+    /// # Errors
+    /// There is no such policy.
+    pub fn waiting_taps(&self, network: &NetworkMode) -> Result<usize, PolicyStoreError> {
+        Ok(self.0.waiting_taps(&self.0.network.policies().get(network)?))
+    }
+
     fn make(&self, request: &VmRequest, wanted: Wanted) -> BoxFuture<'_, Result<ReadyVm, ProvisionError>> {
         let gone = CancellationToken::new();
         // Dropped with the future below: then nobody waits for the VM any more.
@@ -313,6 +339,7 @@ impl LibvirtProvisioner {
         Box::pin(self.0.clear_shelf()).await;
         self.0.work.close();
         self.0.work.wait().await;
+        self.0.clear_taps().await;
     }
 }
 
@@ -440,11 +467,12 @@ impl Inner {
         self.watch_networks();
         let mut watch = Stopwatch::start();
         let (mut machine, plan, origin) = self.claim(request, wanted, &mut watch).await?;
+        let policy = plan.policy.clone();
         let made = async {
             let started = self.start(&mut machine, plan, &origin, request, &mut watch, gone).await?;
             self.finish(&mut machine, started, &origin, request, watch, gone).await
         };
-        match made.await {
+        let made = match made.await {
             Ok(vm) => {
                 tracing::info!(vm = %vm.name, from = %origin, steps = ?vm.facts.timings, "a VM is ready");
                 self.machines().insert(vm.name.clone(), machine);
@@ -454,7 +482,9 @@ impl Inner {
                 self.abandon(machine).await;
                 Err(error)
             }
-        }
+        };
+        self.make_taps(&policy);
+        made
     }
 
     /// What a VM comes from, and its place on this host: memory, and a directory with its lock.
@@ -520,8 +550,10 @@ impl Inner {
         })
     }
 
-    async fn take_down(&self, name: &VmName) -> Result<(), ProvisionError> {
-        let Some(machine) = self.machines().remove(name) else { return Ok(()) };
+    async fn take_down(self: &Arc<Self>, name: &VmName) -> Result<(), ProvisionError> {
+        let Some(mut machine) = self.machines().remove(name) else { return Ok(()) };
+        machine.remove_domain(&self.connection).await.map_err(step("removing the VM"))?;
+        self.take_back(&mut machine).await;
         machine.tear_down(&self.connection, &self.network).await.map_err(step("removing the VM"))?;
         self.forget_forks().await;
         Ok(())

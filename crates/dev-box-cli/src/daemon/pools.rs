@@ -163,6 +163,11 @@ impl SubPool {
             Arc::new(PooledProvisioner::new(Arc::new(watched(dev_box, templates.clone())), PATIENCE));
         let settings = PoolSettings { reset: config.reset, ..PoolSettings::new(config.ready, config.max) };
         let pool = pooled.pool(settings, &request);
+        // Each VM of it, and each shell, has one.
+        let taps = config.max.saturating_add(config.shells);
+        if let Err(error) = behind.keep_taps(&request.network, taps).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "VMs wait for their filters");
+        }
         behind.keep_shells(&request, config.shells).await;
         Self { templates, request, behind, pooled, pool, reset: config.reset, shells: config.shells }
     }

@@ -76,11 +76,7 @@ impl Inner {
         watch.step("disk");
         self.wanted(gone)?;
 
-        let (network, vm, policy) = (self.network.clone(), plan.name.clone(), plan.policy.clone());
-        let attached =
-            blocking::with_libvirt(&self.connection, move |libvirt| network.attach(libvirt, &vm, &policy))
-                .await;
-        machine.lease = attached.map_err(step("attaching the network"))?;
+        self.attach(machine, &plan, origin).await?;
         let events = |lease| EventsTask::start(&self.network, lease, self.news.clone());
         machine.events = machine.lease.as_ref().map(events);
         watch.step("network");
@@ -114,11 +110,35 @@ impl Inner {
         let vm = Vm::create_in(&self.connection, &template.unplugged(), mode).await;
         let vm = vm.map_err(step("starting the VM"))?;
         watch.step("start");
-        Ok(Started { plan, vm, template, plugged: false })
+        let plugged = machine.lease.as_ref().is_some_and(NetLease::is_prepared);
+        Ok(Started { plan, vm, template, plugged })
+    }
+
+    async fn attach(
+        &self,
+        machine: &mut Machine,
+        plan: &Plan,
+        origin: &Origin,
+    ) -> Result<(), ProvisionError> {
+        // What becomes a template, or is only a moment of a VM, is slow anyway.
+        if matches!(origin, Origin::Boot | Origin::Clone(_))
+            && let Some((lease, lent)) = self.attach_prepared(&plan.name, &plan.policy).await
+        {
+            (machine.lease, machine.lent) = (Some(lease), Some(lent));
+            return Ok(());
+        }
+        let (network, vm, policy) = (self.network.clone(), plan.name.clone(), plan.policy.clone());
+        let attached =
+            blocking::with_libvirt(&self.connection, move |libvirt| network.attach(libvirt, &vm, &policy));
+        machine.lease = attached.await.map_err(step("attaching the network"))?;
+        Ok(())
     }
 
     /// Between the halves, of one that waits: its filter stands before anybody wants it.
     pub(super) async fn plug_in(&self, started: &mut Started) -> Result<(), ProvisionError> {
+        if started.plugged {
+            return Ok(());
+        }
         started.vm.plug_in(&started.template).await.map_err(step("putting the network's filter in force"))?;
         started.plugged = true;
         Ok(())

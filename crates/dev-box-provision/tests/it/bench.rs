@@ -21,6 +21,7 @@ use dev_box_image::testing::FakeCommands;
 use dev_box_image::{Build, Builder, ImageStore, Quiet, SpaceLimits};
 use dev_box_net::guard::fake::FakeFirewall;
 use dev_box_net::host::HostPaths;
+use dev_box_net::tap::fake::FakeTaps;
 use dev_box_net::{Firewall, NetSettings, VmNetwork};
 use dev_box_observe::RecordingSink;
 use dev_box_observe::audit::Actor;
@@ -102,7 +103,8 @@ impl Bench {
                 ..NetSettings::new(root.path().join("net"))
             },
             Arc::clone(&firewall) as Arc<dyn Firewall>,
-        );
+        )
+        .with_taps(Arc::new(FakeTaps::new(root.path().join("interfaces"))));
         let (dial, listen) = memory();
         let (configured, addresses) = (Arc::default(), Arc::default());
         tokio::spawn(serve(listen, guest, libvirt.clone(), Arc::clone(&configured)));

@@ -11,6 +11,7 @@ mod layers;
 mod provisioner;
 mod respond;
 mod sweep;
+mod taps;
 mod template;
 mod user_vm;
 
