@@ -21,7 +21,7 @@ use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
 use dev_box_core::spec::{FilterRef, HostEnd, Interface, LinkState, MacAddress};
 
 use crate::events::RecordFile;
-use crate::guard::{Fingerprint, Firewall, NetworkRules, Traffic, VmGuard};
+use crate::guard::{Fingerprint, Firewall, Traffic, VmGuard};
 use crate::host::HostPaths;
 use crate::identity::{mac_of, tap_of};
 use crate::lease::{AddressLease, AddressLeases, LeaseError, LeaseRecord, Owner, TapUse};
@@ -36,9 +36,11 @@ mod definition;
 mod error;
 mod prepared;
 mod upkeep;
+mod verification;
 
 pub use error::NetError;
 pub use prepared::PreparedTap;
+pub use verification::{GuardState, Verification};
 
 /// What a host's network of VMs is called and where its leases lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,58 +201,6 @@ impl NetLease {
             host_end: self.host_end,
         }
     }
-}
-
-/// What verification found. See [`Verification::is_sound`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verification {
-    /// The guard's rules.
-    pub guard: GuardState,
-    /// Whether libvirt's network runs.
-    pub network_active: bool,
-    /// Whether libvirt still has the VM's filter.
-    pub filter_defined: bool,
-    /// Whether the filter's rules are in force at the VM's tap; `None` while it has none.
-    pub filter_in_force: Option<bool>,
-    /// Whether the names of the policy are served; `None` when it has none.
-    pub names_served: Option<bool>,
-    /// Whether the host forwards IPv4: without, nothing gets out.
-    pub forwarding: bool,
-    /// Whether it forwards IPv6; `None` for a VM without.
-    pub forwarding6: Option<bool>,
-    /// What stands of libvirt's own rules for the network.
-    pub network_rules: NetworkRules,
-    /// `bridge-nf-call-iptables`; `None` while br_netfilter is not loaded. For information: neither the guard nor the
-    /// filter needs it.
-    pub bridge_nf_call_iptables: Option<bool>,
-}
-
-impl Verification {
-    /// Whether every layer stands and packets can flow.
-    pub fn is_sound(&self) -> bool {
-        self.guard == GuardState::Intact
-            && self.network_active
-            && self.filter_defined
-            && self.filter_in_force != Some(false)
-            && self.names_served != Some(false)
-            && self.hindrance().is_none()
-    }
-
-    /// Whether what the VM may send can get out.
-    pub fn carries(&self) -> bool {
-        self.forwarding && self.forwarding6 != Some(false) && self.network_rules.carries()
-    }
-}
-
-/// The state of a VM's rules.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GuardState {
-    /// As applied.
-    Intact,
-    /// Someone changed them, or the base rules.
-    Changed,
-    /// Someone removed them.
-    Missing,
 }
 
 /// What [`VmNetwork::sweep`] removed.

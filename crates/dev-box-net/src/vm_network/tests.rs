@@ -6,7 +6,7 @@ use dev_box_core::libvirt::{Libvirt, NetworkSummary};
 
 use super::*;
 use crate::guard::fake::{Call, FakeFirewall};
-use crate::guard::{FilterRules, GuardError};
+use crate::guard::{FilterRules, GuardError, NetworkRules};
 use crate::resolver::fake::FakeResolver;
 use crate::subnet::SubnetError;
 use crate::tap::fake::FakeTaps;

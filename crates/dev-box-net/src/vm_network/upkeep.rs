@@ -23,67 +23,6 @@ const LOOKS: u32 = 3;
 /// From one look to the next.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(150);
 
-impl Verification {
-    /// What of the layers that keep the VM in is missing, in words; `None` when they stand.
-    pub fn finding(&self) -> Option<String> {
-        let mut wrong = Vec::new();
-        match self.guard {
-            GuardState::Intact => {}
-            GuardState::Changed => wrong.push("the guard's rules were changed"),
-            GuardState::Missing => wrong.push("the guard's rules are gone"),
-        }
-        if !self.network_active {
-            wrong.push("libvirt's network does not run");
-        }
-        if !self.filter_defined {
-            wrong.push("libvirt has lost the VM's filter");
-        }
-        if self.filter_in_force == Some(false) {
-            wrong.push("the rules of libvirt's filter are not in force");
-        }
-        if self.names_served == Some(false) {
-            wrong.push("the VM's resolver does not run");
-        }
-        (!wrong.is_empty()).then(|| wrong.join("; "))
-    }
-
-    /// Why what the VM sends may not get out, in words, with what to do about it; `None` when nothing hinders it. It is as safe as
-    /// without that.
-    pub fn hindrance(&self) -> Option<String> {
-        let mut wrong = Vec::new();
-        if !self.forwarding {
-            wrong.push(
-                "the host does not forward IPv4: sysctl net.ipv4.ip_forward=1, and the same in /etc/sysctl.d"
-                    .to_owned(),
-            );
-        }
-        if self.forwarding6 == Some(false) {
-            wrong.push(
-                "the host does not forward IPv6: sysctl net.ipv6.conf.all.forwarding=1, and the same in /etc/sysctl.d"
-                    .to_owned(),
-            );
-        }
-        let rules = self.network_rules;
-        if !rules.is_whole() {
-            let gone = match (rules.nat, rules.forward) {
-                (false, false) => "NAT and forwarding",
-                (false, true) => "NAT",
-                (true, _) => "forwarding",
-            };
-            let meanwhile = if rules.carries() {
-                "the guard translates addresses meanwhile"
-            } else {
-                "the host's chain FORWARD drops what no rule accepts, so nothing gets out"
-            };
-            wrong.push(format!(
-                "libvirt's rules of the network for {gone} are gone ({meanwhile}): libvirt makes them when its daemon \
-                 starts, so `systemctl restart libvirtd` (or virtnetworkd); VMs run on"
-            ));
-        }
-        (!wrong.is_empty()).then(|| wrong.join("; "))
-    }
-}
-
 impl VmNetwork {
     /// Whether every layer stands, of every VM on record: one look at the firewall and two questions to libvirt,
     /// however many there are.
