@@ -25,6 +25,8 @@ fn a_vm_under_attack_from_inside() {
     a_console_flood_is_bounded(&host);
     no_memory_left(&host);
     silence_is_noticed(&host);
+    an_agent_that_is_stopped_is_replaced(&host);
+    an_agent_that_is_out_of_memory_is_replaced(&host);
     host.dev_box(["rm", "h"]).expect_code(0);
     a_reboot_is_the_end(&host);
     daemon.stop().expect_code(0);
@@ -140,6 +142,48 @@ fn silence_is_noticed(host: &Host) {
     });
 }
 
+/// From outside every job, by qemu-guest-agent: a job cannot even see the agent. `$agent` is what pid 1 keeps running of its own program.
+fn to_the_agent(host: &Host, act: &str) {
+    let domain = host.vms().pop().expect("the VM's directory");
+    let script = format!(
+        "for p in /proc/[0-9]*; do if grep -q '^PPid:.1$' $p/status && [ $p/exe -ef /proc/1/exe ]; then agent=${{p#/proc/}}; fi; done; {act}"
+    );
+    let arguments = serde_json::json!({ "path": "/bin/bash", "arg": ["-c", script] });
+    let asked = serde_json::json!({ "execute": "guest-exec", "arguments": arguments }).to_string();
+    let virsh = ["-c", "qemu:///system", "qemu-agent-command", &domain, &asked];
+    let done = std::process::Command::new("virsh").args(virsh).output().expect("virsh");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// The job that ran meanwhile has one end, told to its client, and the next is served.
+fn an_agent_is_replaced(host: &Host, act: &str) {
+    let mut running = host.start(["exec", "h", "--", "sh", "-c", "echo runs; exec sleep 1000"]);
+    running.wait_for_output("runs");
+    to_the_agent(host, act);
+    let done = running.finish().expect_code(125);
+    assert!(done.elapsed < SOON, "{:?}: {}", done.elapsed, done.stderr);
+    wait_until("another agent answers", SOON, || {
+        host.dev_box(["exec", "h", "--timeout", "20s", "--", "true"]).status.success()
+    });
+    // Nothing of the job before is left in the guest.
+    to_the_agent(host, "pgrep -x sleep > /root/left; echo done >> /root/left");
+    wait_until("the guest has looked", SOON, || {
+        host.dev_box(["exec", "h", "--", "cat", "/root/left"]).text().ends_with("done\n")
+    });
+    assert_eq!(host.dev_box(["exec", "h", "--", "cat", "/root/left"]).text(), "done\n");
+    host.dev_box(["exec", "h", "--", "rm", "/root/left"]).expect_code(0);
+}
+
+fn an_agent_that_is_stopped_is_replaced(host: &Host) {
+    an_agent_is_replaced(host, "kill -STOP $agent");
+}
+
+/// The agent is exempt from the kernel's choice, until it is told otherwise here.
+fn an_agent_that_is_out_of_memory_is_replaced(host: &Host) {
+    let killed = "echo 1000 > /proc/$agent/oom_score_adj; echo 1 > /proc/sys/kernel/sysrq; echo f > /proc/sysrq-trigger";
+    an_agent_is_replaced(host, killed);
+}
+
 fn a_reboot_is_the_end(host: &Host) {
     host.dev_box(["start", "--name", "r", "--net", "isolated"]).expect_code(0);
     let reboot = "echo 1 > /proc/sys/kernel/sysrq; echo b > /proc/sysrq-trigger; sleep 100";
@@ -154,7 +198,7 @@ fn a_workspace_made_to_hurt() {
     let output = host.root().join("out");
     let job = "set -e; mkfifo fifo; mknod device c 1 3; ln -s /etc/shadow shadow; ln -s ../../../etc up; \
                python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"sock\")'; \
-               touch \"$(printf 'new\\nline')\" \"$(printf 'bad-\\377')\"; touch $(printf '%0250d' 7); \
+               touch \"$(printf 'new\\nline')\" \"$(printf 'bad-\\377')\"; touch $(printf '%0255d' 7); \
                mkdir -p a/b/c; echo good > a/b/c/good; chmod 4755 a/b/c/good";
     let done = host.run(&["--net", "isolated", "--output", output.to_str().unwrap(), "--", "sh", "-c", job]);
     let done = done.expect_code(0);
@@ -164,7 +208,7 @@ fn a_workspace_made_to_hurt() {
     }
     assert_eq!(fs::read_link(output.join("shadow")).unwrap(), std::path::Path::new("/etc/shadow"));
     assert_eq!(fs::read_to_string(output.join("a/b/c/good")).unwrap(), "good\n");
-    for name in [&b"new\nline"[..], b"bad-\xff", format!("{:0250}", 7).as_bytes()] {
+    for name in [&b"new\nline"[..], b"bad-\xff", format!("{:0255}", 7).as_bytes()] {
         assert!(output.join(std::ffi::OsStr::from_bytes(name)).exists(), "{}", name.escape_ascii());
     }
     // More files than may be: an error that says so, and no end of memory.

@@ -3,15 +3,18 @@
 use std::io;
 use std::time::Duration;
 
+use dev_box_comm::frame::{Encoder, Frame, WriteQueue};
 use dev_box_comm::hello::{GuestHello, HandshakeError, IPV6};
 use dev_box_comm::session::{GuestPort, Session};
 use dev_box_comm::transport::{Listen, VsockListen};
 use dev_box_comm::{SERIAL_PORT_NAME, VSOCK_PORT};
 
+use tokio::io::AsyncWriteExt as _;
+
 use super::{Agent, Containment, Surroundings, info};
 use crate::cmdline::Transport;
 use crate::console::say;
-use crate::port_io::Port;
+use crate::port_io::{Port, PortIo};
 use crate::ports::PortDirectories;
 
 /// How long the port may take to appear.
@@ -20,6 +23,8 @@ const PORT_PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(10);
 /// How long a vsock peer may take to say hello: the next one waits behind it.
 const HELLO_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the host may take to read that the agent before this one is gone.
+const PATIENCE_OF_A_FAREWELL: Duration = Duration::from_secs(1);
 /// Stacks of threads that may block.
 const THREAD_STACK: usize = 512 * 1024;
 /// Threads that may block, at most.
@@ -74,8 +79,14 @@ fn yield_to_programs() {
 /// What the kernel said about the device.
 pub async fn serve_port(agent: &Agent, port: &Port) -> io::Result<()> {
     ready();
+    let mut told = agent.surroundings.restarts == 0;
     loop {
-        let mut conversations = GuestPort::new(port.connection().await?);
+        let mut io = port.connection().await?;
+        if !std::mem::replace(&mut told, true) {
+            // A host that does not read is told by its own next words.
+            let _ = tokio::time::timeout(PATIENCE_OF_A_FAREWELL, end_the_session_before(&mut io)).await;
+        }
+        let mut conversations = GuestPort::new(io);
         loop {
             match conversations.accept(hello(agent)).await {
                 Ok((session, incoming, _host)) => {
@@ -88,6 +99,13 @@ pub async fn serve_port(agent: &Agent, port: &Port) -> io::Result<()> {
             }
         }
     }
+}
+
+/// Ends what the host had with the agent before this one: no connection of a port's ends with a process. A host that is about to say hello skips it.
+async fn end_the_session_before(io: &mut PortIo) -> io::Result<()> {
+    let mut queue = WriteQueue::contiguous();
+    Encoder::new().encode(&Frame::Close(0), &mut queue);
+    io.write_all(&queue.into_bytes()).await
 }
 
 /// One session at a time: a new one from the host ends the one before it, which may be of a host that is gone.
@@ -207,5 +225,32 @@ mod tests {
             session.closed().await;
         }
         serving.abort();
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_replaces_another_ends_the_session_of_that_one() {
+        let pty = Pty::open(Size { rows: 1, columns: 1 }, 0).unwrap();
+        let mut raw = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+        nix::sys::termios::cfmakeraw(&mut raw);
+        nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &raw).unwrap();
+        let serve = |restarts| {
+            let port = Port::from_descriptor(pty.master.try_clone().unwrap());
+            let agent = Agent::new(Surroundings { restarts, ..surroundings().surroundings });
+            tokio::spawn(async move { serve_port(&agent, &port).await })
+        };
+        let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+        nix::fcntl::fcntl(&pty.slave, flags).unwrap();
+        let first = serve(0);
+        let end = Port::from_descriptor(pty.slave.try_clone().unwrap()).connection().await.unwrap();
+        let (session, _) = Session::connect(end, HostHello::fresh().unwrap()).await.unwrap();
+        assert!(session.call(Request::Info).await.is_ok());
+        first.abort();
+        let _ = first.await;
+        let second = serve(1);
+        tokio::time::timeout(Duration::from_secs(10), session.closed()).await.unwrap();
+        let end = Port::from_descriptor(pty.slave.try_clone().unwrap()).connection().await.unwrap();
+        let (session, _) = Session::connect(end, HostHello::fresh().unwrap()).await.unwrap();
+        assert!(session.call(Request::Info).await.is_ok());
+        second.abort();
     }
 }
