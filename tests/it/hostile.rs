@@ -25,8 +25,6 @@ fn a_vm_under_attack_from_inside() {
     a_console_flood_is_bounded(&host);
     no_memory_left(&host);
     silence_is_noticed(&host);
-    an_agent_that_is_stopped_is_replaced(&host);
-    an_agent_that_is_out_of_memory_is_replaced(&host);
     host.dev_box(["rm", "h"]).expect_code(0);
     a_reboot_is_the_end(&host);
     daemon.stop().expect_code(0);
@@ -155,33 +153,25 @@ fn to_the_agent(host: &Host, act: &str) {
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }
 
-/// The job that ran meanwhile has one end, told to its client, and the next is served.
-fn an_agent_is_replaced(host: &Host, act: &str) {
-    let mut running = host.start(["exec", "h", "--", "sh", "-c", "echo runs; exec sleep 1000"]);
-    running.wait_for_output("runs");
-    to_the_agent(host, act);
-    let done = running.finish().expect_code(125);
-    assert!(done.elapsed < SOON, "{:?}: {}", done.elapsed, done.stderr);
-    wait_until("another agent answers", SOON, || {
-        host.dev_box(["exec", "h", "--timeout", "20s", "--", "true"]).status.success()
-    });
-    // Nothing of the job before is left in the guest.
-    to_the_agent(host, "pgrep -x sleep > /root/left; echo done >> /root/left");
-    wait_until("the guest has looked", SOON, || {
-        host.dev_box(["exec", "h", "--", "cat", "/root/left"]).text().ends_with("done\n")
-    });
-    assert_eq!(host.dev_box(["exec", "h", "--", "cat", "/root/left"]).text(), "done\n");
-    host.dev_box(["exec", "h", "--", "rm", "/root/left"]).expect_code(0);
-}
-
-fn an_agent_that_is_stopped_is_replaced(host: &Host) {
-    an_agent_is_replaced(host, "kill -STOP $agent");
-}
-
-/// The agent is exempt from the kernel's choice, until it is told otherwise here.
-fn an_agent_that_is_out_of_memory_is_replaced(host: &Host) {
-    let killed = "echo 1000 > /proc/$agent/oom_score_adj; echo 1 > /proc/sys/kernel/sysrq; echo f > /proc/sysrq-trigger";
-    an_agent_is_replaced(host, killed);
+/// Of an agent that is stopped, and of one that the kernel picks when memory is short: it is exempt from that, until it is told otherwise here.
+#[test]
+fn the_end_of_an_agent_is_the_end_of_its_vm() {
+    let Some(host) = Host::new("the_end_of_an_agent_is_the_end_of_its_vm") else { return };
+    let daemon = Daemon::start(&host);
+    let short = "echo 1000 > /proc/$agent/oom_score_adj; echo 1 > /proc/sys/kernel/sysrq; echo f > /proc/sysrq-trigger";
+    for (name, act) in [("stopped", "kill -STOP $agent"), ("short", short)] {
+        host.dev_box(["start", "--name", name, "--net", "isolated"]).expect_code(0);
+        let mut running = host.start(["exec", name, "--", "sh", "-c", "echo runs; exec sleep 1000"]);
+        running.wait_for_output("runs");
+        to_the_agent(&host, act);
+        let done = running.finish().expect_code(125);
+        assert!(done.stderr.contains("lost"), "{}", done.stderr);
+        let refused = host.dev_box(["exec", name, "--", "true"]).expect_code(125);
+        assert!(refused.stderr.contains("is lost"), "{}", refused.stderr);
+        wait_until("it is gone", SOON, || host.qemu_pids().is_empty());
+        host.dev_box(["rm", name]).expect_code(0);
+    }
+    daemon.stop().expect_code(0);
 }
 
 fn a_reboot_is_the_end(host: &Host) {
