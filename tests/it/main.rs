@@ -31,6 +31,7 @@ mod rewind;
 mod run;
 mod sessions;
 mod shared_template;
+mod short_host;
 mod soak;
 mod template;
 mod user_vm;

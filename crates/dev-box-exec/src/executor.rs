@@ -27,7 +27,8 @@ use dev_box_observe::{Act, Actor, AuditEvent, AuditSink, Entry};
 use tracing::{Instrument as _, info_span};
 
 use self::audit::Who;
-use self::failure::{Cause, chain};
+use self::failure::Cause;
+pub(crate) use self::failure::chain;
 use self::files::Injected;
 use self::process::{End, Patience, Plan, Why};
 use self::report::Report;

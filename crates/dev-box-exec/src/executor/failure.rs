@@ -103,7 +103,7 @@ impl Cause {
 }
 
 /// An error and its causes, on lines that are safe to print.
-pub(super) fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::machine::{Action, Event, Machine, Ticket, VmNumber};
 use super::meter::Meter;
 use super::{Ending, Lease, PoolError, PoolSettings, PoolStatus, Returned};
+use crate::executor::chain;
 use crate::provisioner::{ProvisionError, Provisioner, ReadyVm, VmRequest};
 
 type Reply = oneshot::Sender<Result<Lease, PoolError>>;
@@ -137,7 +138,7 @@ impl Driver {
             Note::Made(number, Err(error)) => {
                 self.making.remove(&number);
                 tracing::warn!(error = &error as &dyn std::error::Error, "the pool could not make a VM");
-                Event::Failed(number, error.to_string())
+                Event::Failed(number, chain(&error))
             }
             Note::Returned(number, Some(Returned { vm, ending })) => {
                 if ending.is_some() {

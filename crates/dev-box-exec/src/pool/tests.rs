@@ -155,8 +155,13 @@ async fn what_cannot_be_made_is_said_and_tried_again() {
     bench.provisioner.fail_next(crate::ProvisionError::Unsatisfiable { what: "no such image".into() });
     let error = bench.pool.acquire(LONG).await.unwrap_err();
     assert_eq!(error, PoolError::Unhealthy { why: "no such image".into() });
-    bench.provisioner.next(Script::new());
     tokio::time::sleep(Duration::from_secs(2)).await;
+    let source = "3 MiB are free".into();
+    bench.provisioner.fail_next(crate::ProvisionError::Step { step: "making the disk".into(), source });
+    let error = bench.pool.acquire(LONG).await.unwrap_err();
+    assert!(error.to_string().ends_with("making the disk failed: 3 MiB are free"), "{error}");
+    bench.provisioner.next(Script::new());
+    tokio::time::sleep(Duration::from_secs(4)).await;
     drop(bench.pool.acquire(LONG).await.unwrap());
     bench.end().await;
 }
