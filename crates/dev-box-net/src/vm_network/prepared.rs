@@ -136,17 +136,15 @@ impl VmNetwork {
         self.end(libvirt, lock, &shape, &record.filter, record.tap)
     }
 
-    /// Puts a prepared tap back on its bridge and its filter in force anew: libvirt does so only where it was not bound.
+    /// Puts the filter of a prepared tap in force anew: libvirt does so only where it was not bound.
     pub(super) fn rebind<L: NwFilters + ?Sized>(
         &self,
         libvirt: &L,
-        shape: &NetworkShape,
         record: &LeaseRecord,
         address: Ipv4Addr,
     ) -> Result<(), NetError> {
         unbind(libvirt, address)?;
-        bind(libvirt, record, address)?;
-        Ok(self.taps.rejoin(&tap_of(address), shape.bridge())?)
+        bind(libvirt, record, address)
     }
 
     /// The tap first: without it nothing passes, filtered or not.

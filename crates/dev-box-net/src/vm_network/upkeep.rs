@@ -121,7 +121,12 @@ impl VmNetwork {
             ensure_filter(libvirt, &filter.name, &filter.xml)?;
         }
         if record.tap == TapUse::Prepared {
-            self.rebind(libvirt, &shape, &record, address)?;
+            self.rebind(libvirt, &record, address)?;
+        }
+        let tap = tap_of(address);
+        if self.settings.host.has_interface(&tap) && !self.settings.host.is_on_bridge(&tap, shape.bridge()) {
+            // It was taken off when the bridge went; nobody else puts it back.
+            self.taps.rejoin(&tap, shape.bridge())?;
         }
         self.put(&shape, address, record, false)?;
         Ok(true)

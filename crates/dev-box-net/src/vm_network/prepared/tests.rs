@@ -4,6 +4,7 @@ use dev_box_core::spec::HostEnd;
 use super::*;
 use crate::guard::Firewall as _;
 use crate::guard::fake::Call;
+use crate::tap::Taps as _;
 use crate::vm_network::tests::{World, fault, name};
 use crate::xml::nwfilter::nwfilter;
 
@@ -181,7 +182,13 @@ fn a_bridge_that_was_made_anew_has_its_taps_again() {
     world.taps.unbridge(&tap.tap());
     let lease = world.network.attach_prepared(&world.libvirt, &name("a"), tap).unwrap();
     assert!(is_on(&lease.tap), "before a VM has it");
+    let other =
+        world.network.attach(&world.libvirt, &name("b"), &EgressPolicy::NatFiltered).unwrap().unwrap();
+    world.taps.make(&other.tap, other.mac, "another").unwrap();
     world.taps.unbridge(&lease.tap);
-    assert!(world.network.repair(&world.libvirt, &lease.vm).unwrap());
-    assert!(is_on(&lease.tap), "with the rest of it");
+    for lease in [&lease, &other] {
+        assert!(!is_on(&lease.tap));
+        assert!(world.network.repair(&world.libvirt, &lease.vm).unwrap());
+        assert!(is_on(&lease.tap), "with the rest of it, whoever made it");
+    }
 }
