@@ -242,6 +242,15 @@ fn the_filter_of_a_prepared_tap_is_put_back() {
     drop(others);
     let answered = host.dev_box(["exec", "work", "--", "python3", "-c", crate::net::ASK_RESOLVER]);
     assert_eq!(answered.expect_code(0).text(), "answered abcd\n");
+    // It stood still meanwhile, and does not live in the past.
+    let late = || {
+        let theirs = host.dev_box(["exec", "work", "--", "date", "+%s%N"]).expect_code(0).text();
+        let now = SystemClock.now().unix_nanos();
+        Duration::from_nanos((now - theirs.trim().parse::<i64>().unwrap()).unsigned_abs())
+    };
+    wait_until("its clock is right", LIMIT, || late() < Duration::from_secs(1));
+    let odd = host.dev_box(["audit", "query", "--action", "anomaly.finding"]).expect_code(0).text();
+    assert!(!odd.contains("clock_jump"), "{odd}");
     // And it outlives libvirtd, as the VM does.
     match libvirtd::daemon().filter(|_| !Path::new("/run/systemd/system").exists()) {
         Some(pid) => {

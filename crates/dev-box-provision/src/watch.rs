@@ -86,9 +86,15 @@ struct Watched {
     tap: Option<String>,
     /// Its agent is not asked.
     paused: bool,
+    /// It stands still for its network's sake, or has just gone on and its clock is not set yet.
+    quarantined: bool,
 }
 
 impl Watched {
+    fn stands_still(&self) -> bool {
+        self.paused || self.quarantined
+    }
+
     fn addresses(&self) -> Vec<IpAddr> {
         self.address.map(IpAddr::V4).into_iter().chain(self.ipv6.map(IpAddr::V6)).collect()
     }
@@ -144,6 +150,7 @@ impl Watcher for HostWatch {
             ipv6: vm.facts.network.as_ref().and_then(|network| network.ipv6),
             tap: vm.facts.network.as_ref().map(|network| network.tap.clone()),
             paused: false,
+            quarantined: false,
         };
         whole(&self.0.vms).insert(vm.name.clone(), watched);
     }
@@ -201,7 +208,9 @@ async fn run(shared: Arc<Shared>, every: Duration) {
             if let Some(traffic) = vm.address.and_then(|address| traffic.get(&address)) {
                 report_drops(&shared, name, memory, traffic);
             }
-            if let Some(info) = claims.get(name) {
+            // One that was stopped meanwhile says what was true before.
+            let stopped = whole(&shared.vms).get(name).is_none_or(Watched::stands_still);
+            if let Some(info) = claims.get(name).filter(|_| !stopped) {
                 report_claims(&shared, name, memory, info, looks, every);
             }
             if !whole(&shared.vms).contains_key(name) {
@@ -223,7 +232,7 @@ async fn drops(shared: &Shared) -> BTreeMap<Ipv4Addr, Traffic> {
 /// How the guests say they do; those that do not answer say nothing.
 async fn ask(vms: &HashMap<VmName, Watched>) -> HashMap<VmName, GuestInfo> {
     let mut asked = tokio::task::JoinSet::new();
-    for (name, vm) in vms.iter().filter(|(_, vm)| !vm.paused) {
+    for (name, vm) in vms.iter().filter(|(_, vm)| !vm.stands_still()) {
         let (name, session) = (name.clone(), vm.session.clone());
         asked.spawn(async move {
             let answers = timeout(PATIENCE, session.call(Request::Info)).await.ok()?.ok()?;
