@@ -5,9 +5,11 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat, readlinkat, statat};
 use uuid::Uuid;
@@ -17,6 +19,10 @@ use super::pages::{self, Likeness, OwnPages, PAGE, Run};
 
 /// Pages copied at a time: a buffer of 1 MiB.
 const PIECE: u64 = 256;
+/// More share one memory, not the work.
+const THREADS: usize = 4;
+/// Pages whose copying takes longer than to start a thread.
+const WORTH_A_THREAD: u64 = 512;
 /// Of pagemap, read at a time.
 const ENTRIES: usize = 64 << 10;
 /// Of a text in `/proc`. QEMU has hundreds of mappings, not thousands.
@@ -260,9 +266,13 @@ impl Ram {
     /// # Errors
     /// [`ProcessError`]: some may have been written then, so that the VM is of no use any more.
     pub fn write_back(&self, own: &OwnPages) -> Result<(), ProcessError> {
+        side_by_side(own, |pieces| self.write_pieces(pieces)).map(drop)
+    }
+
+    fn write_pieces(&self, pieces: &[Run]) -> Result<(), ProcessError> {
         let mut buffer = Vec::new();
-        for piece in own.pieces(PIECE) {
-            self.read_template(piece, &mut buffer)?;
+        for piece in pieces {
+            self.read_template(*piece, &mut buffer)?;
             self.memory
                 .write_all_at(&buffer, self.base + piece.offset())
                 .map_err(self.io("write the memory"))?;
@@ -275,10 +285,19 @@ impl Ram {
     /// # Errors
     /// [`ProcessError::Differs`]: another page than that, or more than one, differs.
     pub fn verify(&self) -> Result<Option<u64>, ProcessError> {
+        let found = side_by_side(&self.own_pages()?, |pieces| self.verify_pieces(pieces))?;
+        let mut generations = found.into_iter().flatten();
+        match (generations.next(), generations.next()) {
+            (generation, None) => Ok(generation),
+            (_, Some(number)) => Err(ProcessError::Differs { page: number * PAGE as u64, at: 0 }),
+        }
+    }
+
+    fn verify_pieces(&self, pieces: &[Run]) -> Result<Option<u64>, ProcessError> {
         let (mut wanted, mut found) = (Vec::new(), Vec::new());
         let mut generation = None;
-        for piece in self.own_pages()?.pieces(PIECE) {
-            self.read_template(piece, &mut wanted)?;
+        for piece in pieces {
+            self.read_template(*piece, &mut wanted)?;
             found.resize(piece.bytes(), 0);
             self.memory
                 .read_exact_at(&mut found, self.base + piece.offset())
@@ -325,6 +344,38 @@ impl Ram {
             .read_exact_at(buffer, piece.offset())
             .map_err(|source| ProcessError::Template { path: self.path.clone(), source })
     }
+}
+
+/// Does something to all pages, on as many threads as there are processors, since the VM's stand idle meanwhile; what each
+/// came to, in the order of the pages.
+fn side_by_side<T: Send>(
+    own: &OwnPages,
+    work: impl Fn(&[Run]) -> Result<T, ProcessError> + Sync,
+) -> Result<Vec<T>, ProcessError> {
+    let pieces: Vec<Run> = own.pieces(PIECE).collect();
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS);
+    let share = own.count().div_ceil(threads as u64).max(WORTH_A_THREAD);
+    let mut pages = 0;
+    // By pages, not by pieces: most are of one page, some of many.
+    let same_share = |before: &Run, _: &Run| {
+        pages += before.pages;
+        let full = pages >= share;
+        if full {
+            pages = 0;
+        }
+        !full
+    };
+    thread::scope(|scope| {
+        let mut shares = pieces.chunk_by(same_share);
+        let first = shares.next().unwrap_or_default();
+        let others: Vec<_> = shares.map(|share| scope.spawn(|| work(share))).collect();
+        let mut done = vec![work(first)?];
+        for other in others {
+            // Passed on as it is.
+            done.push(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(done)
+    })
 }
 
 #[cfg(test)]

@@ -173,3 +173,43 @@ fn a_process_that_has_ended_is_not_mistaken_for_another() {
     child.wait().unwrap();
     assert!(matches!(process.ram(Path::new("/dev/null")), Err(ProcessError::Io { .. })));
 }
+
+#[test]
+fn much_is_written_back_by_several_at_once() {
+    if !may_look("much_is_written_back_by_several_at_once") {
+        return;
+    }
+    let pages = usize::try_from(WORTH_A_THREAD).unwrap() * 5;
+    let mapped = Mapped::new(pages, MapFlags::PRIVATE);
+    let template = fs::read(mapped.path()).unwrap();
+    let ram = this_process().mapped(&mapped.path()).unwrap();
+    let dirty = |step: usize| (0..pages).step_by(step).for_each(|page| mapped.write(page * PAGE + 7, b"\0"));
+    dirty(1);
+    ram.write_back(&ram.own_pages().unwrap()).unwrap();
+    assert!(mapped.read_all() == template);
+    assert_eq!(ram.verify().unwrap(), None);
+    // Whoever looks at a page finds what is wrong with it: the first, the last, one in between.
+    for page in [0, pages / 2, pages - 1] {
+        mapped.write(page * PAGE + 7, b"\0");
+        assert!(matches!(ram.verify(), Err(ProcessError::Differs { at: 7, .. })), "page {page}");
+        ram.write_back(&ram.own_pages().unwrap()).unwrap();
+    }
+    // One page may have the generation id, whoever finds it, and no two.
+    mapped.write((pages - 1) * PAGE + 45, b"\0");
+    assert_eq!(ram.verify().unwrap(), Some(pages as u64 - 1));
+    mapped.write(45, b"\0");
+    assert!(matches!(ram.verify(), Err(ProcessError::Differs { .. })));
+}
+
+proptest::proptest! {
+    #[test]
+    fn every_page_is_somebodys_once(entries in proptest::collection::vec((proptest::bool::ANY, 1..3000_usize), 0..20)) {
+        let mut own = OwnPages::default();
+        for (dirty, pages) in entries {
+            own.take(std::iter::repeat_n(if dirty { 1 << 63 } else { 0 }, pages));
+        }
+        let shares = side_by_side(&own, |pieces| Ok(pieces.to_vec())).unwrap();
+        proptest::prop_assert!(shares.len() <= THREADS + 1);
+        proptest::prop_assert_eq!(shares.concat(), own.pieces(PIECE).collect::<Vec<_>>());
+    }
+}
