@@ -1,4 +1,4 @@
-//! Job after job: what one of them leaves behind would add up.
+//! Much of one thing: job after job, whose remains would add up; file after file, in and out.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -49,4 +49,42 @@ fn job_after_job_leaves_the_host_as_it_was() {
     (0..JOBS).for_each(job);
     host.assert_clean();
     wait_until("the host is as it was", std::time::Duration::from_secs(30), || held() == before);
+}
+
+/// Every file is looked into, changed and given back.
+const CHANGE: &str = r#"
+import os
+count = 0
+for folder, _, names in os.walk("."):
+    for name in names:
+        with open(os.path.join(folder, name), "r+") as file:
+            file.read()
+            file.write("changed\n")
+            count += 1
+print(count, flush=True)
+"#;
+
+#[test]
+#[ignore = "long: cargo xtask ci --full"]
+fn a_hundred_thousand_files_go_in_and_come_back() {
+    let Some(host) = Host::new("soak::a_hundred_thousand_files_go_in_and_come_back") else { return };
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let (workspace, output) = (directory.path().join("in"), directory.path().join("out"));
+    let place = |number: u32| format!("{:02}/{:02}/{number}", number / 1000, number / 100 % 10);
+    for number in 0..100_000_u32 {
+        let file = workspace.join(place(number));
+        if number.is_multiple_of(100) {
+            fs::create_dir_all(file.parent().expect("a directory")).expect("our own directory");
+        }
+        fs::write(file, format!("{number}\n")).expect("our own directory");
+    }
+    let (into, out) = (workspace.to_string_lossy(), output.to_string_lossy());
+    let args = ["--workspace", &into, "--output", &out, "--timeout", "25m", "--", "python3", "-c", CHANGE];
+    let done = host.run(&args).expect_code(0);
+    assert_eq!(done.text(), "100000\n");
+    for number in 0..100_000_u32 {
+        let back = fs::read_to_string(output.join(place(number))).unwrap_or_default();
+        assert_eq!(back, format!("{number}\nchanged\n"), "{}", place(number));
+    }
+    host.assert_clean();
 }
