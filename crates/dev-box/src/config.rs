@@ -61,7 +61,7 @@ pub struct DaemonConfig {
 }
 
 /// Section `[pool]`: VMs that `dev-box serve` keeps ready. They are as `[vm]` describes them, with the default network.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PoolConfig {
     /// How many are kept ready.
@@ -72,8 +72,24 @@ pub struct PoolConfig {
     pub shells: usize,
     /// `replace`, or `rewind` for jobs of one trust domain.
     pub reset: ResetPolicy,
+    /// How long a run waits for a VM of the pool, in milliseconds, before it makes one itself.
+    pub wait_ms: u64,
     /// One pool for each of these templates, each with these numbers; where there is none, one pool of any template that fits.
     pub templates: Vec<ImageName>,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self {
+            ready: 0,
+            max: 0,
+            shells: 0,
+            reset: ResetPolicy::default(),
+            // In more time it has made one.
+            wait_ms: 2000,
+            templates: Vec::new(),
+        }
+    }
 }
 
 /// Section `[host]`.

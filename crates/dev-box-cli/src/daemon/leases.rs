@@ -18,9 +18,6 @@ use super::api::{Happening, LeaseInfo, NewLease};
 use super::socket::Peer;
 use super::state::{CreateError, Daemon};
 
-/// How long a holder-to-be waits for a VM: in more time it has made one itself.
-const PATIENCE: Duration = Duration::from_secs(2);
-
 /// How long the files of a VM that is lost are there for its holder, who gives it back after that.
 const COLLECT: Duration = Duration::from_secs(60);
 
@@ -59,7 +56,8 @@ impl Daemon {
         let pool = self.pools.serving(&new.vm.templates(), &request).ok_or(CreateError::NoPool)?;
         let name = VmName::generate("run").map_err(CreateError::Name)?;
         let reservation = self.reserve(&name, &request.image, new.vm, peer)?;
-        let machine = self.lease(&*pool, &request, PATIENCE, peer).await?;
+        let patience = Duration::from_millis(self.dev_box.config().pool.wait_ms);
+        let machine = self.lease(&*pool, &request, patience, peer).await?;
         let info = LeaseInfo {
             name: name.clone(),
             domain: machine.name.clone(),
