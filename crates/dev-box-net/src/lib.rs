@@ -37,6 +37,7 @@ pub mod identity;
 pub mod lease;
 pub mod network;
 pub mod policy;
+mod program;
 pub mod resolver;
 pub mod subnet;
 pub mod tap;

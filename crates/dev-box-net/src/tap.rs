@@ -4,10 +4,10 @@
 //! (`TUNSETPERSIST`, <https://docs.kernel.org/networking/tuntap.html>): it has a carrier only while a process has it open.
 
 use std::fmt;
-use std::io::Write as _;
-use std::process::{Command, Stdio};
 
 use dev_box_core::spec::MacAddress;
+
+use crate::program::feed;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
@@ -93,20 +93,6 @@ impl Taps for IpTaps {
 }
 
 fn ip(tap: &str, what: &'static str, batch: &str) -> Result<(), TapError> {
-    let mut child = Command::new("ip")
-        .args(["-batch", "-"])
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(batch.as_bytes())?;
-    }
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let message = String::from_utf8_lossy(&output.stderr).trim().chars().take(1000).collect();
-    Err(TapError::Refused { tap: tap.to_owned(), what, message })
+    let refused = |message| TapError::Refused { tap: tap.to_owned(), what, message };
+    feed("ip", &["-batch", "-"], batch)?.map_err(refused)
 }

@@ -4,9 +4,9 @@
 //! a process that dies slows nobody down for ever.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
-use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
+
+use crate::program::feed;
 
 /// What a slowed VM may still send: enough for a person to talk to it, too little to carry anything away.
 pub const TRICKLE_BYTES_A_SECOND: u32 = 64 * 1024;
@@ -89,22 +89,7 @@ fn release_script(tap: &str) -> Result<String, ThrottleError> {
 }
 
 fn nft(script: &str) -> Result<(), ThrottleError> {
-    let mut child = Command::new("nft")
-        .args(["-f", "-"])
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(script.as_bytes())?;
-    }
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let message = String::from_utf8_lossy(&output.stderr).trim().chars().take(1000).collect();
-    Err(ThrottleError::Refused { message })
+    feed("nft", &["-f", "-"], script)?.map_err(|message| ThrottleError::Refused { message })
 }
 
 #[cfg(test)]
