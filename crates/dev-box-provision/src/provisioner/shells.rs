@@ -193,13 +193,17 @@ impl Inner {
     }
 
     /// Takes all shells down.
-    pub(super) async fn clear_shelf(&self) {
+    pub(super) async fn clear_shelf(self: &Arc<Self>) {
         self.drop_shells(self.shelf.clear()).await;
     }
 
-    async fn drop_shells(&self, shells: impl IntoIterator<Item = Shell>) {
-        for shell in shells {
-            self.abandon(shell.machine).await;
+    async fn drop_shells(self: &Arc<Self>, shells: impl IntoIterator<Item = Shell>) {
+        for Shell { mut machine, .. } in shells {
+            // Nothing is wrong with it: its tap serves another.
+            if machine.remove_domain(&self.connection).await.is_ok() {
+                self.take_back(&mut machine).await;
+            }
+            self.abandon(machine).await;
         }
     }
 }

@@ -5,12 +5,13 @@ use std::time::Duration;
 use dev_box_core::libvirt::{Domains, LibvirtError, NwFilters, XmlView};
 use dev_box_core::spec::{HostEnd, Interface};
 use dev_box_core::template::VmTemplate;
-use dev_box_exec::{NetworkMode, ProvisionError, Provisioner};
+use dev_box_exec::{Cancel, NetworkMode, ProvisionError, Provisioner};
 use dev_box_net::EgressPolicy;
 use dev_box_net::identity::{address_of_tap, mac_of};
 use dev_box_net::xml::nwfilter::nwfilter;
 
 use crate::bench::{Bench, Guest, request};
+use crate::template::{create, migrations_end, new};
 
 impl Bench {
     async fn keep_taps(&self, count: usize) {
@@ -78,6 +79,27 @@ async fn one_vm_after_the_other_has_it() {
         assert_eq!(bench.waiting(), 1);
         bench.assert_clean();
     }
+    bench.provisioner.drain().await;
+    bench.assert_bare();
+}
+
+#[tokio::test]
+async fn a_shell_that_nobody_wants_gives_it_back() {
+    let bench = Bench::new(Guest::Obeys).await;
+    migrations_end(&bench, "completed");
+    create(&bench, new("t"), Cancel::never()).await.unwrap();
+    bench.keep_taps(1).await;
+    bench.wait_for_taps(1).await;
+    bench.filters_are_in_force();
+    let tap = bench.bound();
+    bench.provisioner.keep_shells(&request(), 1).await;
+    while bench.provisioner.shells(&request()) != 1 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!((bench.waiting(), bench.bound()), (0, tap.clone()), "the shell has it");
+    bench.libvirt.fail_next("bind_filter", LibvirtError::Unsupported { message: "scripted".to_owned() });
+    bench.provisioner.keep_shells(&request(), 0).await;
+    assert_eq!((bench.waiting(), bench.bound()), (1, tap), "it was not made anew");
     bench.provisioner.drain().await;
     bench.assert_bare();
 }

@@ -15,7 +15,7 @@ use dev_box_provision::{CreateError, NewTemplate, TemplateUse};
 
 use crate::bench::{Bench, Guest, request};
 
-fn new(name: &str) -> NewTemplate {
+pub(crate) fn new(name: &str) -> NewTemplate {
     NewTemplate {
         name: name.parse().unwrap(),
         request: request(),
@@ -25,13 +25,13 @@ fn new(name: &str) -> NewTemplate {
     }
 }
 
-async fn create(bench: &Bench, new: NewTemplate, cancel: Cancel) -> Result<Template, CreateError> {
+pub(crate) async fn create(bench: &Bench, new: NewTemplate, cancel: Cancel) -> Result<Template, CreateError> {
     let executor = AgentExecutor::new(Arc::new(SystemClock), Arc::new(RecordingSink::default()));
     bench.provisioner.create_template(new, &executor, Arc::new(DiscardSink), cancel).await
 }
 
 /// QEMU's side of saving and loading: every migration ends as `status`.
-fn migrations_end(bench: &Bench, status: &'static str) {
+pub(crate) fn migrations_end(bench: &Bench, status: &'static str) {
     bench.libvirt.on_monitor(move |command| {
         let command: serde_json::Value = serde_json::from_str(command).unwrap();
         let file = command["arguments"]["uri"].as_str().and_then(|uri| uri.strip_prefix("file:"));
