@@ -148,8 +148,13 @@ fn to_the_agent(host: &Host, act: &str) {
     );
     let arguments = serde_json::json!({ "path": "/bin/bash", "arg": ["-c", script] });
     let asked = serde_json::json!({ "execute": "guest-exec", "arguments": arguments }).to_string();
-    let virsh = ["-c", "qemu:///system", "qemu-agent-command", &domain, &asked];
-    let done = std::process::Command::new("virsh").args(virsh).output().expect("virsh");
+    let ask = |what: &str| {
+        let virsh = ["-c", "qemu:///system", "qemu-agent-command", &domain, what];
+        std::process::Command::new("virsh").args(virsh).output().expect("virsh")
+    };
+    // It is started beside dev-box's own agent, and no job waits for it.
+    wait_until("qemu-guest-agent answers", SOON, || ask(r#"{"execute":"guest-ping"}"#).status.success());
+    let done = ask(&asked);
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }
 
