@@ -17,6 +17,25 @@ pub(crate) fn line(text: &str) -> Result<(), Failure> {
     writeln!(io::stdout().lock(), "{text}").map_err(Failure::new)
 }
 
+/// Rows beneath their headings; each column but the last is as wide as its widest cell.
+pub(crate) fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -> String {
+    let mut lines = vec![headings.map(str::to_owned)];
+    lines.extend_from_slice(rows);
+    let width = |column: usize| {
+        let cells = lines.iter().filter_map(|line| line.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or_default()
+    };
+    let mut widths: [usize; N] = std::array::from_fn(width);
+    if let Some(last) = widths.last_mut() {
+        *last = 0;
+    }
+    let drawn = lines.iter().map(|line| {
+        let cells = line.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        cells.collect::<Vec<_>>().join("  ")
+    });
+    drawn.collect::<Vec<_>>().join("\n")
+}
+
 /// A result for programs.
 ///
 /// # Errors
@@ -63,4 +82,16 @@ pub(crate) fn log_options(verbose: u8) -> LogOptions {
 /// Whether a person watches stderr.
 pub(crate) fn watched() -> bool {
     io::stderr().is_terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_stand_beneath_one_another() {
+        let rows = [["a", "b c"], ["longer", ""]].map(|row| row.map(str::to_owned));
+        assert_eq!(table(["N", "REST"], &rows), "N       REST\na       b c\nlonger  ");
+        assert_eq!(table(["N"], &[]), "N");
+    }
 }

@@ -13,6 +13,7 @@ use crate::cancel::{Cancel, Urgency};
 use crate::executor::process::feed;
 use crate::job::Stdin;
 use crate::sink::{OutputSink, OutputStream};
+use crate::terminal::one_line;
 
 /// What is kept comes at once: silence this long means that it has come. The protocol has no mark for it.
 const SILENCE: Duration = Duration::from_millis(300);
@@ -33,6 +34,14 @@ pub enum BackgroundError {
     /// The guest answered something else than it should.
     #[error("the guest broke the protocol: {0}")]
     Violation(&'static str),
+    /// More than one job's id begins so.
+    #[error("the ids of {} jobs begin with {beginning}: {}", jobs.len(), jobs.join(", "))]
+    Ambiguous {
+        /// What was asked for.
+        beginning: String,
+        /// Their ids, the guest's own words, without control characters.
+        jobs: Vec<String>,
+    },
     /// The output could not be passed on.
     #[error("the output cannot be written")]
     Sink(#[source] std::io::Error),
@@ -81,6 +90,25 @@ pub async fn list(session: &Session) -> Result<Vec<JobEntry>, BackgroundError> {
         }
     }
     Ok(all)
+}
+
+/// The id of the job that is called so, or of the only one whose id begins so; what matches none is given back for the guest to refuse.
+///
+/// # Errors
+/// [`BackgroundError`]; [`Ambiguous`](BackgroundError::Ambiguous) when it could be several.
+pub async fn find(session: &Session, beginning: &str) -> Result<String, BackgroundError> {
+    let known = list(session).await?.into_iter().map(|job| job.job);
+    let mut matching: Vec<String> = known.filter(|id| id.starts_with(beginning)).collect();
+    if beginning.is_empty() || matching.iter().any(|id| id == beginning) {
+        return Ok(beginning.to_owned());
+    }
+    match matching.len() {
+        0 | 1 => Ok(matching.pop().unwrap_or_else(|| beginning.to_owned())),
+        _ => {
+            let jobs = matching.iter().map(|id| one_line(id.as_bytes())).collect();
+            Err(BackgroundError::Ambiguous { beginning: beginning.to_owned(), jobs })
+        }
+    }
 }
 
 /// Whether the guest says, within `patience`, that no job goes on in it. Its claim.

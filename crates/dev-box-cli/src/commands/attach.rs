@@ -25,8 +25,8 @@ Exit code: the job's own when it ended; 0 when you left.
 
 Examples:
   dev-box exec --detach work -- ./server      prints the job's name
-  dev-box attach work 4b1c0b62-...
-  dev-box exec --detach -it work -- bash; dev-box attach -it work 4b1c0b62-...";
+  dev-box attach work 4b1c
+  dev-box exec --detach -it work -- bash; dev-box attach -it work 4b1c";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -35,7 +35,7 @@ pub(crate) struct AttachArgs {
     #[arg(value_name = "NAME")]
     vm: VmName,
 
-    /// The job, as `dev-box exec --detach` and `dev-box ps NAME` say.
+    /// The job, as `dev-box exec --detach` and `dev-box ps NAME` say, or as much of its id as tells it from others.
     #[arg(value_name = "JOB")]
     job: String,
 
@@ -55,7 +55,8 @@ pub(crate) struct AttachArgs {
 pub(crate) async fn run(config: Config, args: AttachArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
     let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
-    let request = Attach { job: args.job, replay_bytes: args.replay, stdin: args.interactive };
+    let job = background::find(&session, &args.job).await.map_err(Failure::new)?;
+    let request = Attach { job, replay_bytes: args.replay, stdin: args.interactive };
     let console = Console::lend(args.tty)?;
     let stdin = if args.interactive { input(console.lent(), &cancel)? } else { Stdin::Null };
     let resizes = console.lent().map(Lent::sizes);

@@ -16,8 +16,8 @@ const EXAMPLES: &str = "\
 Every process of the job gets the signal, those that left its process group included.
 
 Examples:
-  dev-box kill work 4b1c0b62-...
-  dev-box kill -s KILL work 4b1c0b62-...";
+  dev-box kill work 4b1c
+  dev-box kill -s KILL work 4b1c";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -30,7 +30,7 @@ pub(crate) struct KillArgs {
     #[arg(value_name = "NAME")]
     vm: VmName,
 
-    /// The jobs.
+    /// The jobs: their ids, or as much of each as tells it from others.
     #[arg(value_name = "JOB", required = true)]
     jobs: Vec<String>,
 }
@@ -38,7 +38,8 @@ pub(crate) struct KillArgs {
 pub(crate) async fn run(config: Config, args: KillArgs) -> Result<ExitCode, Failure> {
     let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
     for job in &args.jobs {
-        background::kill(&session, job, args.signal).await.map_err(Failure::new)?;
+        let job = background::find(&session, job).await.map_err(Failure::new)?;
+        background::kill(&session, &job, args.signal).await.map_err(Failure::new)?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -18,8 +18,8 @@ const EXAMPLES: &str = "\
 The guest keeps the last 256 KiB of standard output and of standard error each.
 
 Examples:
-  dev-box logs work 4b1c0b62-...
-  dev-box logs -f work 4b1c0b62-... | grep ready";
+  dev-box logs work 4b1c
+  dev-box logs -f work 4b1c | grep ready";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -28,7 +28,7 @@ pub(crate) struct LogsArgs {
     #[arg(value_name = "NAME")]
     vm: VmName,
 
-    /// The job.
+    /// The job: its id, or as much of it as tells it from others.
     #[arg(value_name = "JOB")]
     job: String,
 
@@ -44,7 +44,8 @@ pub(crate) struct LogsArgs {
 pub(crate) async fn run(config: Config, args: LogsArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
     let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
-    let request = Attach { job: args.job, replay_bytes: args.tail, stdin: false };
+    let job = background::find(&session, &args.job).await.map_err(Failure::new)?;
+    let request = Attach { job, replay_bytes: args.tail, stdin: false };
     let sink = Arc::new(Live::new());
     let attachment = Attachment { recent_only: !args.follow, ..Attachment::default() };
     background::attach(&session, request, attachment, sink, &cancel.token()).await.map_err(Failure::new)?;

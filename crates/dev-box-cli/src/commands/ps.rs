@@ -1,6 +1,7 @@
 //! `dev-box ps`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 use dev_box::Config;
@@ -37,9 +38,8 @@ pub(crate) async fn run(config: Config, args: PsArgs) -> Result<ExitCode, Failur
     if args.json {
         output::json(&vms)?;
     } else {
-        for vm in &vms {
-            output::line(&summary(vm))?;
-        }
+        let rows: Vec<_> = vms.iter().map(vm_row).collect();
+        output::line(&output::table(["NAME", "IMAGE", "OWNER", "CREATED", "STATE"], &rows))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -48,15 +48,14 @@ fn show(jobs: &[JobEntry], json: bool) -> Result<ExitCode, Failure> {
     if json {
         output::json(&jobs)?;
     } else {
-        for job in jobs {
-            output::line(&job_summary(job))?;
-        }
+        let rows: Vec<_> = jobs.iter().map(job_row).collect();
+        output::line(&output::table(["JOB", "STATE", "KIND", "AGE", "COMMAND"], &rows))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// One line, harmless to a terminal: all of it is the guest's.
-fn job_summary(job: &JobEntry) -> String {
+/// Harmless to a terminal: all of it is the guest's.
+fn job_row(job: &JobEntry) -> [String; 5] {
     let state = match (&job.exited, job.pid) {
         (Some(Exited { status: ExitStatus::Code(code), .. }), _) => format!("exited {code}"),
         (Some(Exited { status: ExitStatus::Signal(signal), .. }), _) => format!("killed {signal}"),
@@ -64,15 +63,15 @@ fn job_summary(job: &JobEntry) -> String {
         (None, None) => "runs".to_owned(),
     };
     let argv: Vec<String> = job.argv.iter().map(|word| one_line(word.as_bytes())).collect();
-    let name = one_line(job.job.as_bytes());
     let kind = if job.background { "background" } else { "foreground" };
-    format!("{name:<38} {state:<14} {kind:<11} {:>6} s  {}", job.age_ms / 1000, argv.join(" "))
+    let age = humantime::format_duration(Duration::from_secs(job.age_ms / 1000));
+    [one_line(job.job.as_bytes()), state, kind.to_owned(), age.to_string(), argv.join(" ")]
 }
 
-fn summary(vm: &VmInfo) -> String {
-    let what = match &vm.state {
+fn vm_row(vm: &VmInfo) -> [String; 5] {
+    let state = match &vm.state {
         VmState::Lost { reason } => format!("lost: {reason}"),
         state => state.to_string(),
     };
-    format!("{:<20} {:<10} {:<12} {} {what}", vm.name.as_str(), vm.image, vm.owner, vm.created_at)
+    [vm.name.to_string(), vm.image.clone(), vm.owner.clone(), vm.created_at.to_string(), state]
 }

@@ -321,25 +321,19 @@ fn table(vms: &[UserVm]) -> String {
     if vms.is_empty() {
         return "no VMs: `dev-box vm create NAME` makes one".to_owned();
     }
-    let name = vms.iter().map(|vm| vm.record.name.as_str().len()).max().unwrap_or(0).max("NAME".len());
-    let mut text =
-        format!("{:name$}  {:9}  {:15}  {:>4}  {:>8}  CREATED", "NAME", "STATE", "ADDRESS", "CPUS", "MEMORY");
-    for vm in vms {
-        let record = &vm.record;
-        let address = match record.address.filter(|_| vm.state.is_active()) {
-            Some(address) => address.to_string(),
-            None => "-".to_owned(),
-        };
-        text += &format!(
-            "\n{:name$}  {:9}  {address:15}  {:>4}  {:>8}  {}",
-            record.name.as_str(),
+    let row = |vm: &UserVm| {
+        let address = vm.record.address.filter(|_| vm.state.is_active());
+        [
+            vm.record.name.to_string(),
             vm.state.to_string(),
-            record.resources.vcpus,
-            record.resources.memory.to_string(),
-            record.created,
-        );
-    }
-    text
+            address.map_or_else(|| "-".to_owned(), |address| address.to_string()),
+            vm.record.resources.vcpus.to_string(),
+            vm.record.resources.memory.to_string(),
+            vm.record.created.to_string(),
+        ]
+    };
+    let rows: Vec<_> = vms.iter().map(row).collect();
+    output::table(["NAME", "STATE", "ADDRESS", "CPUS", "MEMORY", "CREATED"], &rows)
 }
 
 async fn inspect(vms: &UserVms, name: &VmName) -> Result<ExitCode, Failure> {

@@ -198,3 +198,29 @@ async fn what_was_kept_is_enough() {
     }
     assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
 }
+
+#[tokio::test]
+async fn a_job_is_found_by_as_much_of_its_id_as_tells_it_from_others() {
+    let (session, mut incoming, _guest) = pair().await;
+    tokio::spawn(async move {
+        while let Some((_, mut stream)) = incoming.next().await {
+            let entry = |job: &str| JobEntry {
+                job: job.to_owned(),
+                pid: None,
+                argv: Vec::new(),
+                background: true,
+                age_ms: 0,
+                exited: None,
+            };
+            let jobs = ["4b1c", "4b1c-long", "4d\u{1b}[2J", "90"].map(entry).to_vec();
+            let _ = stream.send(Message::Jobs { jobs }).await;
+            let _ = stream.send(Message::Done).await;
+        }
+    });
+    for (asked, wanted) in [("9", "90"), ("4b1c", "4b1c"), ("4b1c-", "4b1c-long"), ("", ""), ("none", "none")]
+    {
+        assert_eq!(find(&session, asked).await.unwrap(), wanted);
+    }
+    let refused = find(&session, "4").await.unwrap_err().to_string();
+    assert_eq!(refused, "the ids of 3 jobs begin with 4: 4b1c, 4b1c-long, 4d");
+}
