@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
-use dev_box_tests::{Host, wait_until};
+use dev_box_tests::{Host, rss_kib, wait_until};
 
 const JOBS: usize = 40;
 
@@ -48,7 +49,7 @@ fn job_after_job_leaves_the_host_as_it_was() {
     let before = held();
     (0..JOBS).for_each(job);
     host.assert_clean();
-    wait_until("the host is as it was", std::time::Duration::from_secs(30), || held() == before);
+    wait_until("the host is as it was", Duration::from_secs(30), || held() == before);
 }
 
 /// Every file is looked into, changed and given back.
@@ -79,12 +80,39 @@ fn a_hundred_thousand_files_go_in_and_come_back() {
         fs::write(file, format!("{number}\n")).expect("our own directory");
     }
     let (into, out) = (workspace.to_string_lossy(), output.to_string_lossy());
-    let args = ["--workspace", &into, "--output", &out, "--timeout", "25m", "--", "python3", "-c", CHANGE];
-    let done = host.run(&args).expect_code(0);
+    let args =
+        ["run", "--workspace", &into, "--output", &out, "--timeout", "25m", "--", "python3", "-c", CHANGE];
+    let done = host.start(args).finish_within(Duration::from_secs(30 * 60)).expect_code(0);
     assert_eq!(done.text(), "100000\n");
     for number in 0..100_000_u32 {
         let back = fs::read_to_string(output.join(place(number))).unwrap_or_default();
         assert_eq!(back, format!("{number}\nchanged\n"), "{}", place(number));
     }
     host.assert_clean();
+}
+
+/// What `run` may grow by while its guest floods it.
+const GROWTH_KIB: u64 = 64 << 10;
+
+#[test]
+#[ignore = "long: cargo xtask ci --full"]
+fn eight_gib_of_output_are_cut_in_bounded_memory() {
+    let Some(host) = Host::new("soak::eight_gib_of_output_are_cut_in_bounded_memory") else { return };
+    let flood =
+        ["run", "--json", "--net", "isolated", "--timeout", "25m", "--", "head", "-c", "8G", "/dev/zero"];
+    let running = host.start(flood);
+    let process = running.id();
+    wait_until("its VM is there", Duration::from_secs(60), || !host.qemu_pids().is_empty());
+    let before = rss_kib(process).expect("it runs");
+    let mut most = before;
+    let done = std::thread::spawn(|| running.finish_within(Duration::from_secs(30 * 60)));
+    while !done.is_finished() {
+        most = most.max(rss_kib(process).unwrap_or_default());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let done = done.join().expect("it ends in time").expect_code(0);
+    assert!(most < before + GROWTH_KIB, "{before} KiB before, {most} KiB at most");
+    eprintln!("{before} KiB before, {most} KiB at most");
+    let result: serde_json::Value = serde_json::from_slice(&done.stdout).expect("JSON");
+    assert_eq!((&result["exit_code"], &result["truncated"]), (&0.into(), &true.into()), "{}", done.stderr);
 }

@@ -40,9 +40,7 @@ impl Daemon {
 
     /// Its memory, in KiB.
     pub fn rss_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.running.id())).expect("it runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
+        crate::rss_kib(self.running.id()).expect("it runs")
     }
 
     /// Asks it to end, and waits until it has.

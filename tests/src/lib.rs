@@ -209,6 +209,13 @@ impl Drop for Running {
     }
 }
 
+/// A process's memory, in KiB; none once it has ended.
+pub fn rss_kib(process: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().trim_end_matches(" kB").parse().ok()
+}
+
 /// A host as one test sees it: state of its own, the shared guest image, the real libvirt.
 ///
 /// Dropping it checks that nothing is left behind.
