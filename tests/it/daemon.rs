@@ -86,10 +86,10 @@ fn vms_are_made_used_listed_and_removed() {
     let audit = host.dev_box(["audit", "query", "--action", "exec"]).expect_code(0).text();
     assert!(audit.contains("sha256sum") && audit.contains("\"uid\":0"), "{audit}");
 
-    // In order: the VMs go with the daemon.
+    // In order: the VMs go with the daemon, also when its terminal is closed.
     host.dev_box(["start"]).expect_code(0);
     assert_eq!(host.qemu_pids().len(), 1);
-    daemon.stop().expect_code(0);
+    daemon.stop_by(Signal::SIGHUP).expect_code(0);
     host.dev_box(["audit", "verify"]).expect_code(0);
     assert!(!host.socket().exists());
     host.assert_clean();

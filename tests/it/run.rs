@@ -170,6 +170,22 @@ fn one_interrupt_stops_the_job_and_removes_the_vm() {
 }
 
 #[test]
+fn a_closed_terminal_is_an_interrupt_but_not_under_nohup() {
+    let Some(host) = Host::new("a_closed_terminal_is_an_interrupt_but_not_under_nohup") else { return };
+    let plain = host.command();
+    let mut nohup = std::process::Command::new("nohup");
+    nohup.arg(plain.get_program()).envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    nohup.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    for (mut command, code, words) in [(plain, 130, "\n"), (nohup, 0, "\nend\n")] {
+        command.args(["run", "--net", "isolated", "--", "sh", "-c", "echo up; sleep 3; echo end"]);
+        let mut running = host.spawn(&mut command);
+        running.wait_for_output("up");
+        running.signal(Signal::SIGHUP);
+        assert_eq!(running.finish().expect_code(code).text(), words);
+    }
+}
+
+#[test]
 fn two_interrupts_end_it_at_once() {
     let Some(host) = Host::new("two_interrupts_end_it_at_once") else { return };
     // Longer than removing a VM takes on the busiest machine.

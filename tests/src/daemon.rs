@@ -45,7 +45,12 @@ impl Daemon {
 
     /// Asks it to end, and waits until it has.
     pub fn stop(self) -> Finished {
-        self.running.signal(Signal::SIGTERM);
+        self.stop_by(Signal::SIGTERM)
+    }
+
+    /// The same, by another signal.
+    pub fn stop_by(self, signal: Signal) -> Finished {
+        self.running.signal(signal);
         self.running.finish()
     }
 

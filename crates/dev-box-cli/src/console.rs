@@ -13,9 +13,9 @@ use dev_box::exec::terminal::Neutraliser;
 use dev_box::provision::user_vm::Console;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::exit::Failure;
+use crate::interrupt::Endings;
 use crate::{output, stdin};
 
 /// Ctrl-], as virsh and telnet have it.
@@ -81,8 +81,7 @@ pub(crate) async fn attach(name: &VmName, mut console: Console) -> Result<ExitCo
 async fn join(console: &mut Console) -> io::Result<Ended> {
     let (mut from_guest, mut to_guest) = console.stream.split();
     let mut keys = stdin::reader()?;
-    let mut terminations = signal(SignalKind::terminate())?;
-    let mut hangups = signal(SignalKind::hangup())?;
+    let mut endings = Endings::listen()?;
     let (mut typed, mut shown) = (vec![0; 1024], vec![0; 16 * 1024]);
     loop {
         tokio::select! {
@@ -107,8 +106,7 @@ async fn join(console: &mut Console) -> io::Result<Ended> {
                     return Ok(Ended::Left);
                 }
             }
-            _ = terminations.recv() => return Ok(Ended::Left),
-            _ = hangups.recv() => return Ok(Ended::Left),
+            () = endings.recv() => return Ok(Ended::Left),
         }
     }
 }

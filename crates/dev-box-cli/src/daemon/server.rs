@@ -7,22 +7,21 @@ use std::time::Duration;
 use dev_box::observe::metrics::Exporter;
 use dev_box::provision::sweep::Orphans;
 use dev_box::{Config, DevBox};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
 use super::socket::{DaemonSocket, Peer};
 use super::state::Daemon;
 use super::{metrics, routes};
 use crate::exit::Failure;
+use crate::interrupt::Endings;
 use crate::output;
 
 /// How long requests that are under way may take when the daemon is to end; what would go on for ever is told to.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
 
-/// Serves until SIGTERM or SIGINT; then takes down every VM.
+/// Serves until SIGTERM, SIGINT or SIGHUP; then takes down every VM.
 pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
+    let mut endings = Endings::listen().map_err(Failure::new)?;
     // Before anything else: of two daemons one does nothing at all.
     let path = config.socket();
     let socket = DaemonSocket::bind(&path, config.daemon.group.as_deref()).map_err(Failure::new)?;
@@ -48,8 +47,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
     output::note(format_args!("listening at {}", path.display()));
     let mut serving = tokio::spawn(server.into_future());
     let early = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
+        () = endings.recv() => None,
         ended = &mut serving => Some(ended),
     };
     stopping.cancel();
