@@ -247,6 +247,26 @@ fn files(host: &Host) {
     let missing = host.dev_box(["cp", "work:/no/such", copy.to_str().unwrap()]).expect_code(1);
     assert!(missing.stderr.contains("/no/such"), "{}", missing.stderr);
     assert!(fs::read(&copy).unwrap() == content, "what was there stays");
+    // Interrupted half-way, nothing of it stays, of a file as of a tree.
+    host.dev_box([
+        "exec",
+        "work",
+        "--",
+        "sh",
+        "-c",
+        "mkdir /root/big; head -c 600M /dev/zero > /root/big/file",
+    ]);
+    for (number, from) in ["work:/root/big/file", "work:/root/big/."].into_iter().enumerate() {
+        let into = host.root().join(format!("into{number}"));
+        fs::create_dir(&into).unwrap();
+        let copying = host.start(["cp", from, into.to_str().unwrap()]);
+        let there = || fs::read_dir(&into).unwrap().count();
+        wait_until("something is there", SOON, || there() > 0);
+        copying.signal(Signal::SIGINT);
+        copying.finish().expect_code(130);
+        assert_eq!(there(), 0, "{from}");
+    }
+    host.dev_box(["exec", "work", "--", "rm", "-r", "/root/big"]).expect_code(0);
 }
 
 fn limits(host: &Host) {

@@ -65,6 +65,20 @@ pub(crate) fn listen() -> io::Result<CancelSource> {
     Ok(source)
 }
 
+/// Gives an operation up when it is interrupted: what it had begun goes with its future.
+///
+/// # Errors
+/// The operation's; the handlers cannot be installed.
+pub(crate) async fn abandon(
+    operation: impl Future<Output = Result<ExitCode, Failure>>,
+) -> Result<ExitCode, Failure> {
+    let mut endings = Endings::listen().map_err(Failure::new)?;
+    tokio::select! {
+        done = operation => done,
+        () = endings.recv() => Ok(ExitCode::from(exit::INTERRUPTED)),
+    }
+}
+
 /// Brings an operation on a VM to its end although it is interrupted: one that is cut off may leave the VM without a
 /// limit that was lifted meanwhile. The second interrupt does not wait for it.
 ///

@@ -17,7 +17,7 @@ use dev_box::exec::{Limits, Owner};
 
 use crate::daemon::client::Client;
 use crate::exit::Failure;
-use crate::output;
+use crate::{interrupt, output};
 
 const EXAMPLES: &str = "\
 A directory is copied with all that is in it. Where the destination is a directory, the copy goes
@@ -26,7 +26,7 @@ What comes out of a VM is yours, without set-id bits. FIFOs, devices and sockets
 what a VM should not have sent is left out with a warning. Symbolic links come as they are: where
 they lead is the VM's choice.
 
-Exit code: 0; 1 when it failed or something was left behind.
+Interrupted, it leaves whole files only. Exit code: 0; 1 when it failed or something was left behind.
 
 Examples:
   dev-box cp ./src work:/root/
@@ -79,6 +79,10 @@ impl Place {
 }
 
 pub(crate) async fn run(config: Config, args: CpArgs) -> Result<ExitCode, Failure> {
+    interrupt::abandon(copy(config, args)).await
+}
+
+async fn copy(config: Config, args: CpArgs) -> Result<ExitCode, Failure> {
     let limits = Limits {
         bytes: config.limits.workspace.as_bytes(),
         entries: config.limits.workspace_files,

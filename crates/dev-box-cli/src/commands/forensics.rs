@@ -8,7 +8,7 @@ use dev_box::provision::forensics::ForensicsRequest;
 use dev_box::{Config, DevBox};
 
 use crate::exit::Failure;
-use crate::output;
+use crate::{interrupt, output};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -37,6 +37,11 @@ pub(crate) struct ForensicsArgs {
 }
 
 pub(crate) async fn run(config: Config, args: ForensicsArgs) -> Result<ExitCode, Failure> {
+    // Cut off, it would leave the VM paused.
+    Box::pin(interrupt::outlast(collect(config, args))).await
+}
+
+async fn collect(config: Config, args: ForensicsArgs) -> Result<ExitCode, Failure> {
     let archive = args.output.unwrap_or_else(|| PathBuf::from(format!("{}.tar", args.vm)));
     let request = ForensicsRequest {
         vm: args.vm,
