@@ -87,7 +87,8 @@ fn vms_are_made_used_listed_and_removed() {
     assert!(audit.contains("sha256sum") && audit.contains("\"uid\":0"), "{audit}");
 
     // In order: the VMs go with the daemon, also when its terminal is closed.
-    host.dev_box(["start"]).expect_code(0);
+    host.dev_box(["start", "--name", "last"]).expect_code(0);
+    called_as_the_daemon_calls_it(&host, "last");
     assert_eq!(host.qemu_pids().len(), 1);
     daemon.stop_by(Signal::SIGHUP).expect_code(0);
     host.dev_box(["audit", "verify"]).expect_code(0);
@@ -95,6 +96,20 @@ fn vms_are_made_used_listed_and_removed() {
     host.assert_clean();
     let none = host.dev_box(["ps"]).expect_code(1);
     assert!(none.stderr.contains("dev-box serve"), "{}", none.stderr);
+}
+
+/// Where a domain is meant, the daemon's name for it will do.
+fn called_as_the_daemon_calls_it(host: &Host, name: &str) {
+    let json = |args: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&host.dev_box(args).expect_code(0).text()).unwrap()
+    };
+    let domain = json(&["ps", "--json"])[0]["domain"].clone();
+    assert_eq!(json(&["net", "show", name, "--json"])["vm"], domain);
+    assert_eq!(json(&["net", "verify", name, "--json"])[0]["vm"], domain);
+    let archive = host.root().join("bundle.tar");
+    assert_eq!(json(&["forensics", name, "--output", archive.to_str().unwrap(), "--json"])["vm"], domain);
+    let none = host.dev_box(["net", "show", "nobody"]).expect_code(1);
+    assert!(none.stderr.contains("no VM nobody has a network"), "{}", none.stderr);
 }
 
 /// Nothing of it is lost, nobody takes its silence for death, and its clock is right afterwards.

@@ -7,6 +7,7 @@ use clap::{Args, ValueHint};
 use dev_box::provision::forensics::ForensicsRequest;
 use dev_box::{Config, DevBox};
 
+use crate::daemon::client::domain_of;
 use crate::exit::Failure;
 use crate::{interrupt, output};
 
@@ -16,11 +17,11 @@ The VM stands still while it is done, and runs on after it. The archive holds th
 secrets: only its owner can read it.
 
 Examples:
-  dev-box forensics dev-box-0b852928
+  dev-box forensics work
   dev-box forensics dev-box-0b852928 --output /evidence/case-7.tar --leave-paused
-  tar -xOf dev-box-0b852928.tar manifest.json | jq .files")]
+  tar -xOf work.tar manifest.json | jq .files")]
 pub(crate) struct ForensicsArgs {
-    /// The VM.
+    /// The VM: its domain, or what the daemon calls it.
     vm: String,
     /// The archive [default: VM.tar here]; it must not be there yet.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -43,8 +44,12 @@ pub(crate) async fn run(config: Config, args: ForensicsArgs) -> Result<ExitCode,
 
 async fn collect(config: Config, args: ForensicsArgs) -> Result<ExitCode, Failure> {
     let archive = args.output.unwrap_or_else(|| PathBuf::from(format!("{}.tar", args.vm)));
+    let vm = match args.vm.parse() {
+        Ok(name) => domain_of(&config, name).await.to_string(),
+        Err(_) => args.vm,
+    };
     let request = ForensicsRequest {
-        vm: args.vm,
+        vm,
         archive: archive.clone(),
         audit_dir: config.audit_dir(),
         reason: args.reason,

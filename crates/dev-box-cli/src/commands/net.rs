@@ -13,6 +13,7 @@ use dev_box::{Config, DevBox};
 use serde::Serialize;
 
 use crate::args::NetArgs;
+use crate::daemon::client::domain_of;
 use crate::exit::Failure;
 use crate::output;
 
@@ -33,7 +34,7 @@ pub(crate) enum NetCommand {
         json: bool,
     },
     /// Print a VM's policy, and what was carried and dropped.
-    #[command(after_help = "Example:\n  dev-box net show dev-box-0b852928")]
+    #[command(after_help = "Examples:\n  dev-box net show work\n  dev-box net show dev-box-0b852928")]
     Show(OfVm),
     /// Give a VM that runs another policy. Connections that it forbids are cut at once.
     #[command(after_help = "\
@@ -43,7 +44,7 @@ Examples:
   dev-box net apply dev-box-0b852928 --policy only-github.toml
   dev-box net apply dev-box-0b852928 --net nat-filtered")]
     Apply {
-        /// The VM.
+        /// The VM: its domain, or what the daemon calls it.
         vm: VmName,
         #[command(flatten)]
         net: NetArgs,
@@ -77,14 +78,29 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(crate) struct OfVm {
-    /// The VM.
+    /// The VM: its domain, or what the daemon calls it.
     vm: VmName,
     /// As JSON; of events, one object a line.
     #[arg(long)]
     json: bool,
 }
 
-pub(crate) async fn run(config: Config, command: NetCommand) -> Result<ExitCode, Failure> {
+impl NetCommand {
+    /// The VM it is about, if it is about one.
+    fn vm(&mut self) -> Option<&mut VmName> {
+        match self {
+            Self::Show(of) | Self::Flows(of) | Self::Dns(of) => Some(&mut of.vm),
+            Self::Apply { vm, .. } => Some(vm),
+            Self::Verify { vm, .. } => vm.as_mut(),
+            Self::Ensure | Self::Rm | Self::Ls { .. } => None,
+        }
+    }
+}
+
+pub(crate) async fn run(config: Config, mut command: NetCommand) -> Result<ExitCode, Failure> {
+    if let Some(vm) = command.vm() {
+        *vm = domain_of(&config, vm.clone()).await;
+    }
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
     let done = perform(&dev_box, command).await;
     dev_box.close().await;

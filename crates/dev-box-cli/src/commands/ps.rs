@@ -39,7 +39,7 @@ pub(crate) async fn run(config: Config, args: PsArgs) -> Result<ExitCode, Failur
         output::json(&vms)?;
     } else {
         let rows: Vec<_> = vms.iter().map(vm_row).collect();
-        output::line(&output::table(["NAME", "IMAGE", "OWNER", "CREATED", "STATE"], &rows))?;
+        output::line(&output::table(["NAME", "DOMAIN", "IMAGE", "OWNER", "CREATED", "STATE"], &rows))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -68,10 +68,11 @@ fn job_row(job: &JobEntry) -> [String; 5] {
     [one_line(job.job.as_bytes()), state, kind.to_owned(), age.to_string(), argv.join(" ")]
 }
 
-fn vm_row(vm: &VmInfo) -> [String; 5] {
+fn vm_row(vm: &VmInfo) -> [String; 6] {
     let state = match &vm.state {
         VmState::Lost { reason } => format!("lost: {reason}"),
         state => state.to_string(),
     };
-    [vm.name.to_string(), vm.image.clone(), vm.owner.clone(), vm.created_at.to_string(), state]
+    let domain = vm.domain.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string);
+    [vm.name.to_string(), domain, vm.image.clone(), vm.owner.clone(), vm.created_at.to_string(), state]
 }

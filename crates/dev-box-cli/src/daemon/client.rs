@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use dev_box::Config;
 use dev_box::comm::hello::HandshakeError;
@@ -16,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 
 use super::api::{
     CHANNEL_PROTOCOL, Event, ForkInfo, LEASE_HEADER, LeaseInfo, NewForks, NewLease, NewVm, Problem, Usage,
@@ -48,6 +50,16 @@ pub(crate) enum ClientError {
     Channel(#[from] HandshakeError),
     #[error("the daemon's answer broke off")]
     Body(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// How long a command that can do without the daemon waits for it.
+const ASKED_IN_PASSING: Duration = Duration::from_secs(2);
+
+/// The domain of the VM that the daemon calls so; the name itself where it has no such VM, or does not answer.
+pub(crate) async fn domain_of(config: &Config, name: VmName) -> VmName {
+    let client = Client::new(config);
+    let Ok(Ok(vms)) = timeout(ASKED_IN_PASSING, client.vms()).await else { return name };
+    vms.into_iter().find(|vm| vm.name == name).and_then(|vm| vm.domain).unwrap_or(name)
 }
 
 /// The way to the daemon: a connection for each request.
