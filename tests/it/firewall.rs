@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use dev_box::core::clock::{Clock as _, EasternTime, SystemClock};
-use dev_box::net::identity::tap_of;
+use dev_box::net::identity;
 use dev_box_tests::{Daemon, Host, Internet, wait_until};
 
 use crate::libvirtd::{self, Going};
@@ -88,6 +88,12 @@ fn output(program: &str, arguments: &[&str]) -> String {
 /// Connects to the world, and says no more.
 const CONNECT: &str = "import socket; socket.create_connection((\"45.33.33.2\", 443), 20).close()";
 
+fn tap_of(host: &Host, vm: &str) -> String {
+    let shown = host.dev_box(["net", "show", vm, "--json"]).text();
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    identity::tap_of(shown["address"].as_str().unwrap().parse().unwrap())
+}
+
 /// The address that the world sees when the VM connects to it.
 fn seen_as(host: &Host, world: &TcpListener) -> IpAddr {
     host.dev_box(["exec", "work", "--", "python3", "-c", CONNECT]).expect_code(0);
@@ -128,17 +134,18 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
     assert_eq!(seen_as(&host, &world), in_the_hosts_name);
     let host_changed = || host.dev_box(["audit", "query", "--action", "net.host_changed"]).text();
     let others = Others::save();
-    let tap = {
-        let shown: serde_json::Value =
-            serde_json::from_str(&host.dev_box(["net", "show", &vm, "--json"]).text()).unwrap();
-        tap_of(shown["address"].as_str().unwrap().parse().unwrap())
-    };
+    let tap = tap_of(&host, &vm);
     let in_filter = |how: &str, port: &str| {
         let chain = format!("libvirt-I-{tap}");
         let rule = ["-p", "IPv4", "--ip-proto", "tcp", "--ip-dport", port, "-j", "ACCEPT"];
         run("ebtables", &[&["-t", "nat", how, &chain], &rule[..]].concat());
     };
-    let ways: [(&str, &dyn Fn()); 4] = [
+    let off_its_bridge = "the VM's tap is not on its bridge, isolated";
+    let ways: [(&str, &dyn Fn()); 6] = [
+        (off_its_bridge, &|| run("ip", &["link", "set", &tap, "nomaster"])),
+        (off_its_bridge, &|| {
+            run("ip", &["link", "set", &tap, "type", "bridge_slave", "isolated", "off"]);
+        }),
         ("the rules of libvirt's filter are not in force", &|| run("ebtables", &["-t", "nat", "-F"])),
         // As many as before, with the same verdicts.
         ("the rules of libvirt's filter are not in force", &|| {
@@ -232,9 +239,21 @@ fn the_filter_of_a_prepared_tap_is_put_back() {
     let domain = output("virsh", &["-c", "qemu:///system", "dumpxml", &vm]);
     assert!(domain.contains("managed='no'"), "{domain}");
 
+    let tap_joined = || {
+        let tap = Path::new("/sys/class/net").join(tap_of(&host, &vm)).join("brport");
+        std::fs::read_to_string(tap.join("isolated")).is_ok_and(|isolated| isolated.trim() == "1")
+    };
+    assert!(tap_joined());
+    let lost = || host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text();
+    let before = SystemClock.now();
+    run("ip", &["link", "set", &tap_of(&host, &vm), "nomaster"]);
+    wait_until("it is audited", LIMIT, || lost().contains("not on its bridge"));
+    let noticed = noticed_after(&lost(), &before);
+    assert!(noticed < Duration::from_secs(2), "noticed after {noticed:?}");
+    wait_until("it is on its bridge", LIMIT, || tap_joined() && !paused(&vm));
+
     let others = Others::save();
     run("ebtables", &["-t", "nat", "-F"]);
-    let lost = || host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text();
     wait_until("it is audited", LIMIT, || lost().contains("libvirt's filter are not in force"));
     wait_until("every layer stands again", LIMIT, || {
         host.dev_box(["net", "verify", &vm]).code() == 0 && !paused(&vm)

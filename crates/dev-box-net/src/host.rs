@@ -60,10 +60,15 @@ impl HostPaths {
         self.interfaces.join(name).exists()
     }
 
-    /// Whether the interface of that name is a port of that bridge.
-    pub(crate) fn is_on_bridge(&self, name: &str, bridge: &str) -> bool {
-        let master = fs::read_link(self.interfaces.join(name).join("master"));
-        master.is_ok_and(|master| master.file_name() == Some(bridge.as_ref()))
+    /// Whether the interface of that name is a port of that bridge, isolated from others that are; `None` when there is none of
+    /// that name.
+    pub(crate) fn is_joined(&self, name: &str, bridge: &str) -> Option<bool> {
+        let interface = self.interfaces.join(name);
+        let master = fs::read_link(interface.join("master"));
+        let on_bridge = master.is_ok_and(|master| master.file_name() == Some(bridge.as_ref()));
+        let joined = on_bridge && switch(&interface.join("brport/isolated")) == Some(true);
+        // Whether it is there last: it goes while it is looked at when its VM ends.
+        interface.exists().then_some(joined)
     }
 
     /// Whether a VM may have the tap of that name: one that libvirt made is there as long as its VM, and a persistent one is

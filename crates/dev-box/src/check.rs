@@ -87,7 +87,7 @@ async fn verify(config: &Config, connection: &LibvirtConnection, vm: VmName) -> 
             Ok("guard intact, nwfilter in force, network active".to_owned())
         }
         Ok(Some(found)) => Err(format!(
-            "guard {}, nwfilter {}, network {}, {}",
+            "guard {}, nwfilter {}, network {}, tap {}, {}",
             match found.guard {
                 GuardState::Intact => "intact",
                 GuardState::Changed => "changed",
@@ -99,6 +99,11 @@ async fn verify(config: &Config, connection: &LibvirtConnection, vm: VmName) -> 
                 (true, _) => "defined",
             },
             if found.network_active { "active" } else { "down" },
+            match found.tap_joined {
+                Some(true) => "on its bridge",
+                Some(false) => "not on its bridge, isolated",
+                None => "absent",
+            },
             found.hindrance().as_deref().unwrap_or("nothing hinders its packets"),
         )),
     }

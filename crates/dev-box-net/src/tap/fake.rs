@@ -36,6 +36,15 @@ impl FakeTaps {
         fs::remove_file(self.interfaces.join(tap).join("master")).unwrap();
     }
 
+    /// Somebody lets it reach the bridge's other ports.
+    ///
+    /// # Panics
+    /// When it is on none.
+    #[expect(clippy::unwrap_used, reason = "a double, for tests")]
+    pub fn expose(&self, tap: &str) {
+        fs::write(self.interfaces.join(tap).join("brport/isolated"), "0\n").unwrap();
+    }
+
     /// A process opens the tap, or closes it.
     ///
     /// # Panics
@@ -62,6 +71,9 @@ impl Taps for FakeTaps {
     fn rejoin(&self, tap: &str, bridge: &str) -> Result<(), TapError> {
         let master = self.interfaces.join(tap).join("master");
         let _ = fs::remove_file(&master);
+        let port = self.interfaces.join(tap).join("brport");
+        fs::create_dir_all(&port)?;
+        fs::write(port.join("isolated"), "1\n")?;
         Ok(symlink(format!("../{bridge}"), master)?)
     }
 

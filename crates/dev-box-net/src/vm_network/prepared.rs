@@ -83,7 +83,7 @@ impl VmNetwork {
     ) -> Result<NetLease, NetError> {
         let PreparedTap { shape, record, lock } = tap;
         let (name, bridge) = (tap_of(lock.address()), shape.bridge());
-        if !self.settings.host.is_on_bridge(&name, bridge)
+        if self.settings.host.is_joined(&name, bridge) != Some(true)
             && let Err(error) = self.taps.rejoin(&name, bridge)
         {
             return Err(self.undo(libvirt, lock, &shape, &record, error.into()));

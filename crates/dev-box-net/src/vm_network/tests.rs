@@ -49,6 +49,7 @@ impl World {
 
     fn make_tap(&self, address: Ipv4Addr) {
         fs::create_dir_all(self.dir.path().join("interfaces").join(tap_of(address))).unwrap();
+        self.taps.rejoin(&tap_of(address), "devbox0").unwrap();
     }
 
     fn network(&self) -> Option<NetworkSummary> {
@@ -257,7 +258,7 @@ fn the_resolver_of_a_dead_owner_is_swept() {
     drop(lease);
     world.network.sweep(&world.libvirt).unwrap();
     assert!(world.resolver.served(address).is_some(), "its VM still runs");
-    fs::remove_dir(world.dir.path().join("interfaces").join(tap_of(address))).unwrap();
+    fs::remove_dir_all(world.dir.path().join("interfaces").join(tap_of(address))).unwrap();
     world.network.sweep(&world.libvirt).unwrap();
     assert!(world.is_clean());
 }
@@ -532,7 +533,7 @@ fn a_failed_detach_is_swept_later() {
     world.make_tap(address);
     assert_eq!(world.network.sweep(&world.libvirt).unwrap(), Swept::default(), "its VM runs");
     assert!(world.firewall.rules_of(address).is_some(), "and stays guarded");
-    fs::remove_dir(world.dir.path().join("interfaces").join(tap_of(address))).unwrap();
+    fs::remove_dir_all(world.dir.path().join("interfaces").join(tap_of(address))).unwrap();
     let swept = world.network.sweep(&world.libvirt).unwrap();
     assert_eq!(swept.leases, [(address, Some(name("a")))]);
     assert_eq!(swept.filters.len(), 1);

@@ -57,6 +57,7 @@ impl VmNetwork {
                 network_active,
                 filter_defined: filters.contains(&record.filter),
                 filter_in_force: in_force.get(&address).copied(),
+                tap_joined: self.settings.host.is_joined(&tap_of(address), shape.bridge()),
                 names_served: names.map(|names| serving.get(&address) == Some(&names.digest())),
                 forwarding: self.settings.host.forwards(),
                 forwarding6: record.policy.ipv6().then(|| self.settings.host.forwards_ipv6()),
@@ -124,8 +125,8 @@ impl VmNetwork {
             self.rebind(libvirt, &record, address)?;
         }
         let tap = tap_of(address);
-        if self.settings.host.has_interface(&tap) && !self.settings.host.is_on_bridge(&tap, shape.bridge()) {
-            // It was taken off when the bridge went; nobody else puts it back.
+        if self.settings.host.is_joined(&tap, shape.bridge()) == Some(false) {
+            // It was taken off, when the bridge went or by hand; nobody else puts it back.
             self.taps.rejoin(&tap, shape.bridge())?;
         }
         self.put(&shape, address, record, false)?;

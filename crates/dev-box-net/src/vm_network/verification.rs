@@ -13,6 +13,8 @@ pub struct Verification {
     pub filter_defined: bool,
     /// Whether the filter's rules are in force at the VM's tap; `None` while it has none.
     pub filter_in_force: Option<bool>,
+    /// Whether the VM's tap is a port of the network's bridge, isolated from the other ones; `None` while it has none.
+    pub tap_joined: Option<bool>,
     /// Whether the names of the policy are served; `None` when it has none.
     pub names_served: Option<bool>,
     /// Whether the host forwards IPv4: without, nothing gets out.
@@ -33,6 +35,7 @@ impl Verification {
             && self.network_active
             && self.filter_defined
             && self.filter_in_force != Some(false)
+            && self.tap_joined != Some(false)
             && self.names_served != Some(false)
             && self.hindrance().is_none()
     }
@@ -58,6 +61,9 @@ impl Verification {
         }
         if self.filter_in_force == Some(false) {
             wrong.push("the rules of libvirt's filter are not in force");
+        }
+        if self.tap_joined == Some(false) {
+            wrong.push("the VM's tap is not on its bridge, isolated");
         }
         if self.names_served == Some(false) {
             wrong.push("the VM's resolver does not run");

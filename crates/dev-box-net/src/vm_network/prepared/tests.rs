@@ -177,7 +177,7 @@ fn a_filter_that_is_gone_is_bound_anew() {
 fn a_bridge_that_was_made_anew_has_its_taps_again() {
     let world = World::new();
     let tap = world.prepare().unwrap();
-    let is_on = |tap: &str| world.network.settings.host.is_on_bridge(tap, "devbox0");
+    let is_on = |tap: &str| world.network.settings.host.is_joined(tap, "devbox0") == Some(true);
     assert!(is_on(&tap.tap()));
     world.taps.unbridge(&tap.tap());
     let lease = world.network.attach_prepared(&world.libvirt, &name("a"), tap).unwrap();
@@ -190,5 +190,20 @@ fn a_bridge_that_was_made_anew_has_its_taps_again() {
         assert!(!is_on(&lease.tap));
         assert!(world.network.repair(&world.libvirt, &lease.vm).unwrap());
         assert!(is_on(&lease.tap), "with the rest of it, whoever made it");
+    }
+    // By hand, of one VM alone.
+    let disturb: [&dyn Fn(&str); 2] = [&|tap| world.taps.unbridge(tap), &|tap| world.taps.expose(tap)];
+    for disturb in disturb {
+        world.put_filter(&lease);
+        assert!(world.network.verify(&world.libvirt, &lease).unwrap().is_sound());
+        disturb(&lease.tap);
+        let found = world.network.verify(&world.libvirt, &lease).unwrap();
+        assert_eq!(
+            (found.tap_joined, found.finding().as_deref()),
+            (Some(false), Some("the VM's tap is not on its bridge, isolated"))
+        );
+        assert!(!found.is_sound());
+        assert!(world.network.repair(&world.libvirt, &lease.vm).unwrap());
+        assert!(world.network.verify(&world.libvirt, &lease).unwrap().is_sound());
     }
 }
