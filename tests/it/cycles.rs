@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dev_box::exec::NetworkMode;
 use dev_box::exec::pool::{PoolSettings, ResetPolicy, VmPool};
-use dev_box_tests::{Host, wait_until};
+use dev_box_tests::{Host, rss_kib, wait_until};
 
 use crate::in_process::InProcess;
 
@@ -26,9 +26,7 @@ struct Held {
 }
 
 fn resident_kib() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
+    rss_kib(std::process::id()).unwrap()
 }
 
 fn files(below: &Path, found: &mut BTreeSet<PathBuf>) {
