@@ -245,12 +245,20 @@ fn the_filter_of_a_prepared_tap_is_put_back() {
     };
     assert!(tap_joined());
     let lost = || host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text();
-    let before = SystemClock.now();
-    run("ip", &["link", "set", &tap_of(&host, &vm), "nomaster"]);
-    wait_until("it is audited", LIMIT, || lost().contains("not on its bridge"));
-    let noticed = noticed_after(&lost(), &before);
-    assert!(noticed < Duration::from_secs(2), "noticed after {noticed:?}");
-    wait_until("it is on its bridge", LIMIT, || tap_joined() && !paused(&vm));
+    let tap = tap_of(&host, &vm);
+    let off_its_bridge: [&[&str]; 2] = [
+        &["link", "set", &tap, "nomaster"],
+        // Others of its kind could be reached.
+        &["link", "set", &tap, "type", "bridge_slave", "isolated", "off"],
+    ];
+    for (number, way) in off_its_bridge.into_iter().enumerate() {
+        let before = SystemClock.now();
+        run("ip", way);
+        wait_until("it is audited", LIMIT, || lost().matches("not on its bridge").count() > number);
+        let noticed = noticed_after(&lost(), &before);
+        assert!(noticed < Duration::from_secs(2), "noticed after {noticed:?}");
+        wait_until("it is on its bridge", LIMIT, || tap_joined() && !paused(&vm));
+    }
 
     let others = Others::save();
     run("ebtables", &["-t", "nat", "-F"]);
