@@ -16,17 +16,25 @@ use std::time::Duration;
 use dev_box_tests::{Host, skip, wait_until};
 use guest::ALLOWED;
 use layers::{BridgeNetfilter, Layer};
-use stage::Stage;
+use stage::{Stage, Taps};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn what_a_guest_tries_arrives_only_where_its_policy_says() {
-    const NAME: &str = "what_a_guest_tries_arrives_only_where_its_policy_says";
-    let Some(host) = Host::new(NAME) else { return };
-    let stage = match Stage::set(&host) {
+    run("what_a_guest_tries_arrives_only_where_its_policy_says", Taps::Libvirts);
+}
+
+#[test]
+fn what_a_guest_tries_on_a_prepared_tap_arrives_only_where_its_policy_says() {
+    run("what_a_guest_tries_on_a_prepared_tap_arrives_only_where_its_policy_says", Taps::Prepared);
+}
+
+fn run(name: &str, taps: Taps) {
+    let Some(host) = Host::new(name) else { return };
+    let stage = match Stage::set(&host, taps) {
         Ok(stage) => stage,
-        Err(why) => return skip(NAME, &why),
+        Err(why) => return skip(name, &why),
     };
     stage.wait_for_guests(&host);
     let forbidden = stage.forbidden();
@@ -110,5 +118,34 @@ fn what_a_guest_tries_arrives_only_where_its_policy_says() {
     }
     stage.set_layer(Layer::Guard, true);
     stage.owners_go_on();
-    stage.strike();
+    stage.strike(&host);
+}
+
+#[test]
+fn a_restarted_network_has_libvirts_taps_back_under_their_filter() {
+    restart("a_restarted_network_has_libvirts_taps_back_under_their_filter", Taps::Libvirts);
+}
+
+#[test]
+fn a_restarted_network_has_prepared_taps_back_under_their_filter() {
+    restart("a_restarted_network_has_prepared_taps_back_under_their_filter", Taps::Prepared);
+}
+
+fn restart(name: &str, taps: Taps) {
+    let Some(host) = Host::new(name) else { return };
+    let mut stage = match Stage::set(&host, taps) {
+        Ok(stage) => stage,
+        Err(why) => return skip(name, &why),
+    };
+    stage.wait_for_guests(&host);
+    stage.all_arrive(&ALLOWED, "before the network goes");
+    stage.restart_network(&host);
+    stage.none_arrive(&stage.forbidden(), "while the network was restarted, or after");
+    stage.forget();
+    stage.all_arrive(&ALLOWED, "after the network came back");
+    // And a VM that comes then: of the pool, one on a tap that waited meanwhile.
+    stage.end_guests();
+    let answer = host.run(&["--", "python3", "-c", crate::net::ASK_RESOLVER]).expect_code(0);
+    assert_eq!(answer.text(), "answered abcd\n");
+    stage.strike(&host);
 }

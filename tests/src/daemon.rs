@@ -43,6 +43,11 @@ impl Daemon {
         crate::rss_kib(self.running.id()).expect("it runs")
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        self.running.signal(signal);
+    }
+
     /// Asks it to end, and waits until it has.
     pub fn stop(self) -> Finished {
         self.stop_by(Signal::SIGTERM)

@@ -88,28 +88,67 @@ pub(crate) fn set_guard(tap: &str, address: Ipv4Addr, on: bool) -> Result<(), St
 pub(crate) fn set_filter(vm: &str, tap: &str, on: bool) {
     let isolated = if on { "on" } else { "off" };
     run(&format!("bridge link set dev {tap} isolated {isolated}")).unwrap();
-    let output = Command::new("virsh").args(["-c", "qemu:///system", "dumpxml", vm]).output().unwrap();
-    let xml = String::from_utf8(output.stdout).unwrap();
+    let kept = std::env::temp_dir().join(format!("dev-box-it-filter-{vm}.xml"));
+    if on {
+        let xml = std::fs::read_to_string(&kept).unwrap();
+        std::fs::remove_file(&kept).unwrap();
+        return put(vm, &xml);
+    }
+    let xml = interface(vm);
+    if is_prepared(&xml) {
+        // Its filter is bound to the tap, and the domain knows nothing of it.
+        std::fs::write(&kept, virsh(&["nwfilter-binding-dumpxml", tap])).unwrap();
+        virsh(&["nwfilter-binding-delete", tap]);
+        return;
+    }
+    std::fs::write(&kept, &xml).unwrap();
+    let from = xml.find("<filterref").unwrap();
+    let rest = &xml[from..];
+    let to = match rest.find("</filterref>") {
+        Some(to) => to + "</filterref>".len(),
+        None => rest.find("/>").unwrap() + 2,
+    };
+    put(vm, &[&xml[..from], &rest[to..]].concat());
+}
+
+/// A VM's interface, as libvirt has it.
+fn interface(vm: &str) -> String {
+    let xml = virsh(&["dumpxml", vm]);
     let start = xml.find("<interface ").unwrap();
     let end = start + xml[start..].find("</interface>").unwrap() + "</interface>".len();
-    let mut interface = xml[start..end].to_owned();
-    let file = std::env::temp_dir().join(format!("dev-box-it-filter-{vm}.xml"));
-    if on {
-        interface = std::fs::read_to_string(&file).unwrap();
-        std::fs::remove_file(&file).unwrap();
-    } else {
-        std::fs::write(&file, &interface).unwrap();
-        let from = interface.find("<filterref").unwrap();
-        let rest = &interface[from..];
-        let to = match rest.find("</filterref>") {
-            Some(to) => to + "</filterref>".len(),
-            None => rest.find("/>").unwrap() + 2,
-        };
-        interface.replace_range(from..from + to, "");
-    }
-    let update = std::env::temp_dir().join(format!("dev-box-it-interface-{vm}.xml"));
-    std::fs::write(&update, interface).unwrap();
-    let updated = run(&format!("virsh -c qemu:///system update-device {} {}", vm, update.display()));
-    let _ = std::fs::remove_file(&update);
-    updated.unwrap();
+    xml[start..end].to_owned()
+}
+
+fn is_prepared(interface: &str) -> bool {
+    interface.contains("managed='no'")
+}
+
+/// Whether the VM's tap was there before the VM.
+pub(super) fn on_prepared_tap(vm: &str) -> bool {
+    is_prepared(&interface(vm))
+}
+
+/// Whether what a VM sends by this tap goes through libvirt's filter.
+pub(super) fn in_force(tap: &str) -> bool {
+    let output = Command::new("ebtables-save").args(["-t", "nat"]).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).contains(&format!("-i {tap} -j libvirt-I-{tap}"))
+}
+
+/// Gives libvirt an interface of the VM's, or the binding of a filter.
+fn put(vm: &str, xml: &str) {
+    let file = std::env::temp_dir().join(format!("dev-box-it-interface-{vm}.xml"));
+    std::fs::write(&file, xml).unwrap();
+    let command = match xml.contains("<filterbinding") {
+        true => "nwfilter-binding-create".to_owned(),
+        false => format!("update-device {vm}"),
+    };
+    let done = run(&format!("virsh -c qemu:///system {command} {}", file.display()));
+    let _ = std::fs::remove_file(&file);
+    done.unwrap();
+}
+
+fn virsh(arguments: &[&str]) -> String {
+    let output = Command::new("virsh").args(["-c", "qemu:///system"]).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }

@@ -3,17 +3,20 @@
 use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::{ChildStdin, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dev_box_tests::{Host, Internet, Running, run, wait_until};
+use dev_box_tests::{Daemon, Host, Internet, Running, run, wait_until};
 use nix::sys::signal::Signal;
 
 use super::guest::{CUT_OFF, HOST, MEANS, NAMED, OTHER, PLACES, STATIC, STAY, TRY};
-use super::layers::{Layer, nft, set_filter, set_guard};
+use super::layers::{Layer, in_force, nft, on_prepared_tap, set_filter, set_guard};
+use crate::prepared_taps::wait_for_taps;
+
 use super::observers::{
     self, INBOUND, SETTLE, Seen, at_guest, at_neighbour, at_world, note, observe, packet_socket,
 };
@@ -22,6 +25,15 @@ use super::observers::{
 const SUBNET: [u8; 3] = [45, 33, 32];
 const WAN: &str = "45.33.32.1";
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whose taps the guests are on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Taps {
+    /// Made by libvirt, with the VM.
+    Libvirts,
+    /// Made by dev-box before there was a VM: the neighbour is a clone of the daemon's pool, and who tries was one of its shells.
+    Prepared,
+}
 
 /// A guest that runs.
 struct Guest {
@@ -36,6 +48,15 @@ impl Guest {
     fn tap(&self) -> String {
         format!("dbt{:08x}", u32::from(self.address))
     }
+
+    fn is_on_bridge(&self) -> bool {
+        Path::new("/sys/class/net").join(self.tap()).join("brport").exists()
+    }
+
+    fn runs(&self) -> bool {
+        let state = Command::new("virsh").args(["-c", "qemu:///system", "domstate", &self.name]).output();
+        String::from_utf8_lossy(&state.unwrap().stdout).trim() == "running"
+    }
 }
 
 /// All of it. Dropped, it goes.
@@ -44,11 +65,13 @@ pub(super) struct Stage {
     seen: Seen,
     over: Arc<AtomicBool>,
     guests: Vec<Guest>,
+    /// Who owns the guests, where each does not have an owner of its own.
+    daemon: Option<Daemon>,
 }
 
 impl Stage {
     /// Puts the world up and starts the guests; the reason where that cannot be.
-    pub(super) fn set(host: &Host) -> Result<Self, String> {
+    pub(super) fn set(host: &Host, taps: Taps) -> Result<Self, String> {
         for program in ["nft", "bridge", "virsh"] {
             Command::new(program).arg("--version").output().map_err(|_| format!("needs {program}"))?;
         }
@@ -57,15 +80,53 @@ impl Stage {
         places.into_iter().try_for_each(|address| world.add(address))?;
         world.serve_names(host, &[("named.example.com", NAMED), ("other.example.org", OTHER)])?;
         let sniffer = world.inside(|| packet_socket("eth0"))?;
-        let mut stage = Self { world, seen: Seen::default(), over: Arc::default(), guests: Vec::new() };
+        let (seen, over) = (Seen::default(), Arc::default());
+        let mut stage = Self { world, seen, over, guests: Vec::new(), daemon: None };
         let seen = Arc::clone(&stage.seen);
         observe(sniffer, Arc::clone(&stage.over), move |frame| at_world(&seen, frame));
         stage.listen()?;
         stage.without_network(host);
-        for (script, word) in [(STAY, "here as "), (TRY, "trying as ")] {
-            stage.start(host, script, word);
+        match taps {
+            Taps::Libvirts => {
+                stage.start(host, STAY, "here as ");
+                stage.start(host, TRY, "trying as ");
+            }
+            Taps::Prepared => {
+                stage.keep_pool(host);
+                let waiting = leases(host);
+                stage.start(host, STAY, "here as ");
+                wait_until("the shell is ready", LIMIT, || pool(host, ["ready"]) == [1]);
+                stage.start(host, TRY, "trying as ");
+                for guest in &stage.guests {
+                    assert!(
+                        waiting.iter().any(|(name, _)| *name == guest.name),
+                        "one of the two that waited"
+                    );
+                    assert!(on_prepared_tap(&guest.name));
+                }
+            }
         }
         Ok(stage)
+    }
+
+    /// Has a clone ready and a shell, both on taps that waited.
+    fn keep_pool(&mut self, host: &Host) {
+        host.dev_box(["template", "create"]).expect_code(0);
+        let resolv_conf = host.root().join("resolv.conf");
+        let settings = [
+            ("DEV_BOX_HOST__RESOLV_CONF", resolv_conf.to_str().unwrap()),
+            ("DEV_BOX_POOL__MAX", "2"),
+            ("DEV_BOX_POOL__READY", "0"),
+            ("DEV_BOX_POOL__SHELLS", "1"),
+            ("DEV_BOX_POOL__WAIT_MS", "60000"),
+        ];
+        let daemon = self.daemon.insert(Daemon::start_with(host, &settings));
+        // Its first shell did not wait for a tap.
+        host.dev_box(["pool", "drain"]).expect_code(0);
+        wait_until("there is no VM", LIMIT, || host.vms().is_empty());
+        wait_for_taps(daemon, 3);
+        host.dev_box(["pool", "fill", "1"]).expect_code(0);
+        wait_until("a clone and a shell wait", LIMIT, || pool(host, ["ready", "shells"]) == [1, 1]);
     }
 
     /// The host's own services.
@@ -108,11 +169,11 @@ impl Stage {
         if let Some(neighbour) = self.guests.first() {
             command.arg(neighbour.address.to_string());
         }
-        let before = host.vms();
         let mut owner = host.spawn(&mut command);
         owner.wait_for_output(word);
         let address = owner.line().parse().expect("the guest's address");
-        let name = host.vms().into_iter().find(|name| !before.contains(name)).expect("the VM's directory");
+        let lease = leases(host).into_iter().find(|(_, of)| *of == address);
+        let (name, _) = lease.expect("the guest's own address");
         let stdin = owner.stdin();
         let guest = Guest { owner: Some(owner), stdin, name, address };
         let (seen, neighbour) = (Arc::clone(&self.seen), self.guests.is_empty());
@@ -274,6 +335,43 @@ impl Stage {
         nft(&format!("flush chain bridge dev_box {}.out\n", self.guests[1].tap())).unwrap();
     }
 
+    /// An administrator takes libvirt's network down and up again, or the owners are first to put it up. Returns when every layer of both
+    /// guests stands again; no guest was on its bridge meanwhile that ran without its filter.
+    pub(super) fn restart_network(&self, host: &Host) {
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let looking = scope.spawn(|| self.look_at_filters(&over));
+            run("virsh -c qemu:///system net-destroy dev-box").unwrap();
+            let _ = run("virsh -c qemu:///system net-start dev-box");
+            for guest in &self.guests {
+                let query = ["audit", "query", "--vm", &guest.name, "--action", "net.guard_lost"];
+                wait_until("it is audited", LIMIT, || !host.dev_box(query).text().is_empty());
+                let sound = || host.dev_box(["net", "verify", &guest.name]).code() == 0;
+                wait_until("every layer stands again", LIMIT, || sound() && guest.runs());
+            }
+            over.store(true, Ordering::Relaxed);
+            let [looks, off_the_bridge] = looking.join().unwrap();
+            assert!(looks > 10 && off_the_bridge > 0, "{off_the_bridge} of {looks} looks found a tap alone");
+        });
+    }
+
+    /// How often it looked, and found a tap that was on no bridge.
+    fn look_at_filters(&self, over: &AtomicBool) -> [usize; 2] {
+        let (mut found, began) = ([0; 2], Instant::now());
+        // A test that fails waits for this to end.
+        while !over.load(Ordering::Relaxed) && began.elapsed() < 2 * LIMIT {
+            for guest in &self.guests {
+                let (tap, may_send) = (guest.tap(), || guest.runs() && guest.is_on_bridge());
+                let before = may_send();
+                let filtered = in_force(&tap);
+                assert!(filtered || !before || !may_send(), "{tap} ran on its bridge without its filter");
+                found[0] += 1;
+                found[1] += usize::from(!guest.is_on_bridge());
+            }
+        }
+        found
+    }
+
     pub(super) fn owners_stop(&self) {
         self.owners(Signal::SIGSTOP);
     }
@@ -283,6 +381,9 @@ impl Stage {
     }
 
     fn owners(&self, signal: Signal) {
+        if let Some(daemon) = &self.daemon {
+            return daemon.signal(signal);
+        }
         for guest in &self.guests {
             guest.owner.as_ref().expect("it runs").signal(signal);
         }
@@ -299,18 +400,49 @@ impl Stage {
     }
 
     /// Ends the guests as a user would.
-    pub(super) fn strike(mut self) {
+    pub(super) fn end_guests(&mut self) {
         for guest in &mut self.guests {
-            let owner = guest.owner.take().expect("it runs");
-            owner.signal(Signal::SIGTERM);
-            owner.finish();
+            if let Some(owner) = guest.owner.take() {
+                owner.signal(Signal::SIGTERM);
+                owner.finish();
+            }
         }
     }
+
+    pub(super) fn strike(mut self, host: &Host) {
+        self.end_guests();
+        if let Some(daemon) = self.daemon.take() {
+            daemon.stop().expect_code(0);
+            host.dev_box(["template", "rm", "default"]).expect_code(0);
+        }
+    }
+}
+
+/// These numbers of the daemon's pool, of one moment.
+fn pool<const N: usize>(host: &Host, names: [&str; N]) -> [u64; N] {
+    let status = host.dev_box(["pool", "status", "--json"]);
+    let pools: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+    names.map(|name| pools[0][name].as_u64().unwrap_or_default())
+}
+
+/// The VMs that have a network, and their addresses.
+fn leases(host: &Host) -> Vec<(String, Ipv4Addr)> {
+    let listed = host.dev_box(["net", "ls", "--json"]).expect_code(0);
+    let listed: Vec<serde_json::Value> = serde_json::from_slice(&listed.stdout).unwrap();
+    let own = host.vms();
+    let lease = |vm: &serde_json::Value| {
+        let text = |field: &str| vm[field].as_str().unwrap().to_owned();
+        (text("vm"), text("address").parse().unwrap())
+    };
+    listed.iter().map(lease).filter(|(name, _)| own.contains(name)).collect()
 }
 
 impl Drop for Stage {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
+        if let Some(daemon) = &self.daemon {
+            daemon.signal(Signal::SIGCONT);
+        }
         if self.guests.len() == 2 {
             let _ = run(&self.forwarded("-D"));
         }
