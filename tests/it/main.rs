@@ -36,3 +36,4 @@ mod soak;
 mod template;
 mod user_vm;
 mod vsock;
+mod webhook;

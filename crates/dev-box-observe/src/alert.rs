@@ -3,6 +3,9 @@
 //! The receiver recomputes `HMAC-SHA256(secret, timestamp "." body)`, with the `timestamp` of the header
 //! `dev-box-timestamp` (seconds since 1970, UTC), compares it with `dev-box-signature: sha256=HEX`, and refuses old
 //! timestamps: then nobody else can send alerts, or the same one twice.
+//!
+//! A receiver that hangs costs nobody but itself: few alerts wait for it at a time, and a process that ends waits for it no
+//! longer than [`FAREWELL`].
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -13,6 +16,8 @@ use dev_box_core::clock::Clock;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use serde::Serialize;
 use sha2::Sha256;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 
 use crate::anomaly::Finding;
 use crate::audit::Evidence;
@@ -21,6 +26,10 @@ use crate::audit::Evidence;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The pauses between tries.
 const PAUSES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(4), Duration::from_secs(16)];
+/// How long alerts may still take when the process is about to end: a try, and another.
+pub const FAREWELL: Duration = Duration::from_secs(10);
+/// How many alerts may be under way: fewer than responses may, so that a receiver that hangs leaves room for those that stop a VM.
+const MAX_WAITING: usize = 64;
 /// The shortest secret that is taken, in bytes.
 const SECRET_MIN: usize = 16;
 
@@ -62,6 +71,12 @@ pub enum AlertError {
         /// What was wrong with the last.
         last: String,
     },
+    /// Those before it were not taken yet.
+    #[error("{MAX_WAITING} alerts wait for the webhook already: it hangs, or is slow")]
+    Busy,
+    /// The process ends.
+    #[error("the webhook was not told before this process ended: it hangs, or is slow")]
+    Ending,
 }
 
 /// What is sent.
@@ -85,6 +100,9 @@ pub struct Webhook {
     secret: Vec<u8>,
     host: String,
     clock: Arc<dyn Clock>,
+    waiting: Semaphore,
+    /// When all has to be said.
+    end: watch::Sender<Option<Instant>>,
 }
 
 /// Without the secret.
@@ -128,14 +146,41 @@ impl Webhook {
             .max_redirects(0)
             .user_agent(concat!("dev-box/", env!("CARGO_PKG_VERSION")))
             .build();
-        Ok(Self { agent: config.new_agent(), url: url.into(), secret: bytes, host: host.into(), clock })
+        Ok(Self {
+            agent: config.new_agent(),
+            url: url.into(),
+            secret: bytes,
+            host: host.into(),
+            clock,
+            waiting: Semaphore::new(MAX_WAITING),
+            end: watch::Sender::new(None),
+        })
     }
 
-    /// Tells of a finding; tries again, for half a minute at most.
+    /// The process is about to end: alerts, also those that come now, have [`FAREWELL`] from here on.
+    pub fn ending(&self) {
+        self.end.send_replace(Some(Instant::now() + FAREWELL));
+    }
+
+    /// Tells of a finding; tries again, for 41 seconds at most.
     ///
     /// # Errors
-    /// [`AlertError::Refused`], [`AlertError::Unreachable`].
+    /// [`AlertError::Refused`], [`AlertError::Unreachable`], [`AlertError::Busy`], [`AlertError::Ending`].
     pub async fn send(&self, vm: &str, finding: &Finding) -> Result<(), AlertError> {
+        let _waiting = self.waiting.try_acquire().map_err(|_| AlertError::Busy)?;
+        let mut end = self.end.subscribe();
+        let over = async {
+            // The sender is ours.
+            let end = end.wait_for(Option::is_some).await.ok().and_then(|end| *end);
+            tokio::time::sleep_until(end.unwrap_or_else(Instant::now)).await;
+        };
+        tokio::select! {
+            told = self.tell(vm, finding) => told,
+            () = over => Err(AlertError::Ending),
+        }
+    }
+
+    async fn tell(&self, vm: &str, finding: &Finding) -> Result<(), AlertError> {
         let alert = Alert {
             v: 1,
             time: self.clock.now().to_string(),
@@ -283,6 +328,45 @@ mod tests {
             Err(AlertError::Refused { status: 302 })
         ));
         receiver.join().unwrap();
+    }
+
+    /// Connections are taken by the kernel, and nobody answers.
+    fn hanging() -> (TcpListener, Webhook) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        (listener, webhook(&url))
+    }
+
+    #[tokio::test]
+    async fn only_so_many_wait_for_one_that_hangs() {
+        let (_listener, webhook) = hanging();
+        let _others = webhook.waiting.try_acquire_many(u32::try_from(MAX_WAITING).unwrap()).unwrap();
+        assert!(matches!(webhook.send("vm-1", &finding()).await, Err(AlertError::Busy)));
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_process_does_not_wait_for_all_tries() {
+        let (_listener, webhook) = hanging();
+        // As if it were about to end for nearly as long as it may be.
+        let soon = Instant::now() + Duration::from_millis(300);
+        let told = async {
+            tokio::task::yield_now().await;
+            webhook.end.send_replace(Some(soon));
+        };
+        let finding = finding();
+        let (result, ()) = tokio::join!(webhook.send("vm-1", &finding), told);
+        assert!(matches!(result, Err(AlertError::Ending)), "{result:?}");
+        assert!(soon.elapsed() < PATIENCE, "it waited for a try");
+        webhook.ending();
+        assert!(webhook.end.borrow().is_some_and(|end| end > soon));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_given_up_after_four_tries() {
+        let (url, receiver) = receiver(&["503 Busy", "503 Busy", "503 Busy", "503 Busy"]);
+        let error = webhook(&url).send("vm-1", &finding()).await.unwrap_err();
+        assert!(matches!(error, AlertError::Unreachable { tries: 4, .. }), "{error:?}");
+        assert_eq!(receiver.join().unwrap().len(), 4);
     }
 
     #[test]

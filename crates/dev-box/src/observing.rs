@@ -16,7 +16,7 @@ use dev_box_provision::watch::{HostWatch, WatchParts};
 
 use crate::Config;
 
-/// How long the end of a process waits for responses that are under way.
+/// How long the end of a process waits for responses that are under way; alerts have less, see [`Webhook::ending`].
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why nothing can be watched.
@@ -40,6 +40,7 @@ pub enum ObserveError {
 pub(crate) struct Observing {
     pub(crate) observer: Observer,
     watch: HostWatch,
+    webhook: Option<Arc<Webhook>>,
 }
 
 impl Observing {
@@ -58,12 +59,13 @@ impl Observing {
             return Ok(None);
         }
         let throttle = Arc::new(NftThrottle::default());
+        let webhook = webhook(config, clock)?.map(Arc::new);
         let responder = VmResponder::new(Means {
             connection: connection.clone(),
             network: network.clone(),
             holds: provisioner.holds(),
             throttle: Arc::clone(&throttle) as _,
-            webhook: webhook(config, clock)?.map(Arc::new),
+            webhook: webhook.clone(),
             forensics_dir: config.host.state_root.join("forensics"),
             audit_dir: config.audit_dir(),
             clock: Arc::clone(clock),
@@ -87,7 +89,7 @@ impl Observing {
             provisioner.network_events(),
             Duration::from_millis(observe.sample_ms.max(100)),
         );
-        Ok(Some(Self { observer, watch }))
+        Ok(Some(Self { observer, watch, webhook }))
     }
 
     pub(crate) fn watcher(&self) -> Arc<dyn Watcher> {
@@ -96,6 +98,9 @@ impl Observing {
 
     pub(crate) async fn close(self) {
         self.watch.stop().await;
+        if let Some(webhook) = &self.webhook {
+            webhook.ending();
+        }
         self.observer.close(PATIENCE).await;
     }
 }
