@@ -9,7 +9,8 @@
 //!                                                                   +--unsound--> (pause, restore) --> held
 //! ```
 //!
-//! A VM whose rules are not as they should be is paused before anything else, so that what it does meanwhile is nothing.
+//! A VM whose rules are not as they should be is paused before anything else, so that what it does meanwhile is nothing; and all such VMs
+//! before the first is restored.
 //! It runs again once a verification finds every layer in place. What cannot be verified is neither sound nor unsound: it
 //! stays as it is, and counts as unverified ([`Watch::verified_within`]). What only hinders a VM's packets is no reason to hold
 //! the VM: it is told when it begins, and when it is over.
@@ -17,14 +18,17 @@
 //! A change of `bridge-nf-call-iptables` is a change of the way that all packets take. No layer needs either value, but what was found
 //! was found under the other one: every VM stands still until all layers were looked at anew, once for each change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dev_box_core::id::VmName;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use futures::StreamExt as _;
+use futures::future::join_all;
+use futures::stream::FuturesUnordered;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::events::NetEventKind;
 
@@ -253,30 +257,78 @@ pub async fn run(custody: &dyn Custody, handle: &WatchHandle) {
     }
 }
 
-/// One round: a verification, and a second one at once where something had to be restored.
+/// One round: a look, and another one as soon as what had to be restored is. That takes seconds, in which the other VMs are looked at
+/// as ever.
 pub async fn round(custody: &dyn Custody, handle: &WatchHandle) {
-    let bridged = custody.bridge_netfilter();
-    let changed = handle.watch().bridged(bridged);
-    for action in changed {
-        perform(custody, action).await;
-    }
-    for _ in 0..2 {
+    let (mut restoring, mut restores, mut tried) =
+        (BTreeSet::new(), FuturesUnordered::new(), BTreeSet::new());
+    loop {
         let begun = Instant::now();
-        let findings = custody.verify().await;
-        for (vm, finding) in &findings {
-            if let Finding::Unknown(why) = finding {
-                tracing::warn!(%vm, why, "the VM's network could not be verified");
+        let (wanted, restored) = {
+            let passed_over = restoring.clone();
+            let (mut restored, mut looking) = (Vec::new(), pin!(look(custody, handle, &passed_over)));
+            loop {
+                tokio::select! {
+                    wanted = &mut looking => break (wanted, restored),
+                    Some(vm) = restores.next() => restored.push(vm),
+                }
             }
+        };
+        restoring.retain(|vm| !restored.contains(vm));
+        // Once a round: what cannot be restored is no reason to look again at once.
+        for vm in wanted.into_iter().filter(|vm| tried.insert(vm.clone())) {
+            restoring.insert(vm.clone());
+            restores.push(async move {
+                perform(custody, Action::Restore(vm.clone())).await;
+                vm
+            });
         }
-        let actions = handle.watch().round(begun, findings);
-        let restored = actions.iter().any(|action| matches!(action, Action::Restore(_)));
-        for action in actions {
-            perform(custody, action).await;
+        if !restored.is_empty() {
+            // They were passed over.
+            continue;
         }
-        if !restored {
+        if restores.is_empty() {
             return;
         }
+        tokio::select! {
+            Some(vm) = restores.next() => { restoring.remove(&vm); }
+            () = sleep_until(begun + PERIOD) => {}
+        }
     }
+}
+
+/// Looks at all VMs but these, whose rules are just being put back, and does what can be done at once. Whose rules are to be put back is
+/// returned: they stand still.
+async fn look(custody: &dyn Custody, handle: &WatchHandle, passed_over: &BTreeSet<VmName>) -> Vec<VmName> {
+    let bridged = custody.bridge_netfilter();
+    let changed = handle.watch().bridged(bridged);
+    carry_out(custody, changed).await;
+    let begun = Instant::now();
+    let mut findings = custody.verify().await;
+    for (vm, finding) in &mut findings {
+        if passed_over.contains(vm) {
+            *finding = Finding::Unknown("its rules are just being put back".to_owned());
+        } else if let Finding::Unknown(why) = finding {
+            tracing::warn!(%vm, why, "the VM's network could not be verified");
+        }
+    }
+    let actions = handle.watch().round(begun, findings);
+    carry_out(custody, actions).await
+}
+
+/// Everybody who is to stand still does so before anything else is done, which may take long.
+async fn carry_out(custody: &dyn Custody, actions: Vec<Action>) -> Vec<VmName> {
+    let is_pause = |action: &Action| matches!(action, Action::Pause(_));
+    let (pauses, others): (Vec<Action>, Vec<Action>) = actions.into_iter().partition(is_pause);
+    join_all(pauses.into_iter().map(|pause| perform(custody, pause))).await;
+    let mut to_be_restored = Vec::new();
+    for action in others {
+        match action {
+            Action::Restore(vm) => to_be_restored.push(vm),
+            other => perform(custody, other).await,
+        }
+    }
+    to_be_restored
 }
 
 async fn perform(custody: &dyn Custody, action: Action) {

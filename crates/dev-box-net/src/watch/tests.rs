@@ -265,6 +265,122 @@ async fn a_round_restores_and_resumes_at_once() {
     assert!(host.state.lock().unwrap().running && handle.is_fresh(&vm("dev-box-a")));
 }
 
+/// Two VMs, and what was done to them: rules are put back in half a minute, or not at all.
+struct Slow {
+    began: Instant,
+    unsound: Mutex<BTreeSet<VmName>>,
+    restorable: bool,
+    done: Mutex<Vec<(u64, String)>>,
+}
+
+impl Slow {
+    fn new(unsound: &[&str], restorable: bool) -> Self {
+        let unsound = Mutex::new(unsound.iter().map(|name| vm(name)).collect());
+        Self { began: Instant::now(), unsound, restorable, done: Mutex::default() }
+    }
+
+    fn note<'a>(&'a self, what: &str, vm: &VmName) -> BoxFuture<'a, Result<(), String>> {
+        self.done.lock().unwrap().push((self.began.elapsed().as_secs(), format!("{what} {vm}")));
+        Box::pin(async { Ok(()) })
+    }
+
+    fn done(&self) -> Vec<(u64, String)> {
+        self.done.lock().unwrap().clone()
+    }
+}
+
+impl Custody for Slow {
+    fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
+        let gone = self.unsound.lock().unwrap().clone();
+        let found = |vm: VmName| if gone.contains(&vm) { (vm, unsound()) } else { (vm, Finding::Sound) };
+        let found = [vm("dev-box-a"), vm("dev-box-b")].map(found);
+        // What is found was so at the beginning.
+        Box::pin(async move {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            found.into()
+        })
+    }
+
+    fn bridge_netfilter(&self) -> Option<bool> {
+        None
+    }
+
+    fn pause<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
+        self.note("pause", vm)
+    }
+
+    fn restore<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
+        drop(self.note("restore", vm));
+        Box::pin(async move {
+            if !self.restorable {
+                return Err("no nft".to_owned());
+            }
+            tokio::time::sleep(Duration::from_secs(30)).await;
+            self.unsound.lock().unwrap().remove(vm);
+            Ok(())
+        })
+    }
+
+    fn resume<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
+        assert!(!self.unsound.lock().unwrap().contains(vm), "it runs only under its rules");
+        self.note("resume", vm)
+    }
+
+    fn report(&self, _: &VmName, _: NetEventKind) {}
+
+    fn announce(&self, _: NetEventKind) {}
+
+    fn forget(&self) {}
+}
+
+fn all(done: &[(u64, &str)]) -> Vec<(u64, String)> {
+    done.iter().map(|(second, what)| (*second, (*what).to_owned())).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn everybody_stands_still_before_the_first_is_restored() {
+    let host = Slow::new(&["dev-box-a", "dev-box-b"], true);
+    round(&host, &WatchHandle::default()).await;
+    let expected = [
+        (0, "pause dev-box-a"),
+        (0, "pause dev-box-b"),
+        (0, "restore dev-box-a"),
+        (0, "restore dev-box-b"),
+        (31, "resume dev-box-a"),
+        (31, "resume dev-box-b"),
+    ];
+    assert_eq!(host.done(), all(&expected));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_restored_for_long_keeps_nobody_from_being_noticed() {
+    let (host, handle) = (Slow::new(&["dev-box-a"], true), WatchHandle::default());
+    let other = async {
+        tokio::time::sleep(Duration::from_millis(10_200)).await;
+        assert!(handle.is_fresh(&vm("dev-box-b")) && handle.is_held(&vm("dev-box-a")));
+        host.unsound.lock().unwrap().insert(vm("dev-box-b"));
+    };
+    tokio::join!(round(&host, &handle), other);
+    let expected = [
+        (0, "pause dev-box-a"),
+        (0, "restore dev-box-a"),
+        (11, "pause dev-box-b"),
+        (11, "restore dev-box-b"),
+        (31, "resume dev-box-a"),
+        (42, "resume dev-box-b"),
+    ];
+    assert_eq!(host.done(), all(&expected));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_restored_ends_the_round() {
+    let host = Slow::new(&["dev-box-a"], false);
+    round(&host, &WatchHandle::default()).await;
+    // Somebody may have let it run.
+    let expected = [(0, "pause dev-box-a"), (0, "restore dev-box-a"), (1, "pause dev-box-a")];
+    assert_eq!(host.done(), all(&expected));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_verification_is_good_for_two_seconds() {
     let host = Host::default();
