@@ -5,11 +5,11 @@ use std::io::Write as _;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use dev_box::core::clock::{Clock as _, EasternTime, SystemClock};
+use dev_box::core::clock::{Clock as _, SystemClock};
 use dev_box::net::identity;
-use dev_box_tests::{Daemon, Host, Internet, wait_until};
+use dev_box_tests::{Daemon, Host, Internet, Lifecycle, wait_until};
 
 use crate::libvirtd::{self, Going};
 
@@ -100,12 +100,6 @@ fn seen_as(host: &Host, world: &TcpListener) -> IpAddr {
     world.accept().unwrap().1.ip()
 }
 
-/// How long after `before` the newest of these audit records was made, by the daemon's own clock.
-fn noticed_after(records: &str, before: &EasternTime) -> Duration {
-    let last: serde_json::Value = serde_json::from_str(records.lines().last().unwrap()).unwrap();
-    EasternTime::from_unix_nanos(last["utc_ns"].as_i64().unwrap()).since(before)
-}
-
 fn paused(vm: &str) -> bool {
     let state = Command::new("virsh").args(["-c", "qemu:///system", "domstate", vm]).output().unwrap();
     String::from_utf8_lossy(&state.stdout).trim() == "paused"
@@ -115,7 +109,7 @@ fn paused(vm: &str) -> bool {
 fn a_flushed_firewall_is_noticed_and_put_back() {
     const NAME: &str = "a_flushed_firewall_is_noticed_and_put_back";
     let Some(host) = Host::new(NAME) else { return };
-    for program in ["nft", "ebtables", "virsh"] {
+    for program in ["nft", "ebtables", "virsh", "stdbuf"] {
         if Command::new(program).arg("--version").output().is_err() {
             return dev_box_tests::skip(NAME, &format!("needs {program}"));
         }
@@ -134,6 +128,7 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
     assert_eq!(seen_as(&host, &world), in_the_hosts_name);
     let host_changed = || host.dev_box(["audit", "query", "--action", "net.host_changed"]).text();
     let others = Others::save();
+    let lifecycle = Lifecycle::watch();
     let tap = tap_of(&host, &vm);
     let in_filter = |how: &str, port: &str| {
         let chain = format!("libvirt-I-{tap}");
@@ -156,15 +151,17 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
         ("the guard's rules are gone", &|| run("nft", &["flush", "ruleset"])),
     ];
     for (number, (finding, flush)) in ways.into_iter().enumerate() {
-        let before = SystemClock.now();
+        let before = Instant::now();
         flush();
         let on_record = || host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text();
         wait_until("it is audited", LIMIT, || on_record().lines().count() > number);
         let records = on_record();
         let last = records.lines().last().unwrap_or_default();
-        assert!(last.contains(finding), "{last}");
-        // It is paused before it is put on record.
-        let noticed = noticed_after(&records, &before);
+        // Of a flush of everything, a look that was under way may have seen what was looked at last.
+        let seen_in_part = number == 5 && last.contains("libvirt's filter are not in force");
+        assert!(last.contains(finding) || seen_in_part, "{last}");
+        // Not by the record's time, which is that at which it was written: a disk that is busy is no lateness.
+        let noticed = lifecycle.stopped_after(&vm, before, LIMIT);
         assert!(noticed < Duration::from_secs(2), "noticed after {noticed:?}: {finding}");
         eprintln!("noticed after {noticed:?}: {finding}");
         // Libvirt's own rules went with the last: that is told, and holds nobody.
@@ -220,7 +217,7 @@ fn a_flushed_firewall_is_noticed_and_put_back() {
 fn the_filter_of_a_prepared_tap_is_put_back() {
     const NAME: &str = "the_filter_of_a_prepared_tap_is_put_back";
     let Some(host) = Host::new(NAME) else { return };
-    for program in ["ebtables", "virsh"] {
+    for program in ["ebtables", "virsh", "stdbuf"] {
         if Command::new(program).arg("--version").output().is_err() {
             return dev_box_tests::skip(NAME, &format!("needs {program}"));
         }
@@ -245,17 +242,17 @@ fn the_filter_of_a_prepared_tap_is_put_back() {
     };
     assert!(tap_joined());
     let lost = || host.dev_box(["audit", "query", "--action", "net.guard_lost"]).text();
-    let tap = tap_of(&host, &vm);
+    let (tap, lifecycle) = (tap_of(&host, &vm), Lifecycle::watch());
     let off_its_bridge: [&[&str]; 2] = [
         &["link", "set", &tap, "nomaster"],
         // Others of its kind could be reached.
         &["link", "set", &tap, "type", "bridge_slave", "isolated", "off"],
     ];
     for (number, way) in off_its_bridge.into_iter().enumerate() {
-        let before = SystemClock.now();
+        let before = Instant::now();
         run("ip", way);
         wait_until("it is audited", LIMIT, || lost().matches("not on its bridge").count() > number);
-        let noticed = noticed_after(&lost(), &before);
+        let noticed = lifecycle.stopped_after(&vm, before, LIMIT);
         assert!(noticed < Duration::from_secs(2), "noticed after {noticed:?}");
         wait_until("it is on its bridge", LIMIT, || tap_joined() && !paused(&vm));
     }

@@ -4,6 +4,7 @@
 mod collector;
 mod daemon;
 mod internet;
+mod lifecycle;
 mod screen;
 
 use std::ffi::OsStr;
@@ -19,6 +20,7 @@ use tempfile::TempDir;
 pub use collector::Collector;
 pub use daemon::Daemon;
 pub use internet::{Internet, run};
+pub use lifecycle::Lifecycle;
 pub use screen::Screen;
 
 /// Where `cargo xtask setup` puts the guest image that all tests share.
