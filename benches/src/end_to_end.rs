@@ -7,10 +7,12 @@ use dev_box::comm::message::{ExecRequest, ExitStatus};
 use dev_box::comm::{Message, Request, Session};
 use dev_box::exec::{NetworkMode, Provisioner, VmRequest};
 use dev_box::provision::TemplateUse;
+use dev_box::provision::sweep::Orphans;
 use dev_box::{Config, DevBox};
 
 use crate::figure::{Figure, Unit};
 use crate::registry::NotRun;
+use crate::{interrupt, pool};
 
 /// How many VMs are booted.
 const BOOTS: usize = 7;
@@ -28,8 +30,28 @@ fn request(dev_box: &DevBox) -> VmRequest {
     request
 }
 
+/// Until it is done, or the program is interrupted.
 pub(crate) fn block_on<T>(future: impl Future<Output = Result<T, NotRun>>) -> Result<T, NotRun> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(future)
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
+        tokio::select! {
+            done = future => done,
+            () = interrupt::heard() => Err("interrupted".into()),
+        }
+    })
+}
+
+/// Removes what a benchmark has left that failed or was interrupted: its VMs, which have no owner any more.
+pub(crate) fn clean_up() -> Result<(), NotRun> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
+        let dev_box = DevBox::open(Config::load(None)?).await?;
+        let swept = dev_box.sweep(Orphans::Stay).await;
+        let store = dev_box.provisioner().templates();
+        dev_box.close().await;
+        swept?;
+        // There is none where no benchmark of a pool has begun.
+        let _ = store?.remove(&pool::TEMPLATE.parse()?);
+        Ok(())
+    })
 }
 
 /// From asking for a VM to its agent answering and knowing who it is; and each step of the way.

@@ -46,7 +46,7 @@ const LEASES: usize = 100;
 /// As many as there are VMs at once, `pool.init_8` and its shells included.
 const TAPS: usize = 9;
 const PATIENCE: Duration = Duration::from_secs(120);
-const TEMPLATE: &str = "dev-box-bench";
+pub(crate) const TEMPLATE: &str = "dev-box-bench";
 /// Ten MiB, in memory that the guest had not used before.
 const DIRTY: &str = "dd if=/dev/zero of=/dev/shm/dirty bs=1M count=10 2>/dev/null";
 
@@ -94,35 +94,38 @@ impl Bench {
     async fn all(&self, wanted: &Wanted, report: &mut Report) {
         let boots = self.dev_box.provisioner().using(TemplateUse::Never);
         if wanted.has("boot.cold.256m") {
-            report.take(self.one_by_one(&boots, "boot.cold.256m", BOOTS).await);
+            report.part("boot.cold.256m", self.one_by_one(&boots, "boot.cold.256m", BOOTS).await);
         }
         if wanted.has("clone.unprepared") {
-            report.take(self.one_by_one(&self.clones, "clone.unprepared", CLONES).await);
+            report.part("clone.unprepared", self.one_by_one(&self.clones, "clone.unprepared", CLONES).await);
         }
-        report.take(self.keep_taps(TAPS).await.map(|()| Vec::new()));
+        report.part("taps", self.keep_taps(TAPS).await.map(|()| Vec::new()));
         if wanted.has("clone.ready") {
-            report.take(self.one_by_one(&self.clones, "clone.ready", CLONES).await);
+            report.part("clone.ready", self.one_by_one(&self.clones, "clone.ready", CLONES).await);
         }
         if wanted.has("clone.from_shell") {
-            report.take(self.shell_clones().await);
+            report.part("clone.from_shell", self.shell_clones().await);
         }
         if wanted.has("reset.rewind") {
-            report.take(self.rewind().await);
+            report.part("reset.rewind", self.rewind().await);
         }
         if wanted.has("reset.replace") {
-            report.take(self.replace().await.map(|figure| vec![figure]));
+            report.part("reset.replace", self.replace().await.map(|figure| vec![figure]));
         }
         if wanted.has("pool.acquire_warm") {
-            report.take(self.acquire_warm().await);
+            report.part("pool.acquire_warm", self.acquire_warm().await);
         }
         if wanted.has("pool.init_8") || wanted.has("vm.pss_idle") {
-            report.take(self.init(&boots).await);
+            report.part("pool.init_8", self.init("pool.init_8", &self.clones).await);
+        }
+        if wanted.has("pool.init_8") {
+            report.part("pool.init_8.booted", self.init("pool.init_8.booted", &boots).await);
         }
         if wanted.has("fork.ready") {
-            report.take(fork::run(self, &boots).await);
+            report.part("fork.ready", fork::run(self, &boots).await);
         }
         if wanted.has("pool.cycle") {
-            report.take(cycle::run(self).await);
+            cycle::run(self, wanted, report).await;
         }
         if wanted.has("baseline") {
             baseline::run(self, wanted, report).await;
@@ -270,22 +273,18 @@ impl Bench {
         Ok(figures(samples))
     }
 
-    /// Eight at once, cloned and booted, made as many at a time as there are cores; and what each of the clones takes.
-    async fn init(&self, boots: &LibvirtProvisioner) -> Result<Vec<Figure>, NotRun> {
-        let mut figures = Vec::new();
-        for (name, provisioner) in [("pool.init_8", &self.clones), ("pool.init_8.booted", boots)] {
-            let before = memory::qemu_pss()?;
-            let began = Instant::now();
-            let pool = VmPool::new(self.settings(8), Arc::new(provisioner.clone()), self.request.clone());
-            pool.initialize().await?;
-            figures.push(Figure::of(name, Unit::Milliseconds, vec![milliseconds(began.elapsed())]));
-            if name == "pool.init_8" {
-                let after = memory::qemu_pss()?;
-                let each = (after - before) / 8.0;
-                figures.push(Figure::of("vm.pss_idle", Unit::Mebibytes, vec![each]));
-            }
-            pool.shutdown().await;
+    /// Eight at once, made as many at a time as there are cores; and what each of them takes, if they are clones.
+    async fn init(&self, name: &str, provisioner: &LibvirtProvisioner) -> Result<Vec<Figure>, NotRun> {
+        let before = memory::qemu_pss()?;
+        let began = Instant::now();
+        let pool = VmPool::new(self.settings(8), Arc::new(provisioner.clone()), self.request.clone());
+        pool.initialize().await?;
+        let mut figures = vec![Figure::of(name, Unit::Milliseconds, vec![milliseconds(began.elapsed())])];
+        if name == "pool.init_8" {
+            let each = (memory::qemu_pss()? - before) / 8.0;
+            figures.push(Figure::of("vm.pss_idle", Unit::Mebibytes, vec![each]));
         }
+        pool.shutdown().await;
         Ok(figures)
     }
 

@@ -27,7 +27,12 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// A benchmark, or a part of one: if it could not run, the others can.
+    /// A part of a benchmark, by its name: if it could not run, the others can.
+    pub(crate) fn part(&mut self, name: &str, measured: Result<Vec<Figure>, NotRun>) {
+        self.take(measured.map_err(|error| format!("{name}: {}", with_causes(&error)).into()));
+    }
+
+    /// A benchmark.
     pub(crate) fn take(&mut self, measured: Result<Vec<Figure>, NotRun>) {
         match measured {
             Ok(figures) => {
@@ -37,11 +42,21 @@ impl Report {
                 self.figures.extend(figures);
             }
             Err(error) => {
-                eprintln!("  not run: {error}");
-                self.not_run.push(error.to_string());
+                let why = with_causes(&error);
+                eprintln!("  not run: {why}");
+                self.not_run.push(why);
             }
         }
     }
+}
+
+fn with_causes(error: &NotRun) -> String {
+    let (mut text, mut cause) = (error.to_string(), error.source());
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
 }
 
 /// Which figures are asked for, so that a benchmark of many need not take all.
@@ -172,9 +187,21 @@ pub(crate) fn choose(names: &[String]) -> Result<Vec<&'static Benchmark>, Unknow
 mod tests {
     use super::*;
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("loading failed")]
+    struct Loading(#[source] std::io::Error);
+
     fn names(chosen: &[&str]) -> Vec<&'static str> {
         let chosen: Vec<String> = chosen.iter().map(|name| (*name).to_owned()).collect();
         choose(&chosen).unwrap().iter().map(|benchmark| benchmark.name).collect()
+    }
+
+    #[test]
+    fn a_part_that_failed_is_named_with_all_causes() {
+        let mut report = Report::default();
+        report.part("clone.ready", Err(Loading(std::io::Error::other("no QEMU")).into()));
+        report.part("reset.rewind", Ok(Vec::new()));
+        assert_eq!(report.not_run, ["clone.ready: loading failed: no QEMU"]);
     }
 
     #[test]

@@ -21,20 +21,32 @@ use crate::registry::{NotRun, Report, Wanted};
 const TIMES: usize = 5;
 
 pub(super) async fn run(bench: &Bench, wanted: &Wanted, report: &mut Report) {
-    if wanted.has("baseline.virsh_revert") || wanted.has("baseline.virsh_restore") {
-        report.take(virsh_in_a_boot(bench).await);
+    for name in ["baseline.virsh_revert", "baseline.virsh_restore"] {
+        if wanted.has(name) {
+            report.part(name, virsh_in_a_boot(bench, name).await.map(|figure| vec![figure]));
+        }
     }
     if wanted.has("baseline.qemu_loadvm") {
-        report.take(loadvm(bench).await);
+        report.part("baseline.qemu_loadvm", loadvm(bench).await);
     }
 }
 
-async fn virsh_in_a_boot(bench: &Bench) -> Result<Vec<Figure>, NotRun> {
+/// With virsh's own start, some 10 ms.
+async fn virsh_in_a_boot(bench: &Bench, name: &str) -> Result<Figure, NotRun> {
     let boots = bench.dev_box.provisioner().using(TemplateUse::Never);
     let vm = boots.provision(&bench.request).await?;
-    let measured = virsh_both(bench, &vm).await;
+    let measured = async {
+        bench.sh(&vm, DIRTY).await?;
+        // A QEMU that starts with a hard limit may lock as much memory, which root is not everywhere allowed to let it.
+        virsh(&["memtune", vm.name.as_str(), "--hard-limit", "-1", "--live"]).await?;
+        match name {
+            "baseline.virsh_revert" => virsh_revert(vm.name.as_str()).await,
+            _ => virsh_restore(vm.name.as_str()).await,
+        }
+    };
+    let measured = measured.await;
     boots.retire(vm).await?;
-    measured
+    Ok(Figure::of(name, Unit::Milliseconds, measured?))
 }
 
 async fn virsh(arguments: &[&str]) -> Result<(), NotRun> {
@@ -45,34 +57,29 @@ async fn virsh(arguments: &[&str]) -> Result<(), NotRun> {
     Err(format!("virsh {arguments:?}: {}", String::from_utf8_lossy(&done.stderr).trim()).into())
 }
 
-/// With virsh's own start, some 10 ms.
-async fn virsh_both(bench: &Bench, vm: &dev_box::exec::ReadyVm) -> Result<Vec<Figure>, NotRun> {
-    let name = vm.name.as_str();
-    bench.sh(vm, DIRTY).await?;
-    // A QEMU that starts with a hard limit may lock as much memory, which root is not everywhere allowed to let it.
-    virsh(&["memtune", name, "--hard-limit", "-1", "--live"]).await?;
+async fn virsh_revert(name: &str) -> Result<Vec<f64>, NotRun> {
     virsh(&["snapshot-create-as", name, "bench"]).await?;
-    let mut revert = Vec::new();
+    let mut took = Vec::new();
     for _ in 0..TIMES {
         let began = Instant::now();
         virsh(&["snapshot-revert", name, "bench", "--running"]).await?;
-        revert.push(milliseconds(began.elapsed()));
+        took.push(milliseconds(began.elapsed()));
     }
-    let file = std::env::temp_dir().join(format!("dev-box-bench-{}.save", std::process::id()));
-    let path = file.to_string_lossy().into_owned();
-    let mut restore = Vec::new();
+    Ok(took)
+}
+
+async fn virsh_restore(name: &str) -> Result<Vec<f64>, NotRun> {
+    // Gone with all that is in it, however this ends.
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("saved").to_string_lossy().into_owned();
+    let mut took = Vec::new();
     for _ in 0..TIMES {
         virsh(&["save", name, &path]).await?;
         let began = Instant::now();
-        let restored = virsh(&["restore", &path]).await;
-        restore.push(milliseconds(began.elapsed()));
-        let _ = std::fs::remove_file(&file);
-        restored?;
+        virsh(&["restore", &path]).await?;
+        took.push(milliseconds(began.elapsed()));
     }
-    Ok(vec![
-        Figure::of("baseline.virsh_revert", Unit::Milliseconds, revert),
-        Figure::of("baseline.virsh_restore", Unit::Milliseconds, restore),
-    ])
+    Ok(took)
 }
 
 /// A plain QEMU with the same guest, and its monitor.

@@ -9,32 +9,39 @@ use dev_box::exec::pool::{PoolSettings, ResetPolicy, VmPool};
 use super::{Bench, PATIENCE, memory};
 use crate::end_to_end::exec;
 use crate::figure::{Figure, Unit};
-use crate::registry::NotRun;
+use crate::registry::{NotRun, Report, Wanted};
 
 /// How long each is kept going; one sample is what got done in a window of it.
 const LASTS: Duration = Duration::from_secs(20);
 const WINDOW: Duration = Duration::from_secs(5);
 
 /// Both policies, pools of two and four, as many callers as VMs; and what the cycles left in this process.
-pub(super) async fn run(bench: &Bench) -> Result<Vec<Figure>, NotRun> {
-    let mut figures = Vec::new();
+pub(super) async fn run(bench: &Bench, wanted: &Wanted, report: &mut Report) {
     let before = memory::this_process();
     for (policy, reset) in [("rewind", ResetPolicy::Rewind), ("replace", ResetPolicy::Replace)] {
         for size in [2, 4] {
-            let settings = PoolSettings { reset, ..bench.settings(size) };
-            let pool = VmPool::new(settings, Arc::new(bench.clones.clone()), bench.request.clone());
-            pool.initialize().await?;
-            let rates = sustained(&pool, size).await;
-            pool.shutdown().await;
-            figures.push(Figure::of(format!("pool.cycle.{policy}.{size}"), Unit::PerSecond, rates?));
+            let name = format!("pool.cycle.{policy}.{size}");
+            if wanted.has(&name) {
+                report.part(&name, one(bench, &name, reset, size).await.map(|figure| vec![figure]));
+            }
         }
     }
     let after = memory::this_process();
     let grown = (f64::from(after.0) - f64::from(before.0)) / 1024.0;
-    figures.push(Figure::of("pool.cycle.rss_grown", Unit::Mebibytes, vec![grown]));
     let more = u32::try_from(after.1.saturating_sub(before.1)).unwrap_or(u32::MAX);
-    figures.push(Figure::of("pool.cycle.descriptors_more", Unit::Count, vec![f64::from(more)]));
-    Ok(figures)
+    report.take(Ok(vec![
+        Figure::of("pool.cycle.rss_grown", Unit::Mebibytes, vec![grown]),
+        Figure::of("pool.cycle.descriptors_more", Unit::Count, vec![f64::from(more)]),
+    ]));
+}
+
+async fn one(bench: &Bench, name: &str, reset: ResetPolicy, size: usize) -> Result<Figure, NotRun> {
+    let settings = PoolSettings { reset, ..bench.settings(size) };
+    let pool = VmPool::new(settings, Arc::new(bench.clones.clone()), bench.request.clone());
+    pool.initialize().await?;
+    let rates = sustained(&pool, size).await;
+    pool.shutdown().await;
+    Ok(Figure::of(name, Unit::PerSecond, rates?))
 }
 
 async fn sustained(pool: &VmPool, callers: usize) -> Result<Vec<f64>, NotRun> {
