@@ -3,24 +3,28 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use dev_box::core::vm::Vm;
+use dev_box::exec::NetworkMode;
 use dev_box::exec::pool::{Lease, PoolError, PoolSettings, PoolStatus, ResetPolicy, VmPool};
-use dev_box::exec::{NetworkMode, ReadyVm};
 use dev_box::provision::rewind::QemuProcess;
 use dev_box_tests::{Host, wait_until};
+use nix::unistd::Pid;
 
 use crate::in_process::{InProcess, TEMPLATE};
 
 /// Longer than anything here takes on a machine that does other things as well.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-async fn kill_qemu(with: &InProcess, vm: &ReadyVm) {
-    let domain = Vm::find(with.dev_box.connection(), vm.name.as_str()).await.unwrap();
-    let pid = QemuProcess::find(domain.id().as_uuid()).unwrap().pid();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), nix::sys::signal::SIGKILL).unwrap();
+async fn qemu_of(with: &InProcess, vm: &str) -> Pid {
+    let domain = Vm::find(with.dev_box.connection(), vm).await.unwrap();
+    Pid::from_raw(QemuProcess::find(domain.id().as_uuid()).unwrap().pid().cast_signed())
+}
+
+fn kill(pid: Pid) {
+    nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL).unwrap();
 }
 
 async fn until(pool: &VmPool, what: &str, holds: impl Fn(&PoolStatus) -> bool) -> PoolStatus {
@@ -64,7 +68,7 @@ async fn a_pool_replaces_what_dies_and_says_what_it_cannot_make() {
 
     // QEMU dies while leased, is released all the same, and nobody gets it again.
     let [dies, stays] = leases;
-    kill_qemu(&with, dies.vm()).await;
+    kill(qemu_of(&with, dies.vm().name.as_str()).await);
     dies.vm().session.closed().await;
     let dead = dies.vm().name.clone();
     dies.release();
@@ -80,9 +84,7 @@ async fn a_pool_replaces_what_dies_and_says_what_it_cannot_make() {
         .into_iter()
         .find(|name| !name.starts_with('.') && *name != leased.as_str() && *name != dead.as_str())
         .unwrap();
-    let domain = Vm::find(with.dev_box.connection(), &ready).await.unwrap();
-    let pid = QemuProcess::find(domain.id().as_uuid()).unwrap().pid();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), nix::sys::signal::SIGKILL).unwrap();
+    kill(qemu_of(&with, &ready).await);
     until(&pool, "the dead VM is noticed", |status| status.unhealthy == 1).await;
     until(&pool, "another is ready", |status| status.ready == 1).await;
 
@@ -98,6 +100,123 @@ async fn a_pool_replaces_what_dies_and_says_what_it_cannot_make() {
     pool.shutdown().await;
     wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
     with.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_dies_while_it_is_reset_is_lost_and_nothing_else() {
+    let Some(host) = Host::new("a_vm_that_dies_while_it_is_reset_is_lost_and_nothing_else") else { return };
+    let with = InProcess::with_template(&host, NetworkMode::Isolated).await;
+    let settings = PoolSettings { reset: ResetPolicy::Rewind, ..PoolSettings::new(1, 1) };
+    let pool = VmPool::new(settings, Arc::new(with.clones()), with.request.clone());
+    let lease = pool.acquire(PATIENCE).await.unwrap();
+    let (name, pid) = (lease.vm().name.clone(), qemu_of(&with, lease.vm().name.as_str()).await);
+    lease.release();
+    until(&pool, "it is being reset", |status| status.resetting == 1).await;
+    kill(pid);
+    let status = until(&pool, "it is lost", |status| status.lost == 1 && status.ready == 1).await;
+    assert_eq!((status.reset, status.unhealthy, status.failed), (0, 0, 0), "{status:?}");
+    let next = pool.acquire(PATIENCE).await.unwrap();
+    assert_ne!(next.vm().name, name);
+    assert_eq!(with.sh(next.vm(), "cat /root/setup").await, "kept\n");
+    next.release();
+    // While another reset is under way.
+    pool.shutdown().await;
+    wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
+    with.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool() {
+    const NAME: &str = "a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool";
+    for way in ["replaced", "truncated"] {
+        let Some(host) = Host::new(NAME) else { return };
+        let with = InProcess::with_template(&host, NetworkMode::Isolated).await;
+        let settings = PoolSettings { reset: ResetPolicy::Rewind, breaker: 1, ..PoolSettings::new(1, 1) };
+        let pool = VmPool::new(settings, Arc::new(with.clones()), with.request.clone());
+        let lease = pool.acquire(PATIENCE).await.unwrap();
+        let template = with.clones().templates().unwrap().get(&TEMPLATE.parse().unwrap()).unwrap();
+        let ram = template.ram();
+        if way == "replaced" {
+            // What maps the old one keeps it.
+            let other = ram.with_extension("other");
+            std::fs::copy(&ram, &other).unwrap();
+            File::options().write(true).open(&other).unwrap().write_all_at(b"another's", 1 << 20).unwrap();
+            std::fs::rename(&other, &ram).unwrap();
+            assert_eq!(with.sh(lease.vm(), "cat /root/setup").await, "kept\n");
+        } else {
+            // What its QEMU has not read yet is gone from under it: that may be its end.
+            File::options().write(true).open(&ram).unwrap().set_len(4096).unwrap();
+        }
+        lease.release();
+        let status = until(&pool, "none can be made", |status| status.failed > 0).await;
+        assert_eq!((status.reset, status.ready, status.leased), (0, 0, 0), "{way}: {status:?}");
+        let error = pool.acquire(Duration::from_secs(20)).await.unwrap_err();
+        assert!(
+            matches!(&error, PoolError::Unhealthy { why } if why.contains("damaged: ram")),
+            "{way}: {error}"
+        );
+        pool.shutdown().await;
+        wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
+        with.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_hundred_callers_on_five_vms() {
+    Box::pin(tokio::task::LocalSet::new().run_until(five_hundred())).await;
+}
+
+async fn five_hundred() {
+    const WAIT: Duration = Duration::from_secs(20);
+    let Some(host) = Host::new("five_hundred_callers_on_five_vms") else { return };
+    let with = Arc::new(InProcess::with_template(&host, NetworkMode::Isolated).await);
+    let settings = PoolSettings { reset: ResetPolicy::Rewind, ..PoolSettings::new(5, 5) };
+    let pool = VmPool::new(settings, Arc::new(with.clones()), with.request.clone());
+    pool.initialize().await.unwrap();
+    let (held, order) = (Arc::new(Mutex::new(BTreeSet::new())), Arc::new(Mutex::new(Vec::new())));
+    let mut callers = tokio::task::JoinSet::new();
+    for number in 0..500 {
+        let (with, pool) = (Arc::clone(&with), pool.clone());
+        let (held, order) = (Arc::clone(&held), Arc::clone(&order));
+        callers.spawn_local(async move {
+            // Each from a moment of its own, so that an order is known.
+            tokio::time::sleep(Duration::from_millis(2) * number).await;
+            let asked = Instant::now();
+            let lease = match pool.acquire(WAIT).await {
+                Ok(lease) => lease,
+                Err(error) => return Err((error, asked.elapsed())),
+            };
+            order.lock().unwrap().push(number);
+            let name = lease.vm().name.clone();
+            assert!(held.lock().unwrap().insert(name.clone()), "{name} is somebody else's");
+            with.sh(lease.vm(), "test ! -e /root/mine; touch /root/mine; cat /root/setup").await;
+            assert!(held.lock().unwrap().remove(&name));
+            lease.release();
+            Ok(())
+        });
+    }
+    let (mut served, mut late) = (0, 0);
+    while let Some(caller) = callers.join_next().await {
+        assert!(host.qemu_pids().len() <= 5);
+        match caller.unwrap() {
+            Ok(()) => served += 1,
+            Err((PoolError::Timeout { .. }, waited)) => {
+                late += 1;
+                assert!(waited >= WAIT && waited < WAIT + Duration::from_secs(5), "{waited:?}");
+            }
+            Err((error, _)) => panic!("{error}"),
+        }
+    }
+    // Who asked first was served first, as long as he waited.
+    assert!(order.lock().unwrap().is_sorted(), "{order:?}");
+    assert_eq!((served + late, order.lock().unwrap().len() as u64), (500, served));
+    let status = until(&pool, "all are ready again", |status| status.ready == 5).await;
+    assert_eq!((status.leased, status.waiting, status.made, status.lost), (0, 0, 5, 0), "{status:?}");
+    assert!(served > 5, "VMs are used again");
+    assert_eq!((status.granted, status.refused), (served, late), "{status:?}");
+    pool.shutdown().await;
+    wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
+    Arc::into_inner(with).unwrap().close().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
