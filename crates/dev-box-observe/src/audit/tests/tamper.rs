@@ -1,6 +1,6 @@
 //! Whatever is done to a log, verifying names the first record that is wrong and what is wrong with it.
 
-use std::{fs, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use proptest::prelude::*;
 
@@ -19,13 +19,18 @@ fn log_of(records: usize) -> Place {
 
 /// A copy of one log of [`RECORDS`] records, without its state: making one takes a sync a record.
 fn copy() -> Place {
-    static ONE: std::sync::LazyLock<Place> = std::sync::LazyLock::new(|| log_of(RECORDS));
+    /// Its contents: a place that is never dropped would stay on the disk.
+    static ONE: std::sync::LazyLock<[Vec<u8>; 3]> = std::sync::LazyLock::new(|| {
+        let place = log_of(RECORDS);
+        [place.key(), place.heads(), place.segments().remove(0)].map(|path| fs::read(path).unwrap())
+    });
     let place = Place::new();
     fs::create_dir(place.log_dir()).unwrap();
-    fs::copy(ONE.key(), place.key()).unwrap();
-    fs::copy(ONE.heads(), place.heads()).unwrap();
-    let segment = &ONE.segments()[0];
-    fs::copy(segment, place.log_dir().join(segment.file_name().unwrap())).unwrap();
+    let [key, heads, segment] = &*ONE;
+    fs::write(place.key(), key).unwrap();
+    fs::set_permissions(place.key(), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(place.heads(), heads).unwrap();
+    fs::write(super::super::segment::path(&place.log_dir(), 1), segment).unwrap();
     place
 }
 
