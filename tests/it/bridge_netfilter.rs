@@ -7,6 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dev_box::core::clock::{Clock as _, SystemClock};
 use dev_box_tests::{Daemon, Host, Lifecycle, skip, wait_until};
 use serde_json::Value;
 
@@ -62,9 +63,22 @@ impl Nft {
     }
 }
 
+fn virsh(args: [&str; 2]) -> String {
+    let done = Command::new("virsh").args(["-c", "qemu:///system"]).args(args).output().unwrap();
+    assert!(done.status.success(), "{args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8_lossy(&done.stdout).trim().to_owned()
+}
+
 fn state(vm: &str) -> String {
-    let state = Command::new("virsh").args(["-c", "qemu:///system", "domstate", vm]).output().unwrap();
-    String::from_utf8_lossy(&state.stdout).trim().to_owned()
+    virsh(["domstate", vm])
+}
+
+/// How much later it is here than there, in seconds, and at least: of a guest that stands still the clock does as well.
+fn late(host: &Host, name: &str) -> f64 {
+    let before = SystemClock.now();
+    let theirs = host.dev_box(["exec", name, "--", "date", "+%s.%N"]).expect_code(0).text();
+    let theirs: f64 = theirs.trim().parse().unwrap();
+    before.unix_nanos() as f64 / 1e9 - theirs
 }
 
 #[test]
@@ -149,6 +163,10 @@ fn a_changed_bridge_netfilter_stops_vms_until_all_layers_were_looked_at() {
     for vm in &vms {
         wait_until("it runs on", LIMIT, || state(vm) == "running");
         assert_eq!(lifecycle.count(vm, "Suspended"), 3);
+    }
+    // It stood still for four seconds at least, and its clock is right all the same.
+    for name in ["one", "other"] {
+        wait_until("its clock is set", LIMIT, || late(&host, name) < 1.0);
     }
     drop(kept);
     for vm in &vms {

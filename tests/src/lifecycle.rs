@@ -1,6 +1,6 @@
 //! What libvirt tells of domains, and when.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -37,9 +37,14 @@ impl Lifecycle {
                 kept.lock().expect("no test panics with it").push((Instant::now(), line));
             }
         });
-        // It says nothing when it begins to listen.
-        thread::sleep(Duration::from_secs(2));
-        Self { virsh, told }
+        let listening = Self { virsh, told };
+        // It says nothing when it begins to listen: until it tells of a domain that comes and goes.
+        let passing = format!("dev-box-it-passing-{}", std::process::id());
+        wait_until("virsh listens", Duration::from_secs(30), || {
+            come_and_go(&passing);
+            listening.count(&passing, "Undefined") > 0
+        });
+        listening
     }
 
     fn times(&self, vm: &str, what: &str) -> Vec<Instant> {
@@ -60,6 +65,21 @@ impl Lifecycle {
         wait_until("it is told that the VM stands still", limit, || stopped().is_some());
         stopped().expect("it was told").duration_since(since)
     }
+}
+
+fn come_and_go(domain: &str) {
+    let mut virsh = Command::new("virsh")
+        .args(["-qc", "qemu:///system"])
+        .arg(format!("define /dev/stdin; undefine {domain}"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("virsh is there");
+    let xml = format!(
+        "<domain type='qemu'><name>{domain}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
+    );
+    virsh.stdin.take().expect("piped").write_all(xml.as_bytes()).expect("it reads");
+    assert!(virsh.wait().expect("a child of ours").success(), "{domain} cannot come and go");
 }
 
 impl Drop for Lifecycle {

@@ -77,7 +77,9 @@ pub enum NetEventKind {
         /// Whether the VM was paused for it.
         paused: bool,
     },
-    /// The rules are back as they should be.
+    /// The VM stands still until its rules were looked at, which may have changed.
+    Doubted,
+    /// The rules are as they should be again, or were found so, and the VM goes on.
     Restored,
     /// What the host does for VMs' packets is not as it was. It keeps nobody in; see [`crate::Verification::hindrance`].
     HostChanged {

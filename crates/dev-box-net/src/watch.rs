@@ -125,8 +125,6 @@ impl Watch {
                     seen.state = State::Sound;
                     if matches!(state, State::Held | State::Doubted) {
                         actions.push(Action::Resume(vm.clone()));
-                    }
-                    if state == State::Held {
                         actions.push(Action::Report(vm.clone(), NetEventKind::Restored));
                     }
                     if seen.hindrance != hindrance {
@@ -168,6 +166,7 @@ impl Watch {
             if seen.state != State::Held {
                 seen.state = State::Doubted;
                 actions.push(Action::Pause(vm.clone()));
+                actions.push(Action::Report(vm.clone(), NetEventKind::Doubted));
             }
         }
         actions.push(Action::Forget);

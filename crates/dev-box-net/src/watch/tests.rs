@@ -66,7 +66,9 @@ fn what_hinders_packets_is_told_once_and_holds_nobody() {
 fn announced(actions: &[Action]) -> String {
     match actions {
         [before @ .., Action::Forget, Action::Announce(NetEventKind::HostChanged { finding })] => {
-            assert!(before.iter().all(|action| matches!(action, Action::Pause(_))), "{before:?}");
+            let held =
+                |action: &_| matches!(action, Action::Pause(_) | Action::Report(_, NetEventKind::Doubted));
+            assert!(before.iter().all(held), "{before:?}");
             finding.clone()
         }
         other => panic!("{other:?}"),
@@ -82,21 +84,24 @@ fn a_sysctl_that_changes_is_told_once_and_holds_everybody_until_all_is_looked_at
     assert!(watch.bridged(Some(true)).is_empty(), "as it was");
 
     let actions = watch.bridged(Some(false));
-    assert_eq!(actions[..2], [Action::Pause(a.clone()), Action::Pause(b.clone())]);
+    let again = [Action::Pause(a.clone()), Action::Pause(b.clone())];
+    let doubted = |vm: &VmName| Action::Report(vm.clone(), NetEventKind::Doubted);
+    let stopped = [again[0].clone(), doubted(&a), again[1].clone(), doubted(&b)];
+    assert_eq!(actions[..4], stopped);
     let told = announced(&actions);
     assert!(told.contains("was 1 and is 0") && told.ends_with(": 2"), "{told}");
     assert!(watch.is_held(&a) && watch.is_held(&b) && !watch.verified_within(&a, now, FRESH));
     assert!(watch.bridged(Some(false)).is_empty(), "once");
-    let again = [Action::Pause(a.clone()), Action::Pause(b.clone())];
     assert_eq!(watch.round(now, both(&Finding::Unknown("no nft".to_owned()))), again, "nobody goes unseen");
-    let back = [Action::Resume(a.clone()), Action::Resume(b.clone())];
+    let restored = |vm: &VmName| Action::Report(vm.clone(), NetEventKind::Restored);
+    let back = [Action::Resume(a.clone()), restored(&a), Action::Resume(b.clone()), restored(&b)];
     assert_eq!(watch.round(now, both(&Finding::Sound)), back);
     assert!(!watch.is_held(&a) && watch.verified_within(&a, now, FRESH));
     assert!(watch.round(now, both(&Finding::Sound)).is_empty(), "that was it");
 
     assert!(announced(&watch.bridged(None)).contains("was 0 and is absent"));
     let hindered = Finding::Hindered("the host does not forward".to_owned());
-    assert_eq!(watch.round(now, both(&hindered)).iter().filter(|action| back.contains(action)).count(), 2);
+    assert_eq!(watch.round(now, both(&hindered)).iter().filter(|action| back.contains(action)).count(), 4);
     assert!(announced(&watch.bridged(Some(true))).contains("and is 1"));
 }
 
@@ -244,7 +249,11 @@ async fn a_changed_sysctl_stops_the_vm_once_for_a_look_at_everything() {
                 (state.paused, state.looked_at_paused, state.announced.len()),
                 (number, number, number)
             );
-            assert!(state.running && handle.is_fresh(&a) && state.events.is_empty(), "{:?}", state.events);
+            assert!(state.running && handle.is_fresh(&a));
+            // Whoever keeps the guest's clock hears of its standing still, and of its end.
+            let each = [NetEventKind::Doubted, NetEventKind::Restored];
+            assert_eq!(state.events.len(), 2 * number);
+            assert!(state.events.chunks(2).all(|pair| pair == each), "{:?}", state.events);
         }
     };
     tokio::select! {

@@ -69,7 +69,7 @@ impl Tries {
 /// A guest that stood still for its network's sake goes on in the past: its clock is set before it is asked for anything again.
 fn follow_quarantine(shared: &Arc<Shared>, event: &NetEvent) {
     let quarantined = match &event.what {
-        NetEventKind::Tampered { paused: true, .. } => true,
+        NetEventKind::Tampered { paused: true, .. } | NetEventKind::Doubted => true,
         NetEventKind::Restored => false,
         _ => return,
     };
