@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "the helpers of tests may panic as the tests do")]
 
 mod agent;
+mod audit_full;
 mod bridge_netfilter;
 mod cycles;
 mod daemon;

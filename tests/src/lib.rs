@@ -320,12 +320,18 @@ impl Host {
             .collect()
     }
 
-    /// Panics when anything of this host's is left: VM directories, QEMU processes, domains.
+    /// Panics when a VM of this host's is left: its directory, or QEMU.
     #[track_caller]
-    pub fn assert_clean(&self) {
+    pub fn assert_no_vm(&self) {
         assert_eq!(self.vms(), Vec::<String>::new(), "VM directories are left");
         assert_eq!(self.user_vms(), Vec::<String>::new(), "users' VMs are left");
         assert_eq!(self.qemu_pids(), Vec::<u32>::new(), "QEMU processes are left");
+    }
+
+    /// Panics when anything of this host's is left: VM directories, QEMU processes, domains.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        self.assert_no_vm();
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         assert!(!mounts.contains(&*self.root.path().to_string_lossy()), "mounts are left");
     }

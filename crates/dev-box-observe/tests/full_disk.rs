@@ -73,3 +73,39 @@ async fn a_full_disk_refuses_new_work_and_lets_running_work_end() {
     let report = verify(&options.dir, &options.first_key, &options.heads).unwrap();
     assert_eq!(report.problem, None);
 }
+
+/// Half a head would spoil the one after it as well, and the log would be said not to be as it was written.
+#[test]
+fn a_full_disk_leaves_no_half_of_a_head() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = dir.path().join("small");
+    fs::create_dir(&small).unwrap();
+    let Some(_mounted) = Small::mount(&small) else {
+        eprintln!("SKIPPED: no right to mount a small file system here");
+        return;
+    };
+    let heads = small.join("heads.jsonl");
+    let mut options = AuditOptions::new(dir.path().join("audit"), dir.path().join("first.key"));
+    options.heads = vec![heads.clone()];
+    // Each log exports a head of its own at its end.
+    let one_more = || {
+        let log = AuditLog::open(options.clone(), Arc::new(SystemClock)).unwrap();
+        log.note(Entry::fact(AuditEvent::VmPause {}));
+        log.close();
+        fs::metadata(&heads).unwrap().len()
+    };
+    one_more();
+    assert!(fs::write(small.join("ballast"), vec![0; 8 << 20]).is_err(), "it is small");
+    // Until the last block that the file has is full.
+    let mut length = 0;
+    while let more = one_more()
+        && more > length
+    {
+        length = more;
+    }
+    assert!(fs::read(&heads).unwrap().ends_with(b"}\n"), "whole lines");
+    fs::remove_file(small.join("ballast")).unwrap();
+    assert!(one_more() > length);
+    let report = verify(&options.dir, &options.first_key, &options.heads).unwrap();
+    assert_eq!((report.problem, report.bad_heads), (None, 0));
+}

@@ -7,6 +7,7 @@ use std::{
     path::Path,
 };
 
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -70,7 +71,14 @@ impl Head {
         let mut line = serde_json::to_vec(self)?;
         line.push(b'\n');
         let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        file.write_all(&line)?;
-        file.sync_data()
+        // Other processes export heads as well.
+        let alone = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        let before = file.metadata()?.len();
+        let written = file.write_all(&line).and_then(|()| file.sync_data());
+        if written.is_err() && alone {
+            // On a full disk: half a line would spoil the next one too.
+            let _ = file.set_len(before);
+        }
+        written
     }
 }
