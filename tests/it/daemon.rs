@@ -88,7 +88,7 @@ fn vms_are_made_used_listed_and_removed() {
 
     // In order: the VMs go with the daemon, also when its terminal is closed.
     host.dev_box(["start", "--name", "last"]).expect_code(0);
-    called_as_the_daemon_calls_it(&host, "last");
+    called_as_the_daemon_calls_it(&host, "last", listed[0]["domain"].as_str().unwrap());
     assert_eq!(host.qemu_pids().len(), 1);
     daemon.stop_by(Signal::SIGHUP).expect_code(0);
     host.dev_box(["audit", "verify"]).expect_code(0);
@@ -99,13 +99,22 @@ fn vms_are_made_used_listed_and_removed() {
 }
 
 /// Where a domain is meant, the daemon's name for it will do.
-fn called_as_the_daemon_calls_it(host: &Host, name: &str) {
+fn called_as_the_daemon_calls_it(host: &Host, name: &str, before: &str) {
     let json = |args: &[&str]| -> serde_json::Value {
         serde_json::from_str(&host.dev_box(args).expect_code(0).text()).unwrap()
     };
     let domain = json(&["ps", "--json"])[0]["domain"].clone();
     assert_eq!(json(&["net", "show", name, "--json"])["vm"], domain);
     assert_eq!(json(&["net", "verify", name, "--json"])[0]["vm"], domain);
+    // Of the log also what it knows of VMs that are gone.
+    for (called, vms) in [(name, vec![domain.as_str().unwrap()]), ("work", vec![before])] {
+        let found = host.dev_box(["audit", "query", "--vm", called]).expect_code(0).text();
+        let records = found.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let mut of: Vec<_> = records.map(|one| one["vm"].as_str().unwrap().to_owned()).collect();
+        assert!(of.len() > 2, "{found}");
+        of.dedup();
+        assert_eq!(of, vms, "{called}");
+    }
     let archive = host.root().join("bundle.tar");
     assert_eq!(json(&["forensics", name, "--output", archive.to_str().unwrap(), "--json"])["vm"], domain);
     let none = host.dev_box(["net", "show", "nobody"]).expect_code(1);

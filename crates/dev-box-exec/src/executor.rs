@@ -179,7 +179,7 @@ impl AgentExecutor {
         job: JobId,
         cancel: &Cancel,
     ) -> Result<ReadyVm, Cause> {
-        let event = AuditEvent::LeaseAcquire { image: Text::new(&request.image), profile: None };
+        let event = AuditEvent::LeaseAcquire { image: Text::new(&request.image), profile: None, name: None };
         let intent = Entry::intent(event).by(self.actor.clone()).job(job);
         let mut act = Act::begin(&self.audit, intent).await.map_err(Cause::Audit)?;
         let acquired = tokio::select! {

@@ -47,7 +47,7 @@ pub use keyfile::{FirstKey, KeyFileError};
 pub use log::{AuditLog, prune};
 pub use ocsf::{OCSF_VERSION, ocsf};
 pub use options::{AuditOptions, OpenError};
-pub use query::{Filter, ReadError, Tail, export, query, tail};
+pub use query::{Filter, ReadError, Tail, called, export, query, tail};
 pub use record::{FORMAT, MAX_LINE, Record};
 #[cfg(any(test, feature = "testing"))]
 pub use recording::{Recorded, RecordingSink};

@@ -147,7 +147,7 @@ async fn gather(
         }
         // Names looked up, destinations and drops are in the audit.
         let mut records = Vec::new();
-        let filter = Filter { vm: Some(request.vm.clone()), ..Filter::default() };
+        let filter = Filter { vms: vec![request.vm.clone()], ..Filter::default() };
         match audit::export(&request.audit_dir, filter, &mut records) {
             Ok(_) => bundle.bytes("audit.jsonl", &records)?,
             Err(error) => bundle.missing("audit.jsonl", &error.to_string()),

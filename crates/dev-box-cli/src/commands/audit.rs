@@ -1,7 +1,7 @@
 //! `dev-box audit`.
 
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,10 @@ use dev_box::core::clock::EasternTime;
 use dev_box::exec::cancel::Urgency;
 use dev_box::exec::terminal;
 use dev_box::observe::audit::{self, Evidence, Filter, Record, Tail};
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
 
+use crate::daemon::client::domain_of;
 use crate::exit::Failure;
 use crate::{interrupt, output};
 
@@ -45,6 +48,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   dev-box audit query --vm dev-box-0b852928
+  dev-box audit query --vm work --action exec
   dev-box audit query --action exec --since 2026-11-23T09:00:00-05:00 | jq .")]
     Query(FilterArgs),
     /// Show the last records, one a line for a person, and with -f those that come.
@@ -95,7 +99,7 @@ pub(crate) enum Format {
 /// Which records.
 #[derive(Debug, Args)]
 pub(crate) struct FilterArgs {
-    /// Only of this VM.
+    /// Only of this VM: its domain, or what its holder calls it or called it (`dev-box ps` shows both).
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
     /// Only of this job.
@@ -127,15 +131,29 @@ enum Said {
     Guest,
 }
 
-impl From<FilterArgs> for Filter {
-    fn from(args: FilterArgs) -> Self {
-        let FilterArgs { vm, job, action, status, evidence, since, until } = args;
+impl FilterArgs {
+    async fn filter(self, config: &Config) -> Result<Filter, Failure> {
+        let Self { vm, job, action, status, evidence, since, until } = self;
         let evidence = evidence.map(|said| match said {
             Said::Host => Evidence::Host,
             Said::Guest => Evidence::Guest,
         });
-        Self { vm, job, action, status, evidence, since, until, lease: None }
+        let vms = match vm {
+            Some(name) => domains(config, name).await?,
+            None => Vec::new(),
+        };
+        Ok(Filter { vms, job, action, status, evidence, since, until, lease: None })
     }
+}
+
+/// Every domain that the name may mean: itself, the one that the daemon has under it, and those that had it before.
+async fn domains(config: &Config, name: String) -> Result<Vec<String>, Failure> {
+    let mut domains = audit::called(&config.audit_dir(), &name).map_err(Failure::new)?;
+    if let Ok(name) = name.parse() {
+        domains.push(domain_of(config, name).await.to_string());
+    }
+    domains.push(name);
+    Ok(domains)
 }
 
 pub(crate) async fn run(config: &Config, command: AuditCommand) -> Result<ExitCode, Failure> {
@@ -146,13 +164,23 @@ pub(crate) async fn run(config: &Config, command: AuditCommand) -> Result<ExitCo
             return verify(&dir, &key, heads, json);
         }
         AuditCommand::Query(filter) => {
-            audit::export(&dir, filter.into(), &mut io::stdout().lock()).map_err(Failure::new)?;
+            let filter = filter.filter(config).await?;
+            audit::export(&dir, filter, &mut io::stdout().lock()).map_err(Failure::new)?;
         }
         AuditCommand::Tail { follow, lines, json, filter } => {
-            tail(audit::query(&dir, filter.into()), lines, follow, json).await?;
+            tail(audit::query(&dir, filter.filter(config).await?), lines, follow, json).await?;
         }
         AuditCommand::Export { format, output, filter } => {
-            export(&dir, format, output.as_deref(), filter.into())?;
+            let records = audit::query(&dir, filter.filter(config).await?);
+            let Some(path) = output else {
+                export(records, format, io::stdout().lock()).await?;
+                return Ok(ExitCode::SUCCESS);
+            };
+            return interrupt::abandon(async {
+                into_file(&path, |file| export(records, format, file)).await?;
+                Ok(ExitCode::SUCCESS)
+            })
+            .await;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -246,22 +274,82 @@ fn sentence(record: &Record) -> String {
     terminal::one_line(text.as_bytes())
 }
 
-fn export(dir: &Path, format: Format, output: Option<&Path>, filter: Filter) -> Result<(), Failure> {
-    let mut out: Box<dyn Write> = match output {
-        Some(path) => {
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-            Box::new(file.map_err(|error| Failure::new(format!("cannot make {}: {error}", path.display())))?)
-        }
-        None => Box::new(io::stdout().lock()),
-    };
-    if format == Format::Jsonl {
-        audit::export(dir, filter, &mut out).map_err(Failure::new)?;
-        return Ok(());
+/// What is written to a new file is there as a whole or not at all, also where this future is dropped.
+async fn into_file<F: Future<Output = Result<(), Failure>>>(
+    path: &Path,
+    write: impl FnOnce(File) -> F,
+) -> Result<(), Failure> {
+    let fail = |error: io::Error| Failure::new(format!("cannot make {}: {error}", path.display()));
+    if path.symlink_metadata().is_ok() {
+        return Err(fail(io::ErrorKind::AlreadyExists.into()));
     }
+    let temporary = path.with_file_name(format!(".dev-box-export-{}", std::process::id()));
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).map_err(fail)?;
+    let temporary = scopeguard::guard(temporary, |temporary| {
+        // Gone once it has its name.
+        let _ = std::fs::remove_file(temporary);
+    });
+    let written = file.try_clone().map_err(fail)?;
+    write(file).await?;
+    written.sync_all().map_err(fail)?;
+    match rustix::fs::renameat_with(CWD, &*temporary, CWD, path, RenameFlags::NOREPLACE) {
+        // A file system that cannot promise it: nobody was there a moment ago.
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(&*temporary, path).map_err(fail),
+        renamed => renamed.map_err(|error| fail(error.into())),
+    }
+}
+
+/// Between two records somebody else may run: whoever interrupts it.
+async fn export(mut records: Tail, format: Format, out: impl Write) -> Result<(), Failure> {
     let mut out = BufWriter::new(out);
-    for record in audit::query(dir, filter) {
-        let event = audit::ocsf(&record.map_err(Failure::new)?);
-        writeln!(out, "{event}").map_err(Failure::new)?;
+    while let Some(record) = records.next() {
+        let record = record.map_err(Failure::new)?;
+        match format {
+            Format::Jsonl => out.write_all(records.line()).and_then(|()| out.write_all(b"\n")),
+            Format::Ocsf => writeln!(out, "{}", audit::ocsf(&record)),
+        }
+        .map_err(Failure::new)?;
+        tokio::task::yield_now().await;
     }
     out.flush().map_err(Failure::new)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_is_there_as_a_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("export");
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        let half = |mut file: File| async move {
+            file.write_all(b"half").unwrap();
+            Err(Failure::new("a record that cannot be read"))
+        };
+        into_file(&path, half).await.unwrap_err();
+        assert_eq!(files(), 0, "it failed");
+
+        let mut interrupted = Box::pin(into_file(&path, |_| pending()));
+        assert!(futures::poll!(&mut interrupted).is_pending());
+        assert_eq!((files(), path.exists()), (1, false), "in the same directory, under another name");
+        drop(interrupted);
+        assert_eq!(files(), 0, "it was interrupted");
+
+        let whole = |mut file: File| async move { file.write_all(b"whole").map_err(Failure::new) };
+        into_file(&path, whole).await.unwrap();
+        into_file(&path, half).await.unwrap_err();
+        assert_eq!((files(), std::fs::read(&path).unwrap().as_slice()), (1, &b"whole"[..]));
+
+        // Somebody else makes it meanwhile.
+        let other = dir.path().join("other");
+        let slow = |file: File| async {
+            std::fs::write(&other, "theirs").unwrap();
+            whole(file).await
+        };
+        into_file(&other, slow).await.unwrap_err();
+        assert_eq!((files(), std::fs::read(&other).unwrap().as_slice()), (2, &b"theirs"[..]));
+    }
 }

@@ -74,9 +74,11 @@ impl Daemon {
 
         let watched = self.dev_box.watched_provisioner().over(Arc::clone(&fork) as _).by(peer.actor());
         let at_a_time = available_parallelism().map_or(1, NonZero::get);
-        let machines: Vec<_> = stream::iter(0..count)
-            .map(|_| self.lease(&watched, fork.request(), Duration::MAX, peer))
-            .buffer_unordered(at_a_time)
+        let called: Vec<_> = reservations.iter().map(|kept| kept.name().clone()).collect();
+        let (watched, request) = (&watched, fork.request());
+        let machines: Vec<_> = stream::iter(called)
+            .map(|name| async move { self.lease(watched, request, &name, Duration::MAX, peer).await })
+            .buffered(at_a_time)
             .map_ok(|machine| self.guarded(machine))
             .try_collect()
             .await?;

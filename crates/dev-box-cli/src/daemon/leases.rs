@@ -57,7 +57,7 @@ impl Daemon {
         let name = VmName::generate("run").map_err(CreateError::Name)?;
         let reservation = self.reserve(&name, &request.image, new.vm, peer)?;
         let patience = Duration::from_millis(self.dev_box.config().pool.wait_ms);
-        let machine = self.lease(&*pool, &request, patience, peer).await?;
+        let machine = self.lease(&*pool, &request, &name, patience, peer).await?;
         let info = LeaseInfo {
             name: name.clone(),
             domain: machine.name.clone(),

@@ -130,7 +130,7 @@ impl Daemon {
         let began = Instant::now();
         let provisioner =
             self.pools.provisioner(&self.dev_box, reservation.options().templates(), peer.actor());
-        let machine = match self.lease(&*provisioner, &request, Duration::MAX, peer).await {
+        let machine = match self.lease(&*provisioner, &request, &name, Duration::MAX, peer).await {
             Ok(machine) => machine,
             Err(error) => {
                 let told = Failure::new(error.to_string()).to_string();
@@ -200,16 +200,18 @@ impl Daemon {
         })
     }
 
-    /// A VM in that client's hands, within `patience` on top of what whoever makes it has: one that was ready has nothing else
+    /// A VM in that client's hands, who calls it so, within `patience` on top of what whoever makes it has: one that was ready has nothing else
     /// in the audit that names them.
     pub(super) async fn lease(
         self: &Arc<Self>,
         provisioner: &dyn Provisioner,
         request: &VmRequest,
+        name: &VmName,
         patience: Duration,
         peer: &Peer,
     ) -> Result<ReadyVm, CreateError> {
-        let event = AuditEvent::LeaseAcquire { image: Text::new(&request.image), profile: None };
+        let (image, name) = (Text::new(&request.image), Some(Text::display(name)));
+        let event = AuditEvent::LeaseAcquire { image, profile: None, name };
         let mut act = Act::begin(&self.dev_box.audit(), Entry::intent(event).by(peer.actor())).await?;
         let error = match timeout(patience, provisioner.provision(request)).await {
             Ok(Ok(machine)) => {

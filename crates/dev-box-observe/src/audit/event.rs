@@ -195,6 +195,9 @@ events! {
         /// The resource profile asked for.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         profile: Option<Text>,
+        /// What its holder calls the VM.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<Text>,
     }
     /// A lease is given back.
     LeaseRelease = "lease.release" {}

@@ -19,7 +19,7 @@ use super::{
 /// ```
 /// use dev_box_observe::audit::Filter;
 /// let filter = Filter {
-///     vm: Some("dev-box-1a2b3c4d".into()),
+///     vms: vec!["dev-box-1a2b3c4d".into()],
 ///     action: Some("exec".into()),
 ///     since: Some("2026-11-01T01:30:00-04:00".parse()?), // the first of the two half past ones of that night
 ///     ..Filter::default()
@@ -29,8 +29,8 @@ use super::{
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
-    /// The VM's name.
-    pub vm: Option<String>,
+    /// The VM's domain is one of these; any, when there are none. See [`called()`].
+    pub vms: Vec<String>,
     /// The lease.
     pub lease: Option<String>,
     /// The job.
@@ -58,7 +58,8 @@ impl Filter {
             let rest = record.action.strip_prefix(wanted.as_str());
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        is(self.vm.as_ref(), record.vm.as_ref())
+        let vm = || record.vm.as_ref().is_some_and(|vm| self.vms.contains(vm));
+        (self.vms.is_empty() || vm())
             && is(self.lease.as_ref(), record.lease.as_ref())
             && is(self.job.as_ref(), record.job.as_ref())
             && self.action.as_ref().is_none_or(action)
@@ -134,6 +135,23 @@ pub fn query(dir: &Path, filter: Filter) -> Tail {
     }
 }
 
+/// The domains of the VMs that their holders called `name`, such as a daemon's clients: those that the log has a lease of.
+///
+/// # Errors
+/// When the log cannot be read.
+pub fn called(dir: &Path, name: &str) -> Result<Vec<String>, ReadError> {
+    let leases =
+        Filter { action: Some("lease.acquire".into()), status: Some("ok".into()), ..Filter::default() };
+    let mut domains = Vec::new();
+    for record in query(dir, leases) {
+        let record = record?;
+        if record.details["name"] == name {
+            domains.extend(record.vm);
+        }
+    }
+    Ok(domains)
+}
+
 /// Follows the log from its end on: the iterator gives `None` when there is nothing new *yet*; ask again later.
 ///
 /// # Errors
@@ -207,6 +225,12 @@ impl Tail {
         self.offset = 0;
         self.line_number = 0;
         Ok(true)
+    }
+
+    /// The record that came last, byte for byte as it is on disk.
+    #[must_use]
+    pub fn line(&self) -> &[u8] {
+        &self.line
     }
 
     /// One line; `None`: nothing more for now.

@@ -34,7 +34,7 @@ fn filters_pick_by_every_field() {
     };
     let some = |text: &str| Some(text.to_owned());
     assert_eq!(seqs(Filter::default()), [1, 2, 3, 4]);
-    assert_eq!(seqs(Filter { vm: some("a"), ..Filter::default() }), [2, 4]);
+    assert_eq!(seqs(Filter { vms: vec!["a".into(), "c".into()], ..Filter::default() }), [2, 4]);
     assert_eq!(seqs(Filter { job: some("j1"), ..Filter::default() }), [2]);
     assert_eq!(seqs(Filter { lease: some("l1"), ..Filter::default() }), [2]);
     assert_eq!(seqs(Filter { action: some("exec"), ..Filter::default() }), [2]);
@@ -46,6 +46,27 @@ fn filters_pick_by_every_field() {
         query(&place.log_dir(), Filter { job: some("j1"), ..Filter::default() }).next().unwrap().unwrap();
     assert_eq!(event.actor, Actor::user(1000, Some("alice")));
     assert!(matches!(event.event().unwrap(), AuditEvent::Exec { timeout_ms: Some(1000), .. }));
+}
+
+#[test]
+fn a_vm_is_found_by_what_its_holders_called_it() {
+    let place = Place::new();
+    let mut journal = place.journal();
+    let lease = |name: &str| AuditEvent::LeaseAcquire {
+        image: "default".into(),
+        profile: None,
+        name: Some(name.into()),
+    };
+    for (domain, name) in [("dev-box-1", "work"), ("dev-box-2", "other"), ("dev-box-3", "work")] {
+        append(&mut journal, Entry::intent(lease(name))).unwrap();
+        append(&mut journal, Entry::result(lease(name), Outcome::Ok).vm(domain)).unwrap();
+    }
+    let failed = Outcome::Failed { error: "no".into() };
+    append(&mut journal, Entry::result(lease("work"), failed).vm("dev-box-4")).unwrap();
+    let called = |name| called(&place.log_dir(), name).unwrap();
+    assert_eq!(called("work"), ["dev-box-1", "dev-box-3"]);
+    assert_eq!(called("other"), ["dev-box-2"]);
+    assert!(called("dev-box-1").is_empty() && called("nobody").is_empty());
 }
 
 #[test]
