@@ -126,6 +126,28 @@ async fn a_vm_that_dies_while_it_is_reset_is_lost_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_hangs_while_its_vm_is_reset_holds_no_place_for_ever() {
+    let Some(host) = Host::new("a_qemu_that_hangs_while_its_vm_is_reset_holds_no_place_for_ever") else {
+        return;
+    };
+    let with = InProcess::with_template(&host, NetworkMode::Isolated).await;
+    let settings = PoolSettings { reset: ResetPolicy::Rewind, ..PoolSettings::new(1, 1) };
+    let pool = VmPool::new(settings, Arc::new(with.clones()), with.request.clone());
+    let lease = pool.acquire(PATIENCE).await.unwrap();
+    let (name, pid) = (lease.vm().name.clone(), qemu_of(&with, lease.vm().name.as_str()).await);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    lease.release();
+    let next = pool.acquire(PATIENCE).await.unwrap();
+    assert_ne!(next.vm().name, name);
+    let status = pool.status().await.unwrap();
+    assert_eq!((status.lost, status.resetting, status.retiring), (1, 0, 0), "{status:?}");
+    drop(next);
+    pool.shutdown().await;
+    wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
+    with.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool() {
     const NAME: &str = "a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool";
     for way in ["replaced", "truncated"] {

@@ -21,6 +21,8 @@ use crate::vm_dir::VmDir;
 
 /// For the old conversation's last words, to a guest that may not listen.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+/// For all of it, which takes a fraction of a second: a QEMU that hangs answers neither libvirt nor us, and another VM costs less.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 impl Inner {
     /// Rewinds a clone whose use ended in order, tells it who it is now, and gives it back. Otherwise it is gone.
@@ -30,7 +32,12 @@ impl Inner {
         let Some(mut machine) = self.machines().remove(&name) else {
             return Err(ProvisionError::NotReset { why: format!("{name} is not there any more") });
         };
-        match self.rewound(&mut machine, vm).await {
+        let rewound = timeout(PATIENCE, self.rewound(&mut machine, vm)).await;
+        let rewound = rewound.unwrap_or_else(|_| {
+            let why = format!("it was not done within {} s", PATIENCE.as_secs());
+            Err(ProvisionError::NotReset { why })
+        });
+        match rewound {
             Ok(vm) => {
                 tracing::info!(vm = %name, steps = ?vm.facts.timings, "a VM was rewound");
                 self.machines().insert(name, machine);
