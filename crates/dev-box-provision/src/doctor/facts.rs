@@ -9,6 +9,7 @@ use dev_box_core::size::ByteSize;
 use rustix::fs::statvfs;
 
 use super::apparmor::{self, AppArmor};
+use super::firewall::{self, NetworkFirewall};
 
 /// What libvirt says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub struct HostFacts {
     pub vhost_vsock: bool,
     /// `net.bridge.bridge-nf-call-iptables`; none where the kernel's bridge filter is not loaded.
     pub bridge_nf_call_iptables: Option<bool>,
+    /// By what libvirt makes the rules of its networks.
+    pub network_firewall: NetworkFirewall,
     /// Whether the kernel hurries its grace periods, which changes of the firewall wait for; none where it cannot.
     pub rcu_expedited: Option<bool>,
     /// Control groups.
@@ -82,6 +85,11 @@ impl HostFacts {
             bridge_nf_call_iptables: fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables")
                 .ok()
                 .map(|text| text.trim() == "1"),
+            network_firewall: firewall::look(
+                Path::new("/etc/libvirt/network.conf"),
+                Path::new("/sys/module"),
+                &Path::new("/lib/modules").join(rustix::system::uname().release().to_string_lossy().as_ref()),
+            ),
             rcu_expedited: fs::read_to_string("/sys/kernel/rcu_expedited")
                 .ok()
                 .map(|text| text.trim() != "0"),

@@ -5,6 +5,7 @@ use dev_box_core::size::ByteSize;
 
 use super::apparmor::AppArmor;
 use super::facts::HostFacts;
+use super::firewall;
 use super::{Check, Status};
 
 /// Older ones lack what dev-box relies on: libvirt's `fmode`/`dmode` of 9p shares (6.10) and QEMU's mapped-ram and
@@ -25,6 +26,7 @@ pub fn evaluate(facts: &HostFacts) -> Vec<Check> {
         image(facts),
         channel(facts),
         bridge_filter(facts),
+        firewall_backend(facts),
         grace_periods(facts),
         nwfilter(facts),
         cgroups(facts),
@@ -116,6 +118,13 @@ fn bridge_filter(facts: &HostFacts) -> Check {
             "absent: nwfilter's IP rules do nothing; dev-box's own guard holds alone",
             format!("modprobe br_netfilter; {FIX}"),
         ),
+    }
+}
+
+fn firewall_backend(facts: &HostFacts) -> Check {
+    match &facts.libvirt {
+        Err(_) => Check::fail("firewall-backend", "unknown: libvirt does not answer", "mend `libvirt` first"),
+        Ok(seen) => firewall::judge(&facts.network_firewall, seen.libvirt),
     }
 }
 
@@ -224,7 +233,7 @@ mod tests {
     use dev_box_core::clock::EasternTime;
 
     use super::super::facts::{Cgroups, LibvirtFacts};
-    use super::super::passed;
+    use super::super::{NetworkFirewall, passed};
     use super::*;
 
     fn good() -> HostFacts {
@@ -239,6 +248,7 @@ mod tests {
             image: Ok("default".into()),
             vhost_vsock: true,
             bridge_nf_call_iptables: Some(true),
+            network_firewall: NetworkFirewall { backend: Some("nftables".into()), act_csum: Some(true) },
             rcu_expedited: Some(false),
             cgroups: Cgroups { version: 2, controllers: vec!["cpu".into(), "io".into(), "memory".into()] },
             seccomp_actions: vec!["kill_process".into()],
@@ -284,6 +294,7 @@ mod tests {
         assert_eq!(told(|f| f.vhost_vsock = false), []);
         assert_eq!(told(|f| f.bridge_nf_call_iptables = Some(false)), [("bridge-nf-call-iptables", Warn)]);
         assert_eq!(told(|f| f.bridge_nf_call_iptables = None), [("bridge-nf-call-iptables", Warn)]);
+        assert_eq!(told(|f| f.network_firewall.act_csum = Some(false)), [("firewall-backend", Warn)]);
         assert_eq!(told(|f| f.rcu_expedited = None), []);
         assert_eq!(told(|f| f.rcu_expedited = Some(true)), []);
         assert_eq!(told(|f| f.cgroups.controllers.clear()), [("cgroups", Warn)]);
@@ -301,7 +312,10 @@ mod tests {
     fn what_libvirt_cannot_tell_fails_with_it() {
         use Status::Fail;
         let without = told(|f| f.libvirt = Err("no daemon".into()));
-        assert_eq!(without, [("libvirt", Fail), ("qemu", Fail), ("nwfilter", Fail)]);
+        assert_eq!(
+            without,
+            [("libvirt", Fail), ("qemu", Fail), ("firewall-backend", Fail), ("nwfilter", Fail)]
+        );
         let with = |change: fn(&mut LibvirtFacts)| told(|f| change(f.libvirt.as_mut().unwrap()));
         assert_eq!(with(|l| l.libvirt = (9, 0, 0)), [("libvirt", Fail)]);
         assert_eq!(with(|l| l.qemu = (7, 2, 0)), [("qemu", Fail)]);

@@ -7,6 +7,7 @@
 
 mod apparmor;
 mod facts;
+mod firewall;
 mod host;
 mod layers;
 
@@ -14,6 +15,7 @@ use serde::Serialize;
 
 pub use apparmor::{AppArmor, apparmor_fragment};
 pub use facts::{Cgroups, HostFacts, LibvirtFacts};
+pub use firewall::NetworkFirewall;
 pub use host::evaluate;
 pub use layers::{LayerError, LayerFacts, evaluate_layers};
 
