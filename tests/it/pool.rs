@@ -148,6 +148,25 @@ async fn a_qemu_that_hangs_while_its_vm_is_reset_holds_no_place_for_ever() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_ready_vm_whose_qemu_hangs_is_replaced() {
+    let Some(host) = Host::new("a_ready_vm_whose_qemu_hangs_is_replaced") else { return };
+    let with = InProcess::with_template(&host, NetworkMode::Isolated).await;
+    let pool = VmPool::new(PoolSettings::new(1, 2), Arc::new(with.clones()), with.request.clone());
+    pool.initialize().await.unwrap();
+    let name = host.vms().into_iter().find(|name| !name.starts_with('.')).unwrap();
+    nix::sys::signal::kill(qemu_of(&with, &name).await, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    until(&pool, "it is noticed", |status| status.unhealthy == 1).await;
+    // There is room for another while it goes.
+    let next = pool.acquire(PATIENCE).await.unwrap();
+    assert_ne!(next.vm().name.as_str(), name);
+    assert_eq!(with.sh(next.vm(), "cat /root/setup").await, "kept\n");
+    drop(next);
+    pool.shutdown().await;
+    wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
+    with.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool() {
     const NAME: &str = "a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool";
     for way in ["replaced", "truncated"] {
