@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,32 +11,43 @@ use dev_box::core::clock::SystemClock;
 use dev_box::observe::audit::{AuditEvent, AuditLog, AuditOptions, AuditSink as _, Entry, Text};
 use dev_box_tests::{Daemon, Finished, Host, wait_until};
 
-/// A file system of its own, unmounted when dropped.
-struct Small(PathBuf);
+/// A file system of the audit's own, unmounted when dropped.
+struct Small {
+    at: PathBuf,
+    /// What a failed test needs before that: without its log nothing is removed.
+    gc: Command,
+}
 
 impl Small {
-    fn mount(at: &Path) -> Self {
-        fs::create_dir(at).unwrap();
+    fn mount(host: &Host) -> Self {
+        let at = host.root().join("audit");
+        fs::create_dir(&at).unwrap();
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=16m,mode=700", "none"]).arg(at);
+        mount.args(["-t", "tmpfs", "-o", "size=16m,mode=700", "none"]).arg(&at);
         assert!(mount.status().unwrap().success());
-        Self(at.to_owned())
+        let mut gc = host.command();
+        gc.arg("gc").stdin(Stdio::null());
+        Self { at, gc }
     }
 
     /// Takes all that is left, to the last block.
     fn fill(&self) {
-        assert!(fs::write(self.0.join("ballast"), vec![0; 32 << 20]).is_err(), "it is small");
+        assert!(fs::write(self.at.join("ballast"), vec![0; 32 << 20]).is_err(), "it is small");
     }
 
     fn empty(&self) {
-        fs::remove_file(self.0.join("ballast")).unwrap();
+        fs::remove_file(self.at.join("ballast")).unwrap();
     }
 }
 
 impl Drop for Small {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = fs::remove_file(self.at.join("ballast"));
+            let _ = self.gc.output();
+        }
         // Lazily: after a failure somebody may be at work there.
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        let _ = Command::new("umount").arg("--lazy").arg(&self.at).status();
     }
 }
 
@@ -75,7 +86,7 @@ fn a_full_audit_disk_refuses_new_jobs_and_lets_running_ones_end() {
     let Some(host) = Host::new("a_full_audit_disk_refuses_new_jobs_and_lets_running_ones_end") else {
         return;
     };
-    let disk = Small::mount(&host.root().join("audit"));
+    let disk = Small::mount(&host);
     let daemon = Daemon::start(&host);
     host.dev_box(["start", "--name", "work", "--net", "isolated"]).expect_code(0);
     let [workspace, out] = ["files", "out"].map(|name| host.root().join(name));
