@@ -5,6 +5,7 @@
 mod agent;
 mod audit_full;
 mod bridge_netfilter;
+mod channel;
 mod cycles;
 mod daemon;
 mod daemon_fork;

@@ -1,25 +1,35 @@
 //! The virtio-serial port as a stream of bytes (drivers/char/virtio_console.c).
 //!
 //! ```text
-//!            host opens its end                      read of 0 bytes: the host's end was closed
-//!  Waiting --------------------> Connected (PortIo) ------------------------------------------> Waiting
+//!            host opens its end                      read of 0 bytes: the host's end was closed            still closed a while later
+//!  Waiting --------------------> Connected (PortIo) -------------------------------------------> In doubt -----------------------> Waiting
+//!                                                   <------------------------------------------- open again
 //! ```
 //! The device has no connections of its own: it only says whether the host's end is open. It says so as a hang-up, which a reactor takes for
 //! final; so that a closed port is watched through an edge-triggered epoll of its own, and a [`PortIo`] lives only as long as
 //! one opening of the host's end.
+//!
+//! News of an opening and the bytes that come through it take different queues of the device. A guest that wakes as a clone, or from
+//! a file, may read its new host's hello first, and be told only then that its old host has gone, and that there is another. An
+//! end of file at once would throw away the hello, or the session that it began, of which that host would never hear.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::time::timeout;
 
 use crate::descriptor::watch;
+
+/// How long the host's end may be closed in the midst of a connection.
+const DOUBT: Duration = Duration::from_millis(300);
 
 /// A write carries no more than this, whatever the buffer; more would be copied for nothing.
 const MAX_WRITE: usize = 32 * 1024;
@@ -53,27 +63,29 @@ impl Port {
     /// # Errors
     /// What the kernel said about the device.
     pub async fn connection(&self) -> io::Result<PortIo> {
-        if !connected(&self.device)? {
-            self.wait().await?;
-        }
+        opened(&self.device).await?;
         PortIo::new(self.device.try_clone()?)
     }
+}
 
-    async fn wait(&self) -> io::Result<()> {
-        let changes = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
-        changes.add(&self.device, EpollEvent::new(flags, 0))?;
-        let changes = watch(changes.0, Interest::READABLE)?;
-        loop {
-            let mut ready = changes.readable().await?;
-            // Consumes the edge; a change from here on makes the epoll readable again.
-            let drained = ready.try_io(|changes| drain(changes.get_ref()));
-            if matches!(drained, Ok(Err(_))) {
-                return drained.unwrap_or(Ok(()));
-            }
-            if connected(&self.device)? {
-                return Ok(());
-            }
+/// Waits until the host's end is open.
+async fn opened(device: &OwnedFd) -> io::Result<()> {
+    if connected(device)? {
+        return Ok(());
+    }
+    let changes = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+    changes.add(device, EpollEvent::new(flags, 0))?;
+    let changes = watch(changes.0, Interest::READABLE)?;
+    loop {
+        let mut ready = changes.readable().await?;
+        // Consumes the edge; a change from here on makes the epoll readable again.
+        let drained = ready.try_io(|changes| drain(changes.get_ref()));
+        if matches!(drained, Ok(Err(_))) {
+            return drained.unwrap_or(Ok(()));
+        }
+        if connected(device)? {
+            return Ok(());
         }
     }
 }
@@ -88,21 +100,58 @@ fn drain(epoll: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// The stream between two openings of the host's end; reads end when it is closed.
+/// Whether the host's end is open again in time.
+type Doubt = Pin<Box<dyn Future<Output = io::Result<bool>> + Send>>;
+
+/// The stream between two openings of the host's end; reads end when it is closed, and stays so for a while.
 ///
 /// A host that goes and comes back at once leaves a hang-up behind that no longer is: the reactor would call the port ready for
 /// ever. So whenever a port that is said to have hung up has merely nothing to say, it is registered afresh.
-#[derive(Debug)]
 pub struct PortIo {
     io: AsyncFd<OwnedFd>,
+    doubt: Option<Doubt>,
+    closed: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
+}
+
+impl std::fmt::Debug for PortIo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { io, doubt, closed, .. } = self;
+        f.debug_struct("PortIo")
+            .field("io", io)
+            .field("in_doubt", &doubt.is_some())
+            .field("closed", closed)
+            .finish_non_exhaustive()
+    }
 }
 
 impl PortIo {
     fn new(device: OwnedFd) -> io::Result<Self> {
         let io = watch(device, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { io, reader: None, writer: None })
+        Ok(Self { io, doubt: None, closed: false, reader: None, writer: None })
+    }
+
+    /// Notes that the host's end is closed now.
+    fn doubt(&mut self) -> io::Result<()> {
+        let device = self.io.get_ref().try_clone()?;
+        self.doubt = Some(Box::pin(async move {
+            match timeout(DOUBT, opened(&device)).await {
+                Ok(opened) => opened.map(|()| true),
+                Err(_) => Ok(false),
+            }
+        }));
+        Ok(())
+    }
+
+    /// Ready when there is no doubt, or none any more.
+    fn poll_doubt(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(doubt) = &mut self.doubt else { return Poll::Ready(Ok(())) };
+        let open = ready!(doubt.as_mut().poll(context));
+        self.doubt = None;
+        self.closed = !open?;
+        self.register_afresh()?;
+        Poll::Ready(Ok(()))
     }
 
     /// Forgets what the reactor knows, and has both directions look for themselves.
@@ -124,6 +173,14 @@ impl AsyncRead for PortIo {
     ) -> Poll<io::Result<()>> {
         loop {
             let this = &mut *self;
+            let Poll::Ready(certain) = this.poll_doubt(context) else {
+                this.reader = Some(context.waker().clone());
+                return Poll::Pending;
+            };
+            certain?;
+            if this.closed {
+                return Poll::Ready(Ok(()));
+            }
             let Poll::Ready(ready) = this.io.poll_read_ready(context) else {
                 this.reader = Some(context.waker().clone());
                 return Poll::Pending;
@@ -141,6 +198,7 @@ impl AsyncRead for PortIo {
                 usize::try_from(read).map_err(|_| io::Error::last_os_error())
             });
             match read {
+                Ok(Ok(0)) if buffer.remaining() > 0 => self.doubt()?,
                 Ok(Ok(length)) => {
                     // SAFETY: the kernel has written that many bytes.
                     unsafe { buffer.assume_init(length) };
@@ -148,6 +206,8 @@ impl AsyncRead for PortIo {
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What a terminal says instead of 0 bytes.
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => self.doubt()?,
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
                 Err(_would_block) if hung_up => self.register_afresh()?,
                 Err(_would_block) => {}
@@ -165,6 +225,15 @@ impl AsyncWrite for PortIo {
         let part = bytes.get(..MAX_WRITE).unwrap_or(bytes);
         loop {
             let this = &mut *self;
+            let Poll::Ready(certain) = this.poll_doubt(context) else {
+                this.writer = Some(context.waker().clone());
+                return Poll::Pending;
+            };
+            certain?;
+            if this.closed {
+                // Nobody will take it; the reader sees the end of this connection too.
+                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            }
             let Poll::Ready(ready) = this.io.poll_write_ready(context) else {
                 this.writer = Some(context.waker().clone());
                 return Poll::Pending;
@@ -175,11 +244,11 @@ impl AsyncWrite for PortIo {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(outcome) => return Poll::Ready(outcome),
                 Err(_would_block) if hung_up => {
-                    if !connected(self.io.get_ref())? {
-                        // Nobody will take it; the reader sees the end of this connection too.
-                        return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+                    if connected(self.io.get_ref())? {
+                        self.register_afresh()?;
+                    } else {
+                        self.doubt()?;
                     }
-                    self.register_afresh()?;
                 }
                 Err(_would_block) => {}
             }
@@ -205,7 +274,7 @@ fn connected(device: &OwnedFd) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::Instant;
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -240,8 +309,11 @@ mod tests {
             std::io::Read::read_exact(&mut other, &mut bytes).unwrap();
             assert_eq!(&bytes, b"there");
             drop(other);
-            // A terminal says EIO where a port says 0 bytes.
-            assert!(matches!(io.read(&mut bytes).await, Ok(0) | Err(_)));
+            let closed = Instant::now();
+            assert!(matches!(io.read(&mut bytes).await, Ok(0)));
+            assert!(closed.elapsed() >= DOUBT, "{:?}", closed.elapsed());
+            assert!(matches!(io.read(&mut bytes).await, Ok(0)), "it stays at its end");
+            assert_eq!(io.write(b"more").await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
             io.shutdown().await.unwrap();
         }
     }
@@ -262,6 +334,29 @@ mod tests {
         io.read_exact(&mut bytes).await.unwrap();
         assert_eq!(&bytes, b"late");
         opener.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_end_that_is_open_again_in_time_never_was_closed() {
+        let (port, path) = terminal();
+        let other = open_other_end(&path);
+        let mut io = port.connection().await.unwrap();
+        drop(other);
+        let opener = std::thread::spawn(move || {
+            std::thread::sleep(DOUBT / 3);
+            let mut other = open_other_end(&path);
+            std::io::Write::write_all(&mut other, b"back").unwrap();
+            let mut bytes = [0; 5];
+            std::io::Read::read_exact(&mut other, &mut bytes).unwrap();
+            bytes
+        });
+        let mut bytes = [0; 4];
+        // It reads while the end is closed, and is called no more than it takes.
+        let polled = polls(tokio::time::timeout(Duration::from_secs(5), io.read_exact(&mut bytes))).await;
+        assert_eq!(&bytes, b"back");
+        assert!(polled < 10, "polled {polled} times");
+        io.write_all(b"there").await.unwrap();
+        assert_eq!(&opener.join().unwrap(), b"there");
     }
 
     /// How often a future is polled before it is ready.
