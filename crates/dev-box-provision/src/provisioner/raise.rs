@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{DiskError, Inner, Origin, Plan, step, unsatisfiable, word};
 use crate::blocking;
+use crate::console;
 use crate::identity::{self, network_config};
 use crate::machine::{CloneOf, Machine};
 use crate::mounts;
@@ -177,15 +178,20 @@ impl Inner {
                 plugged => plugged.map_err(step("putting the network's filter in force")),
             }
         };
-        let ((session, agent), ()) = tokio::select! {
-            both = async { tokio::try_join!(self.connect(&machine.dir, plan.cid), plug) } => both?,
+        let answered = async {
+            let ((session, agent), ()) = tokio::try_join!(self.connect(&machine.dir, plan.cid), plug)?;
+            watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
+            Box::pin(self.introduce(machine, (&session, &agent), &plan.name, vm.id())).await?;
+            watch.step("configure");
+            let mounted = async { mounts::mount(&session, &request.mounts).await.map_err(step("mounting")) };
+            self.in_time(machine, mounted).await?;
+            Ok::<_, ProvisionError>((session, agent))
+        };
+        let (session, agent) = tokio::select! {
+            answered = answered => answered?,
             () = gone.cancelled() => return Err(ProvisionError::ShuttingDown),
             () = self.closing.cancelled() => return Err(ProvisionError::ShuttingDown),
         };
-        watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
-        self.introduce(machine.lease.as_ref(), (&session, &agent), &plan.name, vm.id()).await?;
-        watch.step("configure");
-        mounts::mount(&session, &request.mounts).await.map_err(step("mounting"))?;
         let mut vm = Self::ready(machine, plan, request, (session, agent.version), watch);
         if let Origin::Clone(template) = origin {
             // The image may have been built anew since.
@@ -197,11 +203,12 @@ impl Inner {
     /// Tells the guest who it is, while its network is looked at a last time before somebody has it.
     pub(super) async fn introduce(
         &self,
-        lease: Option<&NetLease>,
+        machine: &Machine,
         (session, agent): (&Session, &GuestHello),
         name: &VmName,
         id: VmId,
     ) -> Result<(), ProvisionError> {
+        let lease = machine.lease.as_ref();
         let network = lease.map(|lease| network_config(lease, agent)).transpose().map_err(unsatisfiable)?;
         let identity =
             identity::identity(name, id, &*self.clock, network).map_err(step("configuring the guest"))?;
@@ -213,7 +220,19 @@ impl Inner {
                 None => Ok(()),
             }
         };
-        tokio::try_join!(configured, verified).map(drop)
+        self.in_time(machine, async { tokio::try_join!(configured, verified).map(drop) }).await
+    }
+
+    /// What a guest is asked before anybody has it: one that says hello and then nothing more is not waited for for ever.
+    async fn in_time<T>(
+        &self,
+        machine: &Machine,
+        asked: impl Future<Output = Result<T, ProvisionError>>,
+    ) -> Result<T, ProvisionError> {
+        let waited = self.settings.boot_timeout;
+        tokio::time::timeout(waited, asked).await.unwrap_or_else(|_| {
+            Err(ProvisionError::NoAnswer { waited, console: console::tail(&machine.dir.console()) })
+        })
     }
 
     fn ready(

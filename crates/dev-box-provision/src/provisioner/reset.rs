@@ -87,7 +87,7 @@ impl Inner {
         let (session, agent) = self.connect(&machine.dir, clone.cid).await?;
         watch.step("answer");
         // A machine id of its own: what the last use has told about itself does not name this one.
-        self.introduce(machine.lease.as_ref(), (&session, &agent), &vm.name, VmId::random()).await?;
+        self.introduce(machine, (&session, &agent), &vm.name, VmId::random()).await?;
         watch.step("configure");
 
         vm.session = session;

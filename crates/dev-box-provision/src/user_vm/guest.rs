@@ -9,7 +9,7 @@ use dev_box_core::spec::{
 };
 use dev_box_core::template::VmTemplate;
 use dev_box_net::{EgressPolicy, NetLease};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{Held, UserVmError, UserVms};
 use crate::console;
@@ -91,13 +91,20 @@ impl UserVms {
         let network = network.map_err(|error| UserVmError::OldAgent(error.to_string()))?;
         let identity = identity::identity(name, held.record.id, &*self.clock, network)
             .map_err(|error| UserVmError::Interrupted(Box::new(error)))?;
-        let told = session.call(Request::Configure(identity)).await;
-        told.map_err(|source| UserVmError::Identity { name: name.clone(), source })?;
-        if let Err(error) = offer_shell(&session).await {
-            tracing::warn!(vm = %name, error, "there is no shell on its console");
-        }
+        let told = async {
+            let told = session.call(Request::Configure(identity)).await;
+            told.map_err(|source| UserVmError::Identity { name: name.clone(), source })?;
+            if let Err(error) = offer_shell(&session).await {
+                tracing::warn!(vm = %name, error, "there is no shell on its console");
+            }
+            Ok(())
+        };
+        let told = timeout(patience, told).await;
         session.close();
-        Ok(())
+        told.unwrap_or_else(|_| {
+            let console = console::tail(&held.dir.console());
+            Err(UserVmError::NoAnswer { name: name.clone(), waited: patience, console })
+        })
     }
 
     pub(super) async fn connect(

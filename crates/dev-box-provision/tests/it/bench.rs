@@ -45,6 +45,8 @@ pub(crate) enum Guest {
     IsOld,
     /// Nobody answers.
     Silent,
+    /// Its agent says hello, and then nothing more.
+    FallsSilent,
     /// It goes away in the middle of the hello.
     HangsUp,
 }
@@ -82,6 +84,11 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) async fn new(guest: Guest) -> Self {
+        Self::that_waits(guest, Duration::from_millis(400)).await
+    }
+
+    /// As [`Bench::new`], with another patience for the guest.
+    pub(crate) async fn that_waits(guest: Guest, boot_timeout: Duration) -> Self {
         let root = tempfile::tempdir().unwrap();
         let clock = Arc::new(FakeClock::at(EasternTime::from_unix_nanos(1_790_000_000_000_000_000)));
         let libvirt = FakeLibvirt::new();
@@ -112,7 +119,7 @@ impl Bench {
             state_root: images.root().to_owned(),
             qemu: this_user(),
             owner: "tester".to_owned(),
-            boot_timeout: Duration::from_millis(400),
+            boot_timeout,
             space: no_limits(),
             memory: MemoryLimits::default(),
         };
@@ -220,7 +227,7 @@ async fn serve(
             Guest::HangsUp => drop(io),
             // Held, and never read.
             Guest::Silent => std::mem::forget(io),
-            Guest::Obeys | Guest::KnowsNoIpv6 | Guest::Refuses | Guest::IsOld => {
+            Guest::Obeys | Guest::KnowsNoIpv6 | Guest::Refuses | Guest::IsOld | Guest::FallsSilent => {
                 let mut hello = GuestHello::new("boot");
                 if guest == Guest::Obeys {
                     hello.capabilities = vec![IPV6.to_owned()];
@@ -234,6 +241,10 @@ async fn serve(
                         return;
                     };
                     while let Some((request, mut stream)) = incoming.next().await {
+                        if guest == Guest::FallsSilent {
+                            std::mem::forget(stream);
+                            continue;
+                        }
                         let answer = match request {
                             Request::Configure(_) if guest == Guest::Refuses => {
                                 Message::Failed(GuestError::new(GuestErrorKind::Other, "no thanks"))

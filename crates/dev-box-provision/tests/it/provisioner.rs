@@ -204,6 +204,28 @@ async fn an_agent_that_is_silent_or_gone_is_told_with_the_console() {
 }
 
 #[tokio::test]
+async fn an_agent_that_says_hello_and_nothing_more_is_not_waited_for_for_ever() {
+    let bench = Bench::new(Guest::FallsSilent).await;
+    let error = bench.provisioner.provision(&request()).await.unwrap_err();
+    assert!(matches!(error, ProvisionError::NoAnswer { .. }), "{}", chain(&error));
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn a_guest_that_falls_silent_does_not_hold_up_the_end() {
+    let bench = Bench::that_waits(Guest::FallsSilent, Duration::from_secs(3600)).await;
+    let provisioner = bench.provisioner.clone();
+    let making = tokio::spawn(async move { provisioner.provision(&request()).await });
+    while bench.libvirt.list().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    tokio::time::timeout(Duration::from_secs(10), bench.provisioner.drain()).await.unwrap();
+    assert!(matches!(making.await.unwrap(), Err(ProvisionError::ShuttingDown)));
+    bench.assert_clean();
+}
+
+#[tokio::test]
 async fn an_image_with_an_older_agent_is_told_what_to_do() {
     let bench = Bench::new(Guest::IsOld).await;
     let error = chain(&bench.provisioner.provision(&request()).await.unwrap_err());

@@ -215,7 +215,7 @@ async fn what_is_wrong_is_said_and_nothing_is_left() {
 
 #[tokio::test]
 async fn a_guest_that_does_not_come_up_leaves_a_vm_that_is_off() {
-    for guest in [Guest::Silent, Guest::HangsUp, Guest::Refuses] {
+    for guest in [Guest::Silent, Guest::FallsSilent, Guest::HangsUp, Guest::Refuses] {
         let bench = Bench::new(guest).await;
         let vms = &bench.user_vms;
         vms.create(new("a")).await.unwrap();
