@@ -53,22 +53,30 @@ pub(crate) struct NoIpv6 {
 /// # Errors
 /// [`NoIpv6`].
 pub(crate) fn network_config(lease: &NetLease, agent: &GuestHello) -> Result<NetworkConfig, NoIpv6> {
-    Ok(NetworkConfig {
+    ipv6_config(lease.ipv6, agent)?;
+    Ok(network_again(lease))
+}
+
+/// The same, for an agent that has done so before.
+pub(crate) fn network_again(lease: &NetLease) -> NetworkConfig {
+    NetworkConfig {
         mac: lease.mac.to_string(),
         address: lease.address,
         prefix: lease.prefix,
         gateway: lease.gateway,
         dns: lease.dns.clone(),
-        ipv6: ipv6_config(lease.ipv6, agent)?,
-    })
+        ipv6: lease.ipv6.map(wire),
+    }
+}
+
+fn wire(Ipv6Lease { address, prefix, gateway }: Ipv6Lease) -> Ipv6Config {
+    Ipv6Config { address, prefix, gateway }
 }
 
 fn ipv6_config(lease: Option<Ipv6Lease>, agent: &GuestHello) -> Result<Option<Ipv6Config>, NoIpv6> {
     match lease {
         Some(_) if !agent.can(IPV6) => Err(NoIpv6 { version: GuestText::from(agent.version.as_str()) }),
-        lease => {
-            Ok(lease.map(|Ipv6Lease { address, prefix, gateway }| Ipv6Config { address, prefix, gateway }))
-        }
+        lease => Ok(lease.map(wire)),
     }
 }
 

@@ -28,12 +28,13 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use dev_box_comm::hello::GuestHello;
+use dev_box_comm::message::Configure;
 use dev_box_comm::session::Session;
 use dev_box_comm::transport::{self, Dial, Preference, Probes, TransportKind};
 use dev_box_core::accel::{self, Accelerator};
 use dev_box_core::clock::{Clock, EasternTime};
 use dev_box_core::connection::LibvirtConnection;
-use dev_box_core::id::VmName;
+use dev_box_core::id::{VmId, VmName};
 use dev_box_exec::sink::BoxFuture;
 use dev_box_exec::{NetworkMode, ProvisionError, Provisioner, ReadyVm, TransportChoice, VmRequest};
 use dev_box_image::template::{HostFacts, Shape, Template, TemplateError, TemplateStore};
@@ -52,6 +53,7 @@ use crate::admission::{HostMemory, MemoryLimits, Promises};
 use crate::blocking::{self, BlockingError};
 use crate::console;
 use crate::holds::Holds;
+use crate::identity::{self, EntropyError};
 use crate::machine::Machine;
 use crate::mounts;
 use crate::network_watch::{self, NetworkNews};
@@ -253,6 +255,13 @@ impl LibvirtProvisioner {
     /// Where the disk of a VM of ours lies.
     pub(crate) fn overlay_of(&self, name: &VmName) -> PathBuf {
         VmDir::overlay_in(&self.vms(), name)
+    }
+
+    /// What a VM of ours was told of itself when it was made, to be told again.
+    pub(crate) fn identity_again(&self, name: &VmName) -> Result<Configure, EntropyError> {
+        let machines = self.0.machines();
+        let lease = machines.get(name).and_then(|machine| machine.lease.as_ref());
+        identity::identity(name, VmId::random(), &*self.0.clock, lease.map(identity::network_again))
     }
 
     /// Boots a VM whose memory lies in `ram`.

@@ -15,6 +15,7 @@ use dev_box_exec::{
 };
 use dev_box_image::ImageName;
 use dev_box_image::template::{Template, TemplateError, TemplateManifest, TemplateStaging};
+use tokio::time::sleep;
 
 use super::{MonitorError, monitor};
 use crate::blocking::{self, BlockingError};
@@ -29,6 +30,9 @@ const ZERO_FREE_MEMORY: &str = r"
     umount $dir; rmdir $dir; true";
 /// That is enough for the memory's zeros under emulation too.
 const ZERO_PATIENCE: Duration = Duration::from_secs(120);
+const REHEARSAL: Duration = Duration::from_secs(30);
+/// How long a guest has to notice that its host has gone: several times what its agent waits for another one.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A template to make.
 #[derive(Debug, Clone)]
@@ -165,13 +169,35 @@ impl LibvirtProvisioner {
         if zeroed.process_exit_code() != 0 {
             tracing::info!(outcome = ?zeroed.outcome, "free memory was not zeroed: the template is larger than it need be");
         }
-        drop_caches().await.map_err(CreateError::Quiesce).map(drop)
+        drop_caches().await.map_err(CreateError::Quiesce)?;
+        if let Err(error) = self.rehearse(vm, executor, cancel).await {
+            tracing::info!(error = &*error, "nothing was rehearsed: the first steps of a clone take longer");
+        }
+        Ok(())
+    }
+
+    /// What every clone does first: who it is, and a command. What that needs of the disk is in the template's memory then, some
+    /// MiB that all clones share.
+    async fn rehearse(
+        &self,
+        vm: &ReadyVm,
+        executor: &AgentExecutor,
+        cancel: &Cancel,
+    ) -> Result<(), Box<dyn std::error::Error + Send + std::marker::Sync>> {
+        vm.session.call(Request::Configure(self.identity_again(&vm.name)?)).await?;
+        let mut command = Job::new(["/bin/sh", "-c", "ls / >/dev/null"]);
+        command.timeout = Some(REHEARSAL);
+        executor.execute(vm, command, Arc::new(DiscardSink), cancel.clone()).await;
+        vm.session.call(Request::Sync(Sync { drop_caches: false })).await?;
+        Ok(())
     }
 
     /// After this the VM is over, and its disk is the template's.
     async fn save(&self, vm: &ReadyVm, staged: &TemplateStaging) -> Result<(), CreateError> {
-        // The agent waits for a new hello when it wakes up in a clone.
+        // The agent waits for a new hello when it wakes up in a clone: its kernel, and it, have to know that nobody is there. Else each
+        // clone hears that first, when its new host has begun to talk.
         vm.session.close();
+        sleep(FAREWELL).await;
         let domain = Vm::find(self.connection(), vm.name.as_str()).await.map_err(CreateError::Vm)?;
         domain.pause().await.map_err(CreateError::Vm)?;
         // The link's state is part of the device's: a clone's interface stays unplugged until its filter stands.
