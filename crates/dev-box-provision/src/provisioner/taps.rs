@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use dev_box_core::id::VmName;
 use dev_box_net::{EgressPolicy, NetLease, PreparedTap};
@@ -17,6 +18,9 @@ use crate::machine::Machine;
 
 /// More than this are not kept of one policy: each has an address, and some 80 rules of ebtables.
 pub(super) const MAX: usize = 64;
+
+/// After one that could not be made.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// One of those that count as made: of who waits, or of who has it.
 #[derive(Debug)]
@@ -132,7 +136,7 @@ impl Inner {
         self.taps.count(policy)
     }
 
-    /// Makes what is missing, in the background. A failure is left at that until the next call.
+    /// Makes what is missing, in the background, until all of it is there.
     pub(super) fn make_taps(self: &Arc<Self>, policy: &EgressPolicy) {
         if self.closing.is_cancelled() || !self.taps.begin(policy) {
             return;
@@ -151,10 +155,15 @@ impl Inner {
             });
             let failed = made.is_err();
             let unwanted = inner.taps.end(&policy, made.ok().flatten());
-            if !failed {
-                inner.make_taps(&policy);
-            }
             inner.discard(unwanted).await;
+            if failed {
+                // The rules of somebody else may have come in between.
+                tokio::select! {
+                    () = tokio::time::sleep(RETRY) => {}
+                    () = inner.closing.cancelled() => {}
+                }
+            }
+            inner.make_taps(&policy);
         });
     }
 

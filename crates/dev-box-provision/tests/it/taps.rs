@@ -57,6 +57,16 @@ impl Bench {
 }
 
 #[tokio::test]
+async fn one_that_could_not_be_made_is_tried_again() {
+    let bench = Bench::new(Guest::Obeys).await;
+    bench.libvirt.fail_next("bind_filter", LibvirtError::InvalidXml { message: "scripted".to_owned() });
+    bench.keep_taps(1).await;
+    tokio::time::timeout(Duration::from_secs(30), bench.wait_for_taps(1)).await.unwrap();
+    bench.provisioner.drain().await;
+    bench.assert_bare();
+}
+
+#[tokio::test]
 async fn one_vm_after_the_other_has_it() {
     let bench = Bench::new(Guest::Obeys).await;
     bench.keep_taps(1).await;
