@@ -1,6 +1,7 @@
 //! The steps of making a VM, in two halves: until its QEMU runs, and until its agent knows who it is.
 
 use std::os::unix::fs::chown;
+use std::time::Duration;
 
 use dev_box_comm::hello::GuestHello;
 use dev_box_comm::message::Request;
@@ -19,6 +20,7 @@ use dev_box_exec::{NetworkFacts, ProvisionError, ReadyVm, TransportChoice, VmFac
 use dev_box_image::Overlay;
 use dev_box_image::template::Template;
 use dev_box_net::NetLease;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{DiskError, Inner, Origin, Plan, step, unsatisfiable, word};
@@ -32,6 +34,9 @@ use crate::rewind;
 use crate::stopwatch::Stopwatch;
 use crate::template::{self, monitor};
 use crate::vm_dir::{QemuUser, VmDir};
+
+/// How long the channel of a VM that is over has to say why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A VM whose QEMU runs: booting, or waiting for its template's devices.
 #[derive(Debug)]
@@ -173,9 +178,14 @@ impl Inner {
                 return Ok(());
             }
             match vm.plug_in(&template).await {
-                // It is over, of which its channel tells more.
-                Err(error) if is_over(&error) => std::future::pending().await,
-                plugged => plugged.map_err(step("putting the network's filter in force")),
+                Err(error) => {
+                    if is_over(&error) {
+                        // Its channel tells more, and mostly as soon.
+                        sleep(LAST_WORDS).await;
+                    }
+                    Err(step("putting the network's filter in force")(error))
+                }
+                Ok(()) => Ok(()),
             }
         };
         let answered = async {
@@ -183,8 +193,7 @@ impl Inner {
             watch.step(if matches!(origin, Origin::Clone(_)) { "answer" } else { "boot" });
             Box::pin(self.introduce(machine, (&session, &agent), &plan.name, vm.id())).await?;
             watch.step("configure");
-            let mounted = async { mounts::mount(&session, &request.mounts).await.map_err(step("mounting")) };
-            self.in_time(machine, mounted).await?;
+            mounts::mount(&session, &request.mounts).await.map_err(step("mounting"))?;
             Ok::<_, ProvisionError>((session, agent))
         };
         let (session, agent) = tokio::select! {
@@ -220,17 +229,10 @@ impl Inner {
                 None => Ok(()),
             }
         };
-        self.in_time(machine, async { tokio::try_join!(configured, verified).map(drop) }).await
-    }
-
-    /// What a guest is asked before anybody has it: one that says hello and then nothing more is not waited for for ever.
-    async fn in_time<T>(
-        &self,
-        machine: &Machine,
-        asked: impl Future<Output = Result<T, ProvisionError>>,
-    ) -> Result<T, ProvisionError> {
+        // One that says hello and then nothing more is not waited for for ever.
         let waited = self.settings.boot_timeout;
-        tokio::time::timeout(waited, asked).await.unwrap_or_else(|_| {
+        let told = timeout(waited, async { tokio::try_join!(configured, verified).map(drop) }).await;
+        told.unwrap_or_else(|_| {
             Err(ProvisionError::NoAnswer { waited, console: console::tail(&machine.dir.console()) })
         })
     }

@@ -138,9 +138,11 @@ async fn whichever_call_of_libvirt_fails_nothing_is_left() {
 
 #[tokio::test]
 async fn a_network_whose_filter_or_link_does_not_come_is_no_network() {
-    for nth in [1, 2] {
+    let failed = LibvirtError::OperationFailed { code: 1, message: "scripted".to_owned() };
+    // Of a VM that is said to be over, and whose guest answers.
+    let over = LibvirtError::InvalidOperation { message: "scripted".to_owned() };
+    for (nth, error) in [(1, failed.clone()), (2, failed), (1, over)] {
         let bench = Bench::new(Guest::Obeys).await;
-        let error = LibvirtError::OperationFailed { code: 1, message: "scripted".to_owned() };
         bench.libvirt.fail_nth("update_device", nth, error);
         let error = bench.provisioner.provision(&request()).await.unwrap_err();
         assert!(chain(&error).contains("network's filter"), "{}", chain(&error));
