@@ -203,6 +203,7 @@ async fn a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: cargo xtask ci --full"]
 async fn five_hundred_callers_on_five_vms() {
     Box::pin(tokio::task::LocalSet::new().run_until(five_hundred())).await;
 }
