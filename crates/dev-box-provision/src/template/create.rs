@@ -15,7 +15,7 @@ use dev_box_exec::{
 };
 use dev_box_image::ImageName;
 use dev_box_image::template::{Template, TemplateError, TemplateManifest, TemplateStaging};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::{MonitorError, monitor};
 use crate::blocking::{self, BlockingError};
@@ -30,6 +30,7 @@ const ZERO_FREE_MEMORY: &str = r"
     umount $dir; rmdir $dir; true";
 /// That is enough for the memory's zeros under emulation too.
 const ZERO_PATIENCE: Duration = Duration::from_secs(120);
+/// A guest that does not answer is no reason to wait: the template is whole without.
 const REHEARSAL: Duration = Duration::from_secs(30);
 /// How long a guest has to notice that its host has gone: several times what its agent waits for another one.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -170,7 +171,8 @@ impl LibvirtProvisioner {
             tracing::info!(outcome = ?zeroed.outcome, "free memory was not zeroed: the template is larger than it need be");
         }
         drop_caches().await.map_err(CreateError::Quiesce)?;
-        if let Err(error) = self.rehearse(vm, executor, cancel).await {
+        let rehearsed = timeout(REHEARSAL, self.rehearse(vm, executor, cancel)).await;
+        if let Err(error) = rehearsed.unwrap_or_else(|late| Err(late.into())) {
             tracing::info!(error = &*error, "nothing was rehearsed: the first steps of a clone take longer");
         }
         Ok(())
@@ -186,7 +188,7 @@ impl LibvirtProvisioner {
     ) -> Result<(), Box<dyn std::error::Error + Send + std::marker::Sync>> {
         vm.session.call(Request::Configure(self.identity_again(&vm.name)?)).await?;
         let mut command = Job::new(["/bin/sh", "-c", "ls / >/dev/null"]);
-        command.timeout = Some(REHEARSAL);
+        command.timeout = Some(REHEARSAL / 2);
         executor.execute(vm, command, Arc::new(DiscardSink), cancel.clone()).await;
         vm.session.call(Request::Sync(Sync { drop_caches: false })).await?;
         Ok(())
