@@ -116,7 +116,10 @@ pub(crate) enum Command {
 
 const RUN_EXAMPLES: &str = "\
 Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable,
-127 not found, 128+N killed by signal N.
+127 not found, 128+N killed by signal N, 130 interrupted.
+
+Ctrl-C asks the command to end; a second one ends everything at once; a third gives up where even that hangs,
+and leaves the VM to `dev-box gc`.
 
 Examples:
   dev-box run -- sh -c 'exit 7'; echo $?

@@ -1,15 +1,33 @@
-//! Ctrl-C and the other signals that ask a program to end: the first asks the job to stop, the second ends everything at once.
+//! Ctrl-C and the other signals that ask a program to end: the first asks the job to stop, the second ends everything at once,
+//! the third gives up.
+//!
+//! The first two are the command's to hear. The third is for a command that does not: it waits where nothing can be
+//! cancelled, as in a call to a libvirtd that hangs. It needs none of the command's threads, none of its locks, and no time.
 
 use std::future::poll_fn;
 use std::io;
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError};
 use std::task::Poll;
+use std::thread;
+use std::time::Duration;
 
+use dev_box::core::id::VmName;
 use dev_box::exec::cancel::{CancelSource, Urgency};
+use dev_box::provision::sweep;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::exit::{self, Failure};
-use crate::output;
+use crate::{output, tty};
+
+/// Interrupts until everything is given up.
+const LAST: u8 = 3;
+/// How long the last words may take: nobody may read them.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How many interrupts came; `None` while nobody counts them.
+static HEARD: Mutex<Option<u8>> = Mutex::new(None);
 
 /// SIGINT, SIGTERM and SIGHUP; under nohup(1), which has the program ignore it, not the last.
 pub(crate) struct Endings(Vec<Signal>);
@@ -20,6 +38,11 @@ impl Endings {
     /// # Errors
     /// The handlers cannot be installed.
     pub(crate) fn listen() -> io::Result<Self> {
+        count()?;
+        Self::hear()
+    }
+
+    fn hear() -> io::Result<Self> {
         let mut heard = vec![signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?];
         if !ignores(SignalKind::hangup(), &std::fs::read_to_string("/proc/self/status")?) {
             heard.push(signal(SignalKind::hangup())?);
@@ -38,6 +61,72 @@ impl Endings {
             }
         })
         .await;
+    }
+}
+
+/// Has a thread of its own count the interrupts from now on, and give up at the [`LAST`].
+fn count() -> io::Result<()> {
+    let mut heard = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
+    if heard.is_some() {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let mut endings = {
+        let _entered = runtime.enter();
+        Endings::hear()?
+    };
+    thread::Builder::new().name("interrupts".into()).spawn(move || {
+        loop {
+            runtime.block_on(endings.recv());
+            hurry(1);
+        }
+    })?;
+    *heard = Some(0);
+    Ok(())
+}
+
+/// So many interrupts more.
+fn hurry(more: u8) {
+    let mut heard = HEARD.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = heard.unwrap_or_default().saturating_add(more);
+    *heard = Some(now);
+    if now >= LAST {
+        give_up();
+    }
+}
+
+/// The detach keys were pressed: they count for the two interrupts that a command hears. The terminal hears Ctrl-C again, which is the third.
+pub(crate) fn detached() {
+    tty::give_back();
+    hurry(LAST - 1);
+}
+
+/// Ends the program where it stands.
+fn give_up() -> ! {
+    let (told, done) = mpsc::sync_channel(1);
+    // Whatever blocks here, a terminal that was stopped or a pipe that nobody reads, does so on a thread nobody waits for.
+    let _ = thread::Builder::new().spawn(move || {
+        tty::give_back();
+        output::note(last_words(&sweep::owned()));
+        let _ = told.send(());
+    });
+    let _ = done.recv_timeout(LAST_WORDS);
+    #[expect(unsafe_code, reason = "what is to run at exit may wait for the thread that hangs")]
+    // SAFETY: it ends the process, and runs nothing of it.
+    unsafe {
+        libc::_exit(exit::INTERRUPTED.into())
+    }
+}
+
+/// What is left when a program gives up that owns these VMs.
+fn last_words(vms: &[VmName]) -> String {
+    match vms {
+        [] => "given up".to_owned(),
+        [one] => format!("given up: VM {one} is left behind; `dev-box gc` removes it"),
+        many => {
+            let names: Vec<&str> = many.iter().map(VmName::as_str).collect();
+            format!("given up: VMs {} are left behind; `dev-box gc` removes them", names.join(", "))
+        }
     }
 }
 
@@ -102,6 +191,14 @@ pub(crate) async fn outlast(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_gives_up_says_what_is_left() {
+        let names: Vec<VmName> = ["a", "b"].iter().map(|name| name.parse().unwrap()).collect();
+        assert_eq!(last_words(&[]), "given up");
+        assert_eq!(last_words(&names[..1]), "given up: VM a is left behind; `dev-box gc` removes it");
+        assert_eq!(last_words(&names), "given up: VMs a, b are left behind; `dev-box gc` removes them");
+    }
 
     #[test]
     fn what_is_ignored_is_read_from_the_status() {

@@ -1,8 +1,8 @@
 //! This process's terminal, lent to a program in a VM.
 //!
-//! While it is lent it is raw: keys go to the program as they are, Ctrl-C included, and what the program writes goes to the
-//! terminal as it is. It is given back as it was on every way out: [`Lent`] does so when it is dropped, by a return, an
-//! error or a panic, and `interrupt` turns signals into returns. What a program left switched on (the alternate screen, a
+//! While it is lent it is raw: keys go to the program as they are, Ctrl-C included, unless it is to have none, and what the
+//! program writes goes to the terminal as it is. It is given back as it was on every way out: [`Lent`] does so when it is dropped, by a return, an
+//! error or a panic, and `interrupt` turns signals into returns, or calls [`give_back`] when it gives up. What a program left switched on (the alternate screen, a
 //! mouse, a hidden cursor) is switched off.
 
 use std::io::{self, IsTerminal, Write};
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use dev_box::exec::sink::{BoxFuture, OutputSink, OutputStream};
 use dev_box::exec::terminal::Modes;
 use dev_box::exec::{PtySize, Terminal};
-use nix::sys::termios::{self, SetArg, Termios};
+use nix::sys::termios::{self, LocalFlags, SetArg, Termios};
 use tokio::io::{AsyncWriteExt, Stdout};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -26,21 +26,42 @@ const DETACH: [u8; 2] = [0x10, 0x11];
 /// A size for programs whose terminal has none.
 const USUAL: PtySize = PtySize { rows: 24, cols: 80 };
 
+/// What puts the terminal back, while it is lent: for those who have no [`Lent`] in hand.
+static OUT: Mutex<Option<Undo>> = Mutex::new(None);
+
+#[derive(Debug, Clone)]
+struct Undo {
+    before: Termios,
+    modes: Arc<Mutex<Modes>>,
+}
+
+/// Puts the terminal back as it was, if it is lent. May be done again.
+pub(crate) fn give_back() {
+    let Some(Undo { before, modes }) = OUT.lock().unwrap_or_else(PoisonError::into_inner).clone() else {
+        return;
+    };
+    let undo = std::mem::take(&mut *modes.lock().unwrap_or_else(PoisonError::into_inner)).undo();
+    let mut out = io::stdout().lock();
+    // It may be gone; then there is nothing to give back.
+    let _ = out.write_all(undo.as_bytes()).and_then(|()| out.flush());
+    let _ = termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, &before);
+}
+
 /// The terminal while it is lent.
 #[derive(Debug)]
 pub(crate) struct Lent {
-    before: Termios,
     modes: Arc<Mutex<Modes>>,
     sizes: watch::Receiver<PtySize>,
     watching: tokio::task::JoinHandle<()>,
 }
 
 impl Lent {
-    /// Makes this process's terminal raw. Must be called within a runtime.
+    /// Makes this process's terminal raw; with `keys`, Ctrl-C and its like are no signals any more. Must be called within a
+    /// runtime.
     ///
     /// # Errors
     /// Standard input is no terminal.
-    pub(crate) fn take() -> Result<Self, Failure> {
+    pub(crate) fn take(keys: bool) -> Result<Self, Failure> {
         if !io::stdin().is_terminal() {
             return Err(Failure::new(
                 "--tty: standard input is no terminal: leave it out, or use a terminal",
@@ -56,7 +77,7 @@ impl Lent {
                 tokio::select! {
                     _ = changes.recv() => {}
                     // Whoever stopped us has given the terminal to somebody else meanwhile.
-                    _ = continues.recv() => { let _ = raw(&again); }
+                    _ = continues.recv() => { let _ = raw(&again, keys); }
                 }
                 if told.send(size()).is_err() {
                     return;
@@ -64,8 +85,10 @@ impl Lent {
             }
         });
         // Made first: from here on whatever fails gives it back.
-        let lent = Self { before, modes: Arc::default(), sizes, watching };
-        raw(&lent.before).map_err(Failure::new)?;
+        let lent = Self { modes: Arc::default(), sizes, watching };
+        let undo = Undo { before: before.clone(), modes: Arc::clone(&lent.modes) };
+        *OUT.lock().unwrap_or_else(PoisonError::into_inner) = Some(undo);
+        raw(&before, keys).map_err(Failure::new)?;
         Ok(lent)
     }
 
@@ -88,17 +111,18 @@ impl Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         self.watching.abort();
-        let undo = self.modes.lock().unwrap_or_else(PoisonError::into_inner).undo();
-        let mut out = io::stdout().lock();
-        // It may be gone; then there is nothing to give back.
-        let _ = out.write_all(undo.as_bytes()).and_then(|()| out.flush());
-        let _ = termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before);
+        give_back();
+        *OUT.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
-fn raw(before: &Termios) -> nix::Result<()> {
+fn raw(before: &Termios, keys: bool) -> nix::Result<()> {
     let mut raw = before.clone();
     termios::cfmakeraw(&mut raw);
+    if !keys {
+        // Nobody would read them, and nothing could end the wait.
+        raw.local_flags |= before.local_flags & LocalFlags::ISIG;
+    }
     termios::tcsetattr(io::stdin().as_fd(), SetArg::TCSADRAIN, &raw)
 }
 

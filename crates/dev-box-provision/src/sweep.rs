@@ -49,6 +49,12 @@ pub fn find(state_root: &Path) -> Result<Vec<VmName>, VmDirError> {
     Ok(names)
 }
 
+/// The VMs that this process owns, which become leftovers when it ends now. Waits for nothing.
+#[must_use]
+pub fn owned() -> Vec<VmName> {
+    vm_dir::owned()
+}
+
 /// Takes them down, all of them, whatever happens to one; in `actor`'s name, which is audited before and after.
 ///
 /// # Errors

@@ -225,6 +225,20 @@ impl VmDir {
     }
 }
 
+/// The VMs whose locks this process holds, by its open files: whoever asks may have no time to wait for those who know.
+pub(crate) fn owned() -> Vec<VmName> {
+    let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let mut names: Vec<_> = open.filter_map(|fd| owned_by(&fs::read_link(fd.path()).ok()?)).collect();
+    names.sort();
+    names
+}
+
+/// The VM whose lock this file is.
+fn owned_by(file: &Path) -> Option<VmName> {
+    let dir = file.parent().filter(|_| file.ends_with("lock"))?;
+    dir.parent()?.ends_with("vms").then(|| dir.file_name()?.to_str()?.parse().ok())?
+}
+
 fn take_lock(dir: &Path, name: &VmName) -> Result<File, VmDirError> {
     let lock = dir.join("lock");
     let file = OpenOptions::new().write(true).open(&lock).map_err(VmDirError::io("open the lock", &lock))?;
@@ -299,6 +313,20 @@ mod tests {
         drop(dir);
         VmDir::adopt(root.path(), &name("a")).unwrap().remove().unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_this_process_owns_is_known_by_its_open_files() {
+        let root = tempfile::tempdir().unwrap();
+        let vms = root.path().join("vms");
+        let dir = VmDir::create(&vms, &name("owned-here"), me()).unwrap();
+        assert!(owned().contains(&name("owned-here")));
+        drop(dir);
+        assert!(!owned().contains(&name("owned-here")));
+        for none in ["/x/vms/.new-a/lock", "/x/vms/a/share", "/x/user-vms/a/lock", "/lock", "socket:[1]", ""]
+        {
+            assert_eq!(owned_by(Path::new(none)), None, "{none}");
+        }
     }
 
     #[test]

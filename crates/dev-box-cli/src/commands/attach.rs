@@ -57,7 +57,7 @@ pub(crate) async fn run(config: Config, args: AttachArgs) -> Result<ExitCode, Fa
     let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
     let job = background::find(&session, &args.job).await.map_err(Failure::new)?;
     let request = Attach { job, replay_bytes: args.replay, stdin: args.interactive };
-    let console = Console::lend(args.tty)?;
+    let console = Console::lend(args.tty, args.interactive)?;
     let stdin = if args.interactive { input(console.lent(), &cancel)? } else { Stdin::Null };
     let resizes = console.lent().map(Lent::sizes);
     let attachment = Attachment { stdin, resizes, recent_only: false };

@@ -19,10 +19,11 @@ use crate::tty::Lent;
 use crate::{interrupt, output, stdin};
 
 const EXAMPLES: &str = "\
-With --tty keys go to the command, Ctrl-C too; Ctrl-P Ctrl-Q leaves, and ends it.
+With -it keys go to the command, Ctrl-C too; Ctrl-P Ctrl-Q leaves, and ends it. Otherwise Ctrl-C asks the
+command to end, a second one ends it at once, a third gives up.
 
 Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable,
-127 not found, 128+N killed by signal N.
+127 not found, 128+N killed by signal N, 130 interrupted.
 
 Examples:
   dev-box exec work -- make test
@@ -122,7 +123,7 @@ impl Console {
         stdin: bool,
         cancel: &CancelSource,
     ) -> Result<Self, Failure> {
-        let lent = if tty { Some(Lent::take()?) } else { None };
+        let lent = if tty { Some(Lent::take(stdin)?) } else { None };
         if let Some(lent) = &lent {
             job.terminal = Some(lent.terminal());
             // TERM is what programs know the terminal's abilities by.
@@ -153,8 +154,8 @@ impl Console {
     }
 
     /// For a job that is there already.
-    pub(crate) fn lend(tty: bool) -> Result<Self, Failure> {
-        Ok(Self { lent: if tty { Some(Lent::take()?) } else { None } })
+    pub(crate) fn lend(tty: bool, stdin: bool) -> Result<Self, Failure> {
+        Ok(Self { lent: if tty { Some(Lent::take(stdin)?) } else { None } })
     }
 }
 
@@ -165,6 +166,7 @@ pub(crate) fn input(lent: Option<&Lent>, cancel: &CancelSource) -> Result<Stdin,
             let cancel = cancel.clone();
             stdin::keyboard(move || {
                 cancel.cancel_now();
+                interrupt::detached();
             })
         }
         None => stdin::reader(),
