@@ -71,10 +71,19 @@ fn vms_are_made_used_listed_and_removed() {
     paused_and_resumed(&host);
 
     // A VM that dies is told of, and its name stays until it is removed.
+    let mut running = host.start(["exec", "work", "--", "sh", "-c", "echo begun; exec sleep 60"]);
+    running.wait_for_output("begun");
     for pid in host.qemu_pids() {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
     }
     wait_for("vm.lost");
+    let cut_off = running.finish().expect_code(125);
+    let told = "VM work is lost: its QEMU is gone";
+    assert!(
+        cut_off.stderr.contains(told) && cut_off.stderr.contains("`dev-box rm work`"),
+        "{}",
+        cut_off.stderr
+    );
     let lost = host.dev_box(["exec", "work", "--", "true"]).expect_code(125);
     assert!(lost.stderr.contains("VM work is lost"), "{}", lost.stderr);
     host.dev_box(["rm", "work"]).expect_code(0);

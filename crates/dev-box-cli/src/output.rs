@@ -65,6 +65,10 @@ pub(crate) fn ending(result: &ExecutionResult) {
         Outcome::Cancelled => note("stopped"),
         Outcome::GuestLost | Outcome::Failed { .. } => {
             note(format_args!("error: {}", result.error.as_deref().unwrap_or("the VM was lost")));
+            if let (Outcome::GuestLost, Some(vm)) = (result.outcome, &result.vm) {
+                // libvirt's own place: what QEMU said before it died stands nowhere else.
+                note(format_args!("what QEMU said is in /var/log/libvirt/qemu/{}.log", vm.name));
+            }
         }
     }
 }

@@ -72,7 +72,7 @@ pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(
                     }
                     // The client's own session goes on: a reset would look like a breach.
                     Err(StreamError::Closed(reason)) => {
-                        let text = format!("the VM is lost: {reason}");
+                        let text = format!("the VM is lost: {}", reason.fate());
                         let told = Message::Failed(GuestError::new(GuestErrorKind::Other, text));
                         return (Some(told), Ending::Lost);
                     }

@@ -142,7 +142,7 @@ impl Gateway {
         let refusal = match opened {
             Ok(Ok(stream)) => return Ok((act, stream)),
             Ok(Err(StreamError::Closed(reason))) => {
-                GuestError::new(GuestErrorKind::Other, format!("the VM is lost: {reason}"))
+                GuestError::new(GuestErrorKind::Other, format!("the VM is lost: {}", reason.fate()))
             }
             Ok(Err(error)) => GuestError::new(GuestErrorKind::Other, error.to_string()),
             Err(_) => {

@@ -54,7 +54,8 @@ pub(crate) struct AttachArgs {
 
 pub(crate) async fn run(config: Config, args: AttachArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
-    let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
+    let client = Client::new(&config);
+    let session = client.channel(&args.vm).await.map_err(Failure::new)?;
     let job = background::find(&session, &args.job).await.map_err(Failure::new)?;
     let request = Attach { job, replay_bytes: args.replay, stdin: args.interactive };
     let console = Console::lend(args.tty, args.interactive)?;
@@ -63,7 +64,10 @@ pub(crate) async fn run(config: Config, args: AttachArgs) -> Result<ExitCode, Fa
     let attachment = Attachment { stdin, resizes, recent_only: false };
     let attached = background::attach(&session, request, attachment, console.sink(), &cancel.token()).await;
     drop(console);
-    ended(&attached.map_err(Failure::new)?)
+    match attached {
+        Ok(attended) => ended(&attended),
+        Err(error) => Err(client.explain(&args.vm, &session, Failure::new(error)).await),
+    }
 }
 
 /// The exit code for how a time with a job ended.

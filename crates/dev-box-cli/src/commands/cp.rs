@@ -88,15 +88,21 @@ async fn copy(config: Config, args: CpArgs) -> Result<ExitCode, Failure> {
         entries: config.limits.workspace_files,
         ..Limits::default()
     };
+    let client = Client::new(&config);
     match (Place::parse(&args.from)?, Place::parse(&args.to)?) {
         (Place::Here(from), Place::There(vm, to)) => {
-            let session = Client::new(&config).channel(&vm).await.map_err(Failure::new)?;
-            into_vm(&session, &from, to, args.owner, limits).await?;
-            Ok(ExitCode::SUCCESS)
+            let session = client.channel(&vm).await.map_err(Failure::new)?;
+            match into_vm(&session, &from, to, args.owner, limits).await {
+                Ok(()) => Ok(ExitCode::SUCCESS),
+                Err(error) => Err(client.explain(&vm, &session, error).await),
+            }
         }
         (Place::There(vm, from), Place::Here(to)) => {
-            let session = Client::new(&config).channel(&vm).await.map_err(Failure::new)?;
-            out_of_vm(&session, &from, to, limits).await
+            let session = client.channel(&vm).await.map_err(Failure::new)?;
+            match out_of_vm(&session, &from, to, limits).await {
+                Err(error) => Err(client.explain(&vm, &session, error).await),
+                done => done,
+            }
         }
         _ => Err(Failure::new("one of the two must be in a VM (NAME:/PATH), and the other here")),
     }

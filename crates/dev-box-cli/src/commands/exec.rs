@@ -8,7 +8,7 @@ use clap::{Args, ValueHint};
 use dev_box::Config;
 use dev_box::core::clock::SystemClock;
 use dev_box::core::id::VmName;
-use dev_box::exec::{AgentExecutor, CancelSource, DiscardSink, Job, OutputSink, Stdin, background};
+use dev_box::exec::{AgentExecutor, CancelSource, DiscardSink, Job, Outcome, OutputSink, Stdin, background};
 use dev_box::observe::NullSink;
 
 use crate::args::JobOptions;
@@ -74,7 +74,8 @@ impl ExecArgs {
 pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
     let mut job = args.job.job(&config, &args.argv, args.json)?;
-    let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
+    let client = Client::new(&config);
+    let session = client.channel(&args.vm).await.map_err(Failure::new)?;
     if args.detach {
         job.timeout = args.job.timeout;
         return detach(&session, job, args.interactive, args.tty).await;
@@ -83,8 +84,12 @@ pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Fail
     // The daemon writes the audit: it sees what is really asked.
     let executor = AgentExecutor::new(Arc::new(SystemClock), Arc::new(NullSink));
     let sink = if args.json { Arc::new(DiscardSink) } else { console.sink() };
-    let result = executor.execute_on(&args.vm, &session, job, sink, cancel.token()).await;
+    let mut result = executor.execute_on(&args.vm, &session, job, sink, cancel.token()).await;
     drop(console);
+    if let (Outcome::GuestLost | Outcome::Failed { .. }, Some(error)) = (result.outcome, &result.error) {
+        result.error =
+            Some(client.explain(&args.vm, &session, Failure::new(error.clone())).await.to_string());
+    }
     session.close();
     session.closed().await;
     if args.json {

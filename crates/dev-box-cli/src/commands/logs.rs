@@ -43,11 +43,14 @@ pub(crate) struct LogsArgs {
 
 pub(crate) async fn run(config: Config, args: LogsArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
-    let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
+    let client = Client::new(&config);
+    let session = client.channel(&args.vm).await.map_err(Failure::new)?;
     let job = background::find(&session, &args.job).await.map_err(Failure::new)?;
     let request = Attach { job, replay_bytes: args.tail, stdin: false };
     let sink = Arc::new(Live::new());
     let attachment = Attachment { recent_only: !args.follow, ..Attachment::default() };
-    background::attach(&session, request, attachment, sink, &cancel.token()).await.map_err(Failure::new)?;
-    Ok(ExitCode::SUCCESS)
+    match background::attach(&session, request, attachment, sink, &cancel.token()).await {
+        Ok(_) => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(client.explain(&args.vm, &session, Failure::new(error)).await),
+    }
 }

@@ -63,7 +63,8 @@ impl FromStr for Ports {
 
 pub(crate) async fn run(config: Config, args: PortForwardArgs) -> Result<ExitCode, Failure> {
     let cancel = interrupt::listen().map_err(Failure::new)?;
-    let session = Client::new(&config).channel(&args.vm).await.map_err(Failure::new)?;
+    let client = Client::new(&config);
+    let session = client.channel(&args.vm).await.map_err(Failure::new)?;
     let mut forwarders = Vec::new();
     for Ports { here, there } in &args.ports {
         let address = SocketAddr::new(args.address, *here);
@@ -79,8 +80,8 @@ pub(crate) async fn run(config: Config, args: PortForwardArgs) -> Result<ExitCod
     let code = tokio::select! {
         served = served => {
             served.map_err(Failure::new)?;
-            output::note(format_args!("the VM {} is gone", args.vm));
-            ExitCode::FAILURE
+            let gone = Failure::new(format!("the VM {} is gone", args.vm));
+            return Err(client.explain(&args.vm, &session, gone).await);
         }
         () = token.reached(Urgency::Graceful) => ExitCode::SUCCESS,
     };

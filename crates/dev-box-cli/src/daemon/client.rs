@@ -17,12 +17,14 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::api::{
     CHANNEL_PROTOCOL, Event, ForkInfo, LEASE_HEADER, LeaseInfo, NewForks, NewLease, NewVm, Problem, Usage,
-    VmInfo,
+    VmInfo, VmState,
 };
+use super::vms::VmsError;
+use crate::exit::Failure;
 
 /// Longest answer that is taken, in bytes.
 const ANSWER: usize = 16 << 20;
@@ -54,6 +56,9 @@ pub(crate) enum ClientError {
 
 /// How long a command that can do without the daemon waits for it.
 const ASKED_IN_PASSING: Duration = Duration::from_secs(2);
+
+/// How soon it is asked again what became of a VM.
+const ASKED_AGAIN: Duration = Duration::from_millis(50);
 
 /// The domain of the VM that the daemon calls so; the name itself where it has no such VM, or does not answer.
 pub(crate) async fn domain_of(config: &Config, name: VmName) -> VmName {
@@ -99,6 +104,34 @@ impl Client {
             .body(Full::default())?;
         let response = checked(self.connect().await?.send_request(request).await?).await?;
         upgraded(response).await
+    }
+
+    /// What became of the VM that a command failed on, where that says more than how it failed.
+    pub(crate) async fn explain(&self, name: &VmName, session: &Session, failure: Failure) -> Failure {
+        let until = Instant::now() + ASKED_IN_PASSING;
+        loop {
+            let vms = match timeout(ASKED_IN_PASSING, self.vms()).await {
+                Ok(Ok(vms)) => vms,
+                Ok(Err(ClientError::NotRunning(at))) => {
+                    return Failure::new(format!("the daemon at {} has ended meanwhile", at.display()));
+                }
+                _ => return failure,
+            };
+            match vms.into_iter().find(|vm| vm.name == *name).map(|vm| vm.state) {
+                None | Some(VmState::Removing) => {
+                    return Failure::new(format!("VM {name} was removed meanwhile"));
+                }
+                Some(VmState::Lost { reason }) => {
+                    return Failure::new(VmsError::Lost { name: name.clone(), reason });
+                }
+                Some(_) if session.close_reason().is_none() => return failure,
+                // The daemon hears of it when we do.
+                Some(_) if Instant::now() < until => sleep(ASKED_AGAIN).await,
+                Some(state) => {
+                    return Failure::new(format!("the daemon broke off; VM {name} is {state}: try again"));
+                }
+            }
+        }
     }
 
     /// A VM of the daemon's pool and a session with its agent, which is also what the VM is held by.

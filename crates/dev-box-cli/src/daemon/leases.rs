@@ -80,8 +80,8 @@ impl Lent {
         let gateway = self.daemon.gateway(domain.clone(), self.session.clone()).for_holder();
         self.daemon.serve_channel(gateway, io, peer).await;
         if let Some(reason) = self.session.close_reason() {
-            tracing::warn!(vm = %name, %reason, "a VM that was lent is lost");
-            self.daemon.events.say(Happening::VmLost { vm: name.clone(), reason: reason.to_string() });
+            tracing::warn!(vm = %name, reason = reason.fate(), "a VM that was lent is lost");
+            self.daemon.events.say(Happening::VmLost { vm: name.clone(), reason: reason.fate() });
             tokio::select! {
                 () = self.daemon.vms.gone(name) => {}
                 () = sleep(COLLECT) => {}

@@ -176,7 +176,7 @@ impl Daemon {
         let info = reservation.fill(machine);
         let daemon = Arc::clone(self);
         self.tasks.spawn(async move {
-            let reason = session.closed().await.to_string();
+            let reason = session.closed().await.fate();
             // The session keeps the channel: let it go before what is left is taken down.
             drop(session);
             if let Some(machine) = daemon.vms.lose(&name, &domain, &reason) {

@@ -34,7 +34,7 @@ pub(crate) enum VmsError {
     NotReady { name: VmName, state: VmState },
     #[error("VM {0} is paused: `dev-box resume {0}` lets it run on")]
     Paused(VmName),
-    #[error("VM {name} is lost: {reason}")]
+    #[error("VM {name} is lost: {reason}; `dev-box rm {name}` frees its name")]
     Lost { name: VmName, reason: String },
 }
 

@@ -341,6 +341,28 @@ pub enum CloseReason {
     Superseded,
 }
 
+impl CloseReason {
+    /// What it means for a VM whose channel this side held, in words for whoever used it.
+    #[must_use]
+    pub fn fate(&self) -> String {
+        use crate::frame::FrameError;
+        use crate::mux::Violation;
+        match self {
+            Self::Eof | Self::Io(..) => {
+                format!("its QEMU is gone: shut down, killed or crashed ({self})")
+            }
+            // Whoever begins to speak in the middle of a conversation does not know of it.
+            Self::Violation(
+                Violation::Frame(FrameError::Sequence { got: 0, .. }) | Violation::UnexpectedHello,
+            ) => {
+                format!("its agent began anew, since it was killed or the guest was restarted ({self})")
+            }
+            Self::Peer(PeerClose::Done) => "its channel was closed in order".to_owned(),
+            _ => self.to_string(),
+        }
+    }
+}
+
 /// What the other side's close frame said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

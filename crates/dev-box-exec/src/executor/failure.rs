@@ -20,8 +20,8 @@ use crate::workspace::{CollectError, StageError};
 pub(super) enum Cause {
     #[error("cancelled")]
     Cancelled,
-    #[error("the VM was lost")]
-    Lost(#[source] CloseReason),
+    #[error("the VM was lost: {}", .0.fate())]
+    Lost(CloseReason),
     #[error("the guest broke the protocol: {0}")]
     Violation(&'static str),
     #[error("no VM could be had")]

@@ -8,7 +8,7 @@ use dev_box::core::accel::AcceleratorPolicy;
 use dev_box::core::clock::{Clock, SystemClock};
 use dev_box::core::id::VmName;
 use dev_box::exec::cancel::Urgency;
-use dev_box::exec::{AgentExecutor, Cancel, ExecutionResult, Job, OutputSink, ReadyVm};
+use dev_box::exec::{AgentExecutor, Cancel, ExecutionResult, Job, Outcome, OutputSink, ReadyVm};
 use dev_box::observe::audit::{AuditFuture, AuditLog};
 use dev_box::observe::{AuditError, AuditEvent, AuditSink, Entry, NullSink};
 use nix::unistd::Uid;
@@ -77,6 +77,10 @@ impl Lent {
         let executor = AgentExecutor::new(Arc::new(SystemClock), files).on_behalf_of(dev_box::actor());
         let mut result = executor.execute(&vm, job, sink, cancel).await;
         result.timings.acquire += took;
+        if result.outcome == Outcome::GuestLost {
+            let error = result.error.get_or_insert_default();
+            error.push_str(" (the daemon's log and `dev-box events` say how)");
+        }
         let giving_back = Instant::now();
         // Of one that is lost there were files to collect. One that is not in order goes with the connection.
         if (result.is_in_order() || vm.session.close_reason().is_some())

@@ -1,7 +1,9 @@
 //! What a session does when everybody behaves.
 
 use super::*;
+use crate::frame::FrameError;
 use crate::message::{ExecRequest, ExitStatus, Exited, Started, Usage};
+use crate::mux::Violation;
 
 #[tokio::test]
 async fn a_call_is_answered() {
@@ -146,6 +148,16 @@ async fn closing_tells_both_sides() {
     assert!(host.open(Request::Info).await.is_err());
     assert_eq!(host.ping().await, Err(CloseReason::Local));
     assert!(incoming.next().await.is_none());
+}
+
+#[test]
+fn what_became_of_a_vm_is_told_in_words() {
+    let number = |got| CloseReason::Violation(Violation::Frame(FrameError::Sequence { expected: 9, got }));
+    assert!(CloseReason::Eof.fate().starts_with("its QEMU is gone"));
+    for anew in [number(0), CloseReason::Violation(Violation::UnexpectedHello)] {
+        assert!(anew.fate().starts_with("its agent began anew"), "{anew}");
+    }
+    assert_eq!(number(8).fate(), number(8).to_string());
 }
 
 #[tokio::test]
