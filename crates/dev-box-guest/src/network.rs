@@ -78,11 +78,16 @@ pub trait Links {
     /// # Errors
     /// What the kernel said, here and below.
     fn set_up(&self, interface: &str, up: bool) -> io::Result<()>;
-    /// Changes the hardware address; the interface is down.
+    /// Changes the hardware address. An interface that is up forgets its neighbours then.
+    ///
+    /// # Errors
+    /// What the kernel said: a driver may want the interface to be down (`EBUSY`).
+    fn set_mac(&self, interface: &str, mac: [u8; 6]) -> io::Result<()>;
+    /// Takes the address away, and with it every route of the interface and what it knew of neighbours.
     ///
     /// # Errors
     /// What the kernel said.
-    fn set_mac(&self, interface: &str, mac: [u8; 6]) -> io::Result<()>;
+    fn remove_address(&self, interface: &str) -> io::Result<()>;
     /// Sets the one address and its mask.
     ///
     /// # Errors
@@ -122,11 +127,12 @@ pub fn apply(links: &dyn Links, wanted: &Addressing) -> Result<String, NetworkEr
     let interface = choose(&links.interfaces(), wanted.mac)?;
     let name = interface.name.as_str();
     let failed = |step| move |error| NetworkError::Step { step, interface: name.to_owned(), error };
-    links.set_up(name, false).map_err(failed("take the link down"))?;
-    if interface.mac != wanted.mac {
-        links.set_mac(name, wanted.mac).map_err(failed("set the hardware address"))?;
-    }
+    // A clone wakes with its interface up. To take that down and up again costs more than all else here.
     links.disable_ipv6(name);
+    links.remove_address(name).map_err(failed("take the address away"))?;
+    if interface.mac != wanted.mac {
+        set_mac(links, name, wanted.mac)?;
+    }
     links.set_address(name, wanted.address, mask).map_err(failed("set the address"))?;
     links.set_up(name, true).map_err(failed("bring the link up"))?;
     if let Some(gateway) = wanted.gateway {
@@ -138,6 +144,19 @@ pub fn apply(links: &dyn Links, wanted: &Addressing) -> Result<String, NetworkEr
         links.set_default_route6(name, gateway).map_err(failed("set the default route of IPv6"))?;
     }
     Ok(interface.name)
+}
+
+/// While it has no address: nothing is said of the old one by the new one's name.
+fn set_mac(links: &dyn Links, name: &str, mac: [u8; 6]) -> Result<(), NetworkError> {
+    let failed = |step| move |error| NetworkError::Step { step, interface: name.to_owned(), error };
+    match links.set_mac(name, mac) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            links.set_up(name, false).map_err(failed("take the link down"))?;
+            links.set_mac(name, mac)
+        }
+        outcome => outcome,
+    }
+    .map_err(failed("set the hardware address"))
 }
 
 fn choose(interfaces: &[Interface], mac: [u8; 6]) -> Result<Interface, NetworkError> {
@@ -306,6 +325,12 @@ impl Links for Linux {
         Self::call(libc::SIOCSIFHWADDR, &mut request)
     }
 
+    fn remove_address(&self, interface: &str) -> io::Result<()> {
+        let mut request = Self::request(interface)?;
+        request.ifr_ifru.ifru_addr = Self::inet(Ipv4Addr::UNSPECIFIED);
+        Self::call(libc::SIOCSIFADDR, &mut request)
+    }
+
     fn set_address(&self, interface: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
         let mut request = Self::request(interface)?;
         request.ifr_ifru.ifru_addr = Self::inet(address);
@@ -410,6 +435,8 @@ pub(crate) mod fake {
     pub(crate) struct FakeLinks {
         pub(crate) interfaces: Vec<Interface>,
         pub(crate) refuse: Option<&'static str>,
+        /// The driver changes no hardware address while the interface is up.
+        pub(crate) stiff: bool,
         pub(crate) done: Arc<Mutex<Vec<String>>>,
         /// Of IPv6: whether it is on, and what is set. Off, nothing can be set and nothing is.
         pub(crate) ipv6: Arc<Mutex<Option<Vec<String>>>>,
@@ -456,7 +483,14 @@ pub(crate) mod fake {
         }
 
         fn set_mac(&self, interface: &str, mac: [u8; 6]) -> io::Result<()> {
+            if self.stiff && !self.done().contains(&format!("{interface} down")) {
+                return Err(io::Error::from_raw_os_error(libc::EBUSY));
+            }
             self.note("mac", format!("{interface} mac {}", write_mac(mac)))
+        }
+
+        fn remove_address(&self, interface: &str) -> io::Result<()> {
+            self.note("no address", format!("{interface} no address"))
         }
 
         fn set_address(&self, interface: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
@@ -513,26 +547,28 @@ mod tests {
     }
 
     #[test]
-    fn a_clone_gets_its_own_address_while_its_link_is_down() {
+    fn a_clone_loses_one_address_before_it_gets_the_other() {
         let links = FakeLinks::with(&[("eth0", OLD)]);
         assert_eq!(apply(&links, &wanted()).unwrap(), "eth0");
-        assert_eq!(
-            links.done(),
-            [
-                "eth0 down",
-                "eth0 mac 02:00:00:00:00:02",
-                "eth0 10.1.2.3 255.255.255.0",
-                "eth0 up",
-                "eth0 default 10.1.2.1"
-            ]
-        );
+        let stiff = FakeLinks { stiff: true, ..FakeLinks::with(&[("eth0", OLD)]) };
+        apply(&stiff, &wanted()).unwrap();
+        let mut expected = vec![
+            "eth0 no address",
+            "eth0 mac 02:00:00:00:00:02",
+            "eth0 10.1.2.3 255.255.255.0",
+            "eth0 up",
+            "eth0 default 10.1.2.1",
+        ];
+        assert_eq!(links.done(), expected);
+        expected.insert(1, "eth0 down");
+        assert_eq!(stiff.done(), expected, "a driver that has to");
     }
 
     #[test]
     fn the_interface_with_the_address_is_chosen_among_several() {
         let links = FakeLinks::with(&[("eth0", OLD), ("eth1", NEW)]);
         assert_eq!(apply(&links, &Addressing { gateway: None, ..wanted() }).unwrap(), "eth1");
-        assert_eq!(links.done(), ["eth1 down", "eth1 10.1.2.3 255.255.255.0", "eth1 up"]);
+        assert_eq!(links.done(), ["eth1 no address", "eth1 10.1.2.3 255.255.255.0", "eth1 up"]);
     }
 
     #[test]
@@ -557,11 +593,13 @@ mod tests {
             apply(&several, &Addressing { prefix: 33, ..wanted() }),
             Err(NetworkError::Prefix(33))
         ));
-        for what in ["down", "mac", "address", "up", "route", "ipv6", "address6", "route6"] {
+        for what in ["no address", "mac", "address", "up", "route", "ipv6", "address6", "route6"] {
             let links = FakeLinks { refuse: Some(what), ..FakeLinks::with(&[("eth0", OLD)]) };
             let refused = apply(&links, &Addressing { ipv6: Some(ipv6(3)), ..wanted() }).unwrap_err();
             assert!(refused.to_string().contains("eth0"), "{refused}");
         }
+        let links = FakeLinks { refuse: Some("down"), stiff: true, ..FakeLinks::with(&[("eth0", OLD)]) };
+        assert!(apply(&links, &wanted()).unwrap_err().to_string().contains("take the link down"));
     }
 
     #[test]
@@ -589,6 +627,7 @@ mod tests {
         for name in ["", "no-such-if0", "a-name-that-is-too-long"] {
             assert!(Linux.set_up(name, true).is_err());
             assert!(Linux.set_mac(name, NEW).is_err());
+            assert!(Linux.remove_address(name).is_err());
             assert!(Linux.set_address(name, Ipv4Addr::LOCALHOST, Ipv4Addr::BROADCAST).is_err());
             assert!(Linux.enable_ipv6(name).is_err());
             assert!(Linux.set_address6(name, Ipv6Addr::LOCALHOST, 128).is_err());

@@ -133,7 +133,7 @@ fn replace(root: &Path, name: &str, text: &str) -> io::Result<()> {
 
 /// In place, as a clone's files have their length already: what is truncated first is allocated anew and written out when it is
 /// closed (ext4(5), `auto_da_alloc`), which is most of what a clone waits for.
-fn overwrite(path: &Path, text: &str) -> io::Result<()> {
+pub(super) fn overwrite(path: &Path, text: &str) -> io::Result<()> {
     use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = std::fs::OpenOptions::new().write(true).custom_flags(flags).open(path)?;

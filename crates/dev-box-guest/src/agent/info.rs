@@ -50,13 +50,36 @@ pub fn boot_id(root: &Path) -> String {
 
 /// Gives the machine another identifier: it is a clone that has just learned who it is.
 pub fn new_boot_id(root: &Path) -> String {
-    let id = first_line("/proc/sys/kernel/random/uuid");
+    let id = random_uuid();
     let path = root.join(BOOT_ID);
+    let line = format!("{id}\n");
+    // A clone has its template's, of the same length.
+    let kept = super::configure::overwrite(&path, &line).or_else(|_| std::fs::write(&path, &line));
     // Without a place to keep it, it is a new one each time: the host then takes the guest for one that started anew.
-    if let Err(error) = std::fs::write(&path, format!("{id}\n")) {
+    if let Err(error) = kept {
         say(format_args!("cannot write {}: {error}", path.display()));
     }
     id
+}
+
+/// RFC 9562, version 4. The kernel writes them too, in a file of `/proc` whose opening and reading takes an emulated clone several
+/// milliseconds.
+fn random_uuid() -> String {
+    let mut bytes = [0; 16];
+    if getrandom::fill(&mut bytes).is_err() {
+        return String::new();
+    }
+    let random = u128::from_be_bytes(bytes);
+    let all = (random & !(0xf << 76) & !(0b11 << 62)) | (4 << 76) | (0b10 << 62);
+    let hex = format!("{all:032x}");
+    let mut uuid = String::with_capacity(36);
+    for (place, digit) in hex.chars().enumerate() {
+        if matches!(place, 8 | 12 | 16 | 20) {
+            uuid.push('-');
+        }
+        uuid.push(digit);
+    }
+    uuid
 }
 
 fn first_line(path: impl AsRef<Path>) -> String {
@@ -118,6 +141,10 @@ mod tests {
         std::fs::create_dir(root.path().join("run")).unwrap();
         let first = boot_id(root.path());
         assert_eq!((first.len(), boot_id(root.path())), (36, first.clone()));
+        let groups: Vec<usize> = first.split('-').map(str::len).collect();
+        assert_eq!(groups, [8, 4, 4, 4, 12], "{first}");
+        assert_eq!(&first[14..15], "4", "{first}");
+        assert!("89ab".contains(&first[19..20]), "{first}");
         let second = new_boot_id(root.path());
         assert_ne!(first, second);
         assert_eq!(boot_id(root.path()), second);
