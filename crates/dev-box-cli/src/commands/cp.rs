@@ -13,6 +13,7 @@ use dev_box::comm::Session;
 use dev_box::comm::message::{FileKind, GuestErrorKind, WriteFile, WriteMode};
 use dev_box::core::id::VmName;
 use dev_box::exec::transfer::{self, TransferError};
+use dev_box::exec::workspace::Refused;
 use dev_box::exec::{Limits, Owner};
 
 use crate::daemon::client::Client;
@@ -22,9 +23,9 @@ use crate::{interrupt, output};
 const EXAMPLES: &str = "\
 A directory is copied with all that is in it. Where the destination is a directory, the copy goes
 into it under its own name; `DIR/.` copies what is in DIR. Files are there whole or not at all.
-What comes out of a VM is yours, without set-id bits. FIFOs, devices and sockets stay behind, and
-what a VM should not have sent is left out with a warning. Symbolic links come as they are: where
-they lead is the VM's choice.
+What comes out of a VM is yours, without set-id bits. FIFOs, devices and sockets stay behind, those
+of a VM without a word, and what a VM should not have sent is left out with a warning. Symbolic
+links come as they are: where they lead is the VM's choice.
 
 Interrupted, it leaves whole files only. Exit code: 0; 1 when it failed or something was left behind.
 
@@ -93,7 +94,7 @@ async fn copy(config: Config, args: CpArgs) -> Result<ExitCode, Failure> {
         (Place::Here(from), Place::There(vm, to)) => {
             let session = client.channel(&vm).await.map_err(Failure::new)?;
             match into_vm(&session, &from, to, args.owner, limits).await {
-                Ok(()) => Ok(ExitCode::SUCCESS),
+                Ok(code) => Ok(code),
                 Err(error) => Err(client.explain(&vm, &session, error).await),
             }
         }
@@ -114,7 +115,7 @@ async fn into_vm(
     mut to: PathBuf,
     owner: Option<String>,
     limits: Limits,
-) -> Result<(), Failure> {
+) -> Result<ExitCode, Failure> {
     let fail = |error: std::io::Error| Failure::new(format!("{}: {error}", from.display()));
     let meta = from.metadata().map_err(fail)?;
     let there = match transfer::stat(session, &to).await {
@@ -126,8 +127,9 @@ async fn into_vm(
         to.push(own_name(from)?);
     }
     if meta.is_dir() {
-        transfer::put_tree(session, from.to_owned(), &to, owner, limits).await.map_err(Failure::new)?;
-        return Ok(());
+        let packed = transfer::put_tree(session, from.to_owned(), &to, owner, limits).await;
+        let packed = packed.map_err(Failure::new)?;
+        return Ok(left_behind("not copied into the VM", &packed.refused, packed.refusals));
     }
     let mut file = tokio::fs::File::open(from).await.map_err(fail)?;
     let request = WriteFile {
@@ -139,7 +141,19 @@ async fn into_vm(
         sync: false,
     };
     transfer::put_file(session, request, &mut file).await.map_err(Failure::new)?;
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Names what was not taken, and says how many more there were.
+fn left_behind(how: &str, refused: &[Refused], refusals: u64) -> ExitCode {
+    for refused in refused {
+        output::note(format_args!("{how}: {:?}: {}", refused.path, refused.why));
+    }
+    let unnamed = refusals.saturating_sub(refused.len() as u64);
+    if unnamed > 0 {
+        output::note(format_args!("{how}: {unnamed} more"));
+    }
+    if refusals == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 async fn out_of_vm(
@@ -156,14 +170,7 @@ async fn out_of_vm(
         FileKind::Directory => {
             let done =
                 transfer::get_tree(session, from, to, invoker(), limits).await.map_err(Failure::new)?;
-            for refused in &done.refused {
-                output::note(format_args!("not brought back: {:?}: {}", refused.path, refused.why));
-            }
-            let unnamed = done.refusals.saturating_sub(done.refused.len() as u64);
-            if unnamed > 0 {
-                output::note(format_args!("not brought back: {unnamed} more"));
-            }
-            Ok(if done.refusals == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+            Ok(left_behind("not brought back", &done.refused, done.refusals))
         }
         FileKind::File => {
             get_file(session, from, &to, stat.mode, limits.bytes).await?;

@@ -113,7 +113,7 @@ async fn a_tree_goes_there_and_back() {
     })
     .await;
     let packed = put_tree(&session, from, Path::new("/t"), None, Limits::default()).await.unwrap();
-    assert_eq!(packed, Packed { entries: 2, bytes: 2 << 20 });
+    assert_eq!(packed, Packed { entries: 2, bytes: 2 << 20, ..Packed::default() });
     let bytes = Bytes::from(archive.await.unwrap());
     let session = guest(|request, mut parts| async move {
         assert!(matches!(request, Request::Pack(_)));

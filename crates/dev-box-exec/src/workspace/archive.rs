@@ -9,13 +9,14 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{self, Gid, Mode, Uid};
+use rustix::fs::{self, FileType, Gid, Mode, Uid};
 use rustix::io::Errno;
 use tar::{EntryType, GnuExtSparseHeader, Header};
 
+use super::attributes;
 use super::beneath::{self, PATH_MAX};
 use super::limits::Tally;
 use super::place::{self, DirError, Pending, Placed, Replace};
@@ -47,12 +48,16 @@ pub struct Unpacked {
 }
 
 /// What was packed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Packed {
     /// Files, directories and links.
     pub entries: u64,
     /// Bytes of contents.
     pub bytes: u64,
+    /// What was left out, the first hundred of it.
+    pub refused: Vec<Refused>,
+    /// How many were left out altogether.
+    pub refusals: u64,
 }
 
 /// Why a tree did not come over as a whole.
@@ -223,9 +228,7 @@ impl<R: Read> Unpacker<'_, R> {
 
     fn refuse(&mut self, path: &Path, why: Refusal) {
         self.done.refusals += 1;
-        if self.done.refused.len() < REFUSED {
-            self.done.refused.push(Refused { path: path.to_owned(), why });
-        }
+        note(&mut self.done.refused, path, why);
     }
 
     /// What concerns one entry is its refusal; what concerns the disk ends all.
@@ -479,7 +482,14 @@ fn inside(name: &[u8]) -> Option<PathBuf> {
     (!path.as_os_str().is_empty() && !name.contains(&0)).then_some(path)
 }
 
-/// Writes the content of a directory of the host's as an archive: links as such, sockets left out. Blocks.
+fn note(refused: &mut Vec<Refused>, path: &Path, why: Refusal) {
+    if refused.len() < REFUSED {
+        refused.push(Refused { path: path.to_owned(), why });
+    }
+}
+
+/// Writes the content of a directory of the host's as an archive: links as such, what is neither that nor file nor directory left
+/// out. Blocks.
 ///
 /// # Errors
 /// [`ArchiveError`].
@@ -524,7 +534,12 @@ impl<W: Write> Packer<'_, W> {
             let (inside, path) = (relative.join(&name), dir.join(&name));
             let meta = path.symlink_metadata().map_err(failed("read", &path))?;
             let kind = meta.file_type();
-            if kind.is_socket() {
+            // Another end of a FIFO or a device than the one here would be none.
+            if !kind.is_symlink()
+                && let Err(why) = attributes::refuse_type(FileType::from_raw_mode(meta.mode()))
+            {
+                self.done.refusals += 1;
+                note(&mut self.done.refused, &inside, why);
                 continue;
             }
             self.tally.entry(&inside, depth)?;

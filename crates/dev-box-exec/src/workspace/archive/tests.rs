@@ -149,6 +149,24 @@ fn too_much_is_too_much() {
 }
 
 #[test]
+fn special_files_are_left_out_and_named() {
+    let from = tempfile::tempdir().unwrap();
+    let at = |name: &str| from.path().join(name);
+    std::fs::create_dir(at("sub")).unwrap();
+    std::fs::write(at("sub/file"), "kept").unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, at("sub/fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+    let mut archive = Vec::new();
+    let packed = pack(from.path(), &mut archive, &Limits::default(), &Stop::default()).unwrap();
+    let refused: Vec<_> = packed.refused.iter().map(|one| (one.path.to_str().unwrap(), &one.why)).collect();
+    assert_eq!(refused, [("socket", &Refusal::Socket), ("sub/fifo", &Refusal::Fifo)]);
+    assert_eq!((packed.refusals, packed.entries), (2, 2));
+    let to = tempfile::tempdir().unwrap();
+    let done = unpacked(&archive, to.path()).unwrap();
+    assert_eq!((done.directories, done.files, done.refusals), (1, 1, 0));
+}
+
+#[test]
 fn what_is_no_archive_is_said_so() {
     let to = tempfile::tempdir().unwrap();
     assert!(matches!(unpacked(b"short", to.path()), Err(ArchiveError::Read(_))));
