@@ -181,7 +181,8 @@ fn a_killed_daemons_vms_are_its_successors() {
     let before = address(&host);
     daemon.kill();
     // The client is told at once; it does not hang.
-    client.finish().expect_code(125);
+    let told = client.finish().expect_code(125).stderr;
+    assert!(told.contains("the daemon at") && told.contains("has ended meanwhile"), "{told}");
     assert_eq!(host.qemu_pids().len(), 3, "what a killed daemon leaves behind");
     kill(dies);
 

@@ -110,8 +110,14 @@ impl Client {
     pub(crate) async fn explain(&self, name: &VmName, session: &Session, failure: Failure) -> Failure {
         let until = Instant::now() + ASKED_IN_PASSING;
         loop {
+            let closed = session.close_reason().is_some();
             let vms = match timeout(ASKED_IN_PASSING, self.vms()).await {
                 Ok(Ok(vms)) => vms,
+                // While it dies it still takes connections.
+                Ok(Err(ClientError::Http(_))) if closed && Instant::now() < until => {
+                    sleep(ASKED_AGAIN).await;
+                    continue;
+                }
                 Ok(Err(ClientError::NotRunning(at))) => {
                     return Failure::new(format!("the daemon at {} has ended meanwhile", at.display()));
                 }
@@ -124,7 +130,7 @@ impl Client {
                 Some(VmState::Lost { reason }) => {
                     return Failure::new(VmsError::Lost { name: name.clone(), reason });
                 }
-                Some(_) if session.close_reason().is_none() => return failure,
+                Some(_) if !closed => return failure,
                 // The daemon hears of it when we do.
                 Some(_) if Instant::now() < until => sleep(ASKED_AGAIN).await,
                 Some(state) => {
