@@ -1,17 +1,16 @@
 //! Rewind: a clone goes back to its template's moment in place, in the same QEMU.
 //!
 //! ```text
-//!  stopped -> own pages found -> written back -> devices and disk loaded -> compared -> generation id renewed -> (goes on)
-//!      \____________\_______________\___________________\_____________________\__ failed: of no use, taken down
+//!  stopped -> own pages dropped -> devices and disk loaded -> compared -> generation id renewed -> (goes on)
+//!      \_______________\_____________________\____________________\__ failed: of no use, taken down
 //! ```
-//! What it costs is what the job dirtied: the pages that the clone has for itself are overwritten with the template's, by
-//! way of `/proc/PID/mem`, while its CPUs stand; then QEMU loads the devices, all memory that is not main RAM (firmware, option
+//! The pages that the job wrote to are the clone's own; all others are the template's file's, which is mapped privately. Dropping
+//! them has the guest find the file's again, whatever the job did, and gives their memory back. QEMU alone can drop them, so it is made to
+//! (`remote`), while its CPUs stand. Then it loads the devices, all memory that is not main RAM (firmware, option
 //! ROMs), and the empty disk from the point that [`Overlay::create_with_point`](dev_box_image::Overlay::create_with_point) put
-//! into the clone's overlay. Only then the pages are compared: all must be the template's, save the one in which QEMU has
-//! written the clone's generation id, which gets a new one, so that the guest's kernel reseeds its random numbers.
-//!
-//! Pages written back stay the clone's own, so its memory does not fall and each rewind copies at least what the ones before
-//! did: past [`OWN_MAX_PERCENT`] a clone is worn, and refuses.
+//! into the clone's overlay. Only then the pages that are its own again, since loading wrote to them, are compared: all must be the
+//! template's, save the one in which QEMU has written the clone's generation id, which gets a new one, so that the guest's
+//! kernel reseeds its random numbers.
 //!
 //! The same QEMU serves several leases. A guest that took it over keeps it, and no rewind shows that: for repeated runs inside one
 //! trust domain only.
@@ -19,6 +18,7 @@
 mod mapping;
 mod pages;
 mod process;
+mod remote;
 
 use std::fs;
 use std::io;
@@ -40,8 +40,6 @@ pub use process::{ProcessError, QemuProcess, Ram};
 
 /// The name of the point in a clone's overlay.
 pub(crate) const POINT: &str = "dev-box";
-/// A clone that has more of its RAM for itself, in percent, is not rewound: another costs less memory.
-pub const OWN_MAX_PERCENT: u64 = 50;
 
 /// Why a clone was not rewound. It must not be used again.
 #[derive(Debug, thiserror::Error)]
@@ -55,14 +53,6 @@ pub enum RewindError {
     /// The template is not what it was.
     #[error(transparent)]
     Template(#[from] BlockingError<TemplateError>),
-    /// Too much of its memory is its own.
-    #[error("{own} of its {all} pages are its own, more than {OWN_MAX_PERCENT} %: it is worn")]
-    Worn {
-        /// Pages of its own.
-        own: u64,
-        /// All its pages.
-        all: u64,
-    },
     /// The guest would not notice that it was rewound.
     #[error("the page with the generation id was not found")]
     NoGeneration,
@@ -71,16 +61,8 @@ pub enum RewindError {
     Share(#[source] BlockingError<io::Error>),
 }
 
-/// What a rewind took.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rewound {
-    /// Pages written back, of 4 KiB.
-    pub pages: u64,
-    /// Each step and its time, in order.
-    pub steps: Vec<(String, Duration)>,
-}
-
-/// Takes a running clone back to its template's moment, and leaves it stopped there, with a new generation id.
+/// Takes a running clone back to its template's moment, and leaves it stopped there, with a new generation id. Returns each
+/// step and its time, in order.
 ///
 /// # Errors
 /// [`RewindError`]; what runs or stands then is neither the job's VM nor the template's: destroy it.
@@ -89,27 +71,20 @@ pub async fn back(
     process: &Arc<QemuProcess>,
     template: &Template,
     generation: Uuid,
-) -> Result<Rewound, RewindError> {
+) -> Result<Vec<(String, Duration)>, RewindError> {
     let mut watch = Stopwatch::start();
     monitor::stop(vm).await?;
     watch.step("stop");
     let (of, its) = (template.clone(), Arc::clone(process));
     blocking::run(move || of.check()).await?;
     let file = template.ram();
-    let (ram, own) = blocking::run(move || {
+    let ram = blocking::run(move || {
         let ram = its.ram(&file)?;
-        let own = ram.own_pages()?;
-        Ok::<_, ProcessError>((Arc::new(ram), own))
+        ram.discard_own()?;
+        Ok::<_, ProcessError>(ram)
     })
     .await?;
-    watch.step("scan");
-    let (pages, all) = (own.count(), ram.pages());
-    if pages.saturating_mul(100) > all.saturating_mul(OWN_MAX_PERCENT) {
-        return Err(RewindError::Worn { own: pages, all });
-    }
-    let its = Arc::clone(&ram);
-    blocking::run(move || its.write_back(&own)).await?;
-    watch.step("copy");
+    watch.step("discard");
     monitor::load_point(vm, POINT).await?;
     watch.step("load");
     let renewed = blocking::run(move || {
@@ -121,7 +96,7 @@ pub async fn back(
         return Err(RewindError::NoGeneration);
     }
     watch.step("compare");
-    Ok(Rewound { pages, steps: watch.steps() })
+    Ok(watch.steps())
 }
 
 /// Removes everything in a share, and what the guest has said of its root. QEMU holds the directory itself, so that stays. Blocks.

@@ -94,7 +94,7 @@ impl Inner {
         vm.facts.agent_version = agent.version;
         let mut after = watch.steps();
         let before = after.drain(..1).collect::<Vec<_>>();
-        vm.facts.timings = before.into_iter().chain(rewound.steps).chain(after).collect();
+        vm.facts.timings = before.into_iter().chain(rewound).chain(after).collect();
         Ok(vm)
     }
 }

@@ -1,28 +1,23 @@
 //! The process that is a clone's QEMU, and its RAM as the kernel shows it.
 //!
 //! A process is held by its directory in `/proc`, opened once: unlike a number, that never comes to mean another process. What
-//! it is, is looked at afterwards, and again before each use. Reading and writing its memory needs `CAP_SYS_PTRACE`.
+//! it is, is looked at afterwards, and again before each use. Reading, writing and dropping its memory needs `CAP_SYS_PTRACE`.
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat, readlinkat, statat};
 use uuid::Uuid;
 
 use super::mapping::{self, MappingError};
 use super::pages::{self, Likeness, OwnPages, PAGE, Run};
+use super::remote;
 
-/// Pages copied at a time: a buffer of 1 MiB.
+/// Pages compared at a time: two buffers of 1 MiB.
 const PIECE: u64 = 256;
-/// More share one memory, not the work.
-const THREADS: usize = 4;
-/// Pages whose copying takes longer than to start a thread.
-const WORTH_A_THREAD: u64 = 512;
 /// Of pagemap, read at a time.
 const ENTRIES: usize = 64 << 10;
 /// Of a text in `/proc`. QEMU has hundreds of mappings, not thousands.
@@ -261,23 +256,12 @@ impl Ram {
         Ok(own)
     }
 
-    /// Writes the template's bytes over these pages.
+    /// Drops all pages of its own: each is the template's file's again.
     ///
     /// # Errors
-    /// [`ProcessError`]: some may have been written then, so that the VM is of no use any more.
-    pub fn write_back(&self, own: &OwnPages) -> Result<(), ProcessError> {
-        side_by_side(own, |pieces| self.write_pieces(pieces)).map(drop)
-    }
-
-    fn write_pieces(&self, pieces: &[Run]) -> Result<(), ProcessError> {
-        let mut buffer = Vec::new();
-        for piece in pieces {
-            self.read_template(*piece, &mut buffer)?;
-            self.memory
-                .write_all_at(&buffer, self.base + piece.offset())
-                .map_err(self.io("write the memory"))?;
-        }
-        Ok(())
+    /// [`ProcessError::Io`]: some may be gone then, so that the VM is of no use any more.
+    pub fn discard_own(&self) -> Result<(), ProcessError> {
+        remote::discard(self.pid, &self.memory, self.base, self.length).map_err(self.io("drop the memory"))
     }
 
     /// Compares all pages of its own with the template's, and gives the one with the generation id, where there is one.
@@ -285,26 +269,12 @@ impl Ram {
     /// # Errors
     /// [`ProcessError::Differs`]: another page than that, or more than one, differs.
     pub fn verify(&self) -> Result<Option<u64>, ProcessError> {
-        let found = side_by_side(&self.own_pages()?, |pieces| self.verify_pieces(pieces))?;
-        let mut generations = found.into_iter().flatten();
-        match (generations.next(), generations.next()) {
-            (generation, None) => Ok(generation),
-            (_, Some(number)) => Err(ProcessError::Differs { page: number * PAGE as u64, at: 0 }),
-        }
-    }
-
-    fn verify_pieces(&self, pieces: &[Run]) -> Result<Option<u64>, ProcessError> {
         let (mut wanted, mut found) = (Vec::new(), Vec::new());
         let mut generation = None;
-        for piece in pieces {
-            self.read_template(*piece, &mut wanted)?;
+        for piece in self.own_pages()?.pieces(PIECE) {
+            self.read_template(piece, &mut wanted)?;
             found.resize(piece.bytes(), 0);
-            self.memory
-                .read_exact_at(&mut found, self.base + piece.offset())
-                .map_err(self.io("read the memory"))?;
-            if wanted == found {
-                continue;
-            }
+            self.read(piece.offset(), &mut found)?;
             for (number, (wanted, found)) in (piece.first..).zip(wanted.chunks(PAGE).zip(found.chunks(PAGE)))
             {
                 let differs = |at| ProcessError::Differs { page: number * PAGE as u64, at };
@@ -344,38 +314,6 @@ impl Ram {
             .read_exact_at(buffer, piece.offset())
             .map_err(|source| ProcessError::Template { path: self.path.clone(), source })
     }
-}
-
-/// Does something to all pages, on as many threads as there are processors, since the VM's stand idle meanwhile; what each
-/// came to, in the order of the pages.
-fn side_by_side<T: Send>(
-    own: &OwnPages,
-    work: impl Fn(&[Run]) -> Result<T, ProcessError> + Sync,
-) -> Result<Vec<T>, ProcessError> {
-    let pieces: Vec<Run> = own.pieces(PIECE).collect();
-    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS);
-    let share = own.count().div_ceil(threads as u64).max(WORTH_A_THREAD);
-    let mut pages = 0;
-    // By pages, not by pieces: most are of one page, some of many.
-    let same_share = |before: &Run, _: &Run| {
-        pages += before.pages;
-        let full = pages >= share;
-        if full {
-            pages = 0;
-        }
-        !full
-    };
-    thread::scope(|scope| {
-        let mut shares = pieces.chunk_by(same_share);
-        let first = shares.next().unwrap_or_default();
-        let others: Vec<_> = shares.map(|share| scope.spawn(|| work(share))).collect();
-        let mut done = vec![work(first)?];
-        for other in others {
-            // Passed on as it is.
-            done.push(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-        }
-        Ok(done)
-    })
 }
 
 #[cfg(test)]

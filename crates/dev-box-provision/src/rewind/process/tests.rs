@@ -1,11 +1,15 @@
-//! On this very process: the kernel is real, only QEMU is missing.
+//! On this very process, and on a QEMU without a machine: kernel and QEMU are real, only the guest is missing.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::fd::AsFd as _;
+use std::process::{Child, Command, Stdio};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::*;
+
+const QEMU: &str = "qemu-system-x86_64";
 
 /// A file, mapped privately as a clone maps its template's RAM.
 struct Mapped {
@@ -39,12 +43,6 @@ impl Mapped {
         let memory = File::options().write(true).open("/proc/self/mem").unwrap();
         memory.write_all_at(bytes, (self.base + offset) as u64).unwrap();
     }
-
-    fn read_all(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.length];
-        File::open("/proc/self/mem").unwrap().read_exact_at(&mut bytes, self.base as u64).unwrap();
-        bytes
-    }
 }
 
 impl Drop for Mapped {
@@ -52,6 +50,88 @@ impl Drop for Mapped {
     fn drop(&mut self) {
         // SAFETY: this mapping was made by `new`, and nothing refers to it.
         let _ = unsafe { munmap(std::ptr::with_exposed_provenance_mut(self.base), self.length) };
+    }
+}
+
+/// A real one, without a machine, and a clone's memory.
+struct Qemu {
+    directory: tempfile::TempDir,
+    child: Child,
+}
+
+impl Qemu {
+    fn new(pages: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ram");
+        fs::write(&path, (0..pages * PAGE).map(|at| (at / PAGE % 250) as u8 + 1).collect::<Vec<_>>())
+            .unwrap();
+        let object = format!(
+            "memory-backend-file,id=ram,size={},mem-path={},share=off,readonly=on,rom=off",
+            pages * PAGE,
+            path.display()
+        );
+        let mut command = Command::new(QEMU);
+        command.args([
+            "-machine",
+            "none",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-qmp",
+            "stdio",
+            "-object",
+            &object,
+        ]);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut qemu = Self { directory, child };
+        assert!(qemu.line().contains("QMP"));
+        qemu.say("qmp_capabilities");
+        qemu
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("ram")
+    }
+
+    fn ram(&self) -> Ram {
+        let id = self.child.id();
+        QemuProcess::open(&PathBuf::from(format!("/proc/{id}")), id).unwrap().ram(&self.path()).unwrap()
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = Vec::new();
+        let stdout = self.child.stdout.as_mut().unwrap();
+        while line.last() != Some(&b'\n') {
+            let mut byte = [0];
+            stdout.read_exact(&mut byte).unwrap();
+            line.push(byte[0]);
+        }
+        String::from_utf8(line).unwrap()
+    }
+
+    fn say(&mut self, command: &str) {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        writeln!(stdin, r#"{{"execute": "{command}"}}"#).unwrap();
+        let said = self.line();
+        assert!(said.contains("return"), "{said}");
+    }
+
+    fn answers(&mut self) {
+        self.say("query-status");
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ram {
+    /// What the guest does.
+    fn write(&self, offset: usize, bytes: &[u8]) {
+        self.memory.write_all_at(bytes, self.base + offset as u64).unwrap();
     }
 }
 
@@ -69,29 +149,43 @@ fn may_look(test: &str) -> bool {
 }
 
 #[test]
-fn what_was_written_is_written_back_and_nothing_else_is_touched() {
-    if !may_look("what_was_written_is_written_back_and_nothing_else_is_touched") {
+fn a_qemu_whose_own_pages_are_dropped_finds_the_templates_and_goes_on_talking() {
+    let test = "a_qemu_whose_own_pages_are_dropped_finds_the_templates_and_goes_on_talking";
+    if !may_look(test) {
         return;
     }
-    let mapped = Mapped::new(1000, MapFlags::PRIVATE);
-    let template = fs::read(mapped.path()).unwrap();
-    let ram = this_process().mapped(&mapped.path()).unwrap();
-    assert_eq!(ram.pages(), 1000);
-    assert_eq!(mapped.read_all(), template, "reading makes no page its own");
-    assert_eq!(ram.own_pages().unwrap().count(), 0);
-    for page in [0, 1, 2, 400, 401, 700, 999] {
-        mapped.write(page * PAGE + 17, b"of a job");
+    if Command::new(QEMU).arg("--version").output().is_err() {
+        return dev_box_image::testing::skip(test, "QEMU is not installed");
     }
-    // More than a piece at once.
-    mapped.write(100 * PAGE, &vec![0xff; 290 * PAGE]);
-    let own = ram.own_pages().unwrap();
-    assert_eq!(own.count(), 7 + 290);
-    assert!(matches!(ram.verify(), Err(ProcessError::Differs { page: 0, at: 17 })));
-    ram.write_back(&own).unwrap();
-    assert_eq!(mapped.read_all(), template);
-    assert_eq!(ram.verify().unwrap(), None);
-    assert_eq!(fs::read(mapped.path()).unwrap(), template, "the template's file is as it was");
-    assert_eq!(ram.own_pages().unwrap(), own, "written back, they stay its own");
+    let mut qemu = Qemu::new(1024);
+    let template = fs::read(qemu.path()).unwrap();
+    let ram = qemu.ram();
+    let memory = || {
+        let mut bytes = vec![0; template.len()];
+        ram.read(0, &mut bytes).unwrap();
+        bytes
+    };
+    for round in 0..20 {
+        for page in [0, 1, 2, 400, 401, 700, 1023] {
+            ram.write(page * PAGE + 17, b"of a job");
+        }
+        // More than is compared at once.
+        ram.write(100 * PAGE, &vec![0xff; 290 * PAGE]);
+        assert_eq!(ram.own_pages().unwrap().count(), 7 + 290, "round {round}");
+        assert!(matches!(ram.verify(), Err(ProcessError::Differs { page: 0, at: 17 })));
+        ram.discard_own().unwrap();
+        assert_eq!(ram.own_pages().unwrap().count(), 0, "their memory is given back");
+        assert!(memory() == template);
+        assert_eq!(ram.verify().unwrap(), None);
+        qemu.answers();
+    }
+    assert!(fs::read(qemu.path()).unwrap() == template, "the template's file is as it was");
+    // Whoever looks at a page finds what is wrong with it: the first, the last, one in between.
+    for page in [0, 500, 1023] {
+        ram.write(page * PAGE + 7, b"\0");
+        assert!(matches!(ram.verify(), Err(ProcessError::Differs { at: 7, .. })), "page {page}");
+        ram.discard_own().unwrap();
+    }
 }
 
 #[test]
@@ -140,11 +234,11 @@ fn a_truncated_template_is_an_error() {
         return;
     }
     let mapped = Mapped::new(8, MapFlags::PRIVATE);
-    mapped.write(6 * PAGE, b"x");
     let ram = this_process().mapped(&mapped.path()).unwrap();
-    let own = ram.own_pages().unwrap();
     File::options().write(true).open(mapped.path()).unwrap().set_len(4 * PAGE as u64).unwrap();
-    assert!(matches!(ram.write_back(&own), Err(ProcessError::Template { .. })));
+    let read = |first| ram.read_template(Run { first, pages: 1 }, &mut Vec::new());
+    read(3).unwrap();
+    assert!(matches!(read(6), Err(ProcessError::Template { .. })));
 }
 
 #[test]
@@ -172,44 +266,4 @@ fn a_process_that_has_ended_is_not_mistaken_for_another() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(matches!(process.ram(Path::new("/dev/null")), Err(ProcessError::Io { .. })));
-}
-
-#[test]
-fn much_is_written_back_by_several_at_once() {
-    if !may_look("much_is_written_back_by_several_at_once") {
-        return;
-    }
-    let pages = usize::try_from(WORTH_A_THREAD).unwrap() * 5;
-    let mapped = Mapped::new(pages, MapFlags::PRIVATE);
-    let template = fs::read(mapped.path()).unwrap();
-    let ram = this_process().mapped(&mapped.path()).unwrap();
-    let dirty = |step: usize| (0..pages).step_by(step).for_each(|page| mapped.write(page * PAGE + 7, b"\0"));
-    dirty(1);
-    ram.write_back(&ram.own_pages().unwrap()).unwrap();
-    assert!(mapped.read_all() == template);
-    assert_eq!(ram.verify().unwrap(), None);
-    // Whoever looks at a page finds what is wrong with it: the first, the last, one in between.
-    for page in [0, pages / 2, pages - 1] {
-        mapped.write(page * PAGE + 7, b"\0");
-        assert!(matches!(ram.verify(), Err(ProcessError::Differs { at: 7, .. })), "page {page}");
-        ram.write_back(&ram.own_pages().unwrap()).unwrap();
-    }
-    // One page may have the generation id, whoever finds it, and no two.
-    mapped.write((pages - 1) * PAGE + 45, b"\0");
-    assert_eq!(ram.verify().unwrap(), Some(pages as u64 - 1));
-    mapped.write(45, b"\0");
-    assert!(matches!(ram.verify(), Err(ProcessError::Differs { .. })));
-}
-
-proptest::proptest! {
-    #[test]
-    fn every_page_is_somebodys_once(entries in proptest::collection::vec((proptest::bool::ANY, 1..3000_usize), 0..20)) {
-        let mut own = OwnPages::default();
-        for (dirty, pages) in entries {
-            own.take(std::iter::repeat_n(if dirty { 1 << 63 } else { 0 }, pages));
-        }
-        let shares = side_by_side(&own, |pieces| Ok(pieces.to_vec())).unwrap();
-        proptest::prop_assert!(shares.len() <= THREADS + 1);
-        proptest::prop_assert_eq!(shares.concat(), own.pieces(PIECE).collect::<Vec<_>>());
-    }
 }

@@ -1,0 +1,150 @@
+//! A system call that another process makes for us: `madvise(MADV_DONTNEED)`, which the kernel takes only from whom the memory belongs to.
+//!
+//! ptrace(2) stops the process's first thread where it waits in a system call, has it make ours at the same instruction, and
+//! sends it back into the one it was in, with the registers it had. CRIU and gdb do the same. A tracer that dies half-way leaves a
+//! thread that finds its call ended early, and a VM that is taken down for it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::libc::{self, user_regs_struct};
+use nix::sys::ptrace::{self, Options};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+/// `syscall`, in x86-64's machine code.
+const CALL: [u8; 2] = [0x0f, 0x05];
+/// The thread waits nearly always: how often, and how long apart, it is looked for there.
+const TRIES: usize = 200;
+const APART: Duration = Duration::from_millis(1);
+/// No system call, in the register that says which one a thread is in: the kernel then restarts none by itself.
+const NONE: u64 = u64::MAX;
+
+/// Has the kernel drop the process's own pages in this range: what it finds there next is the file's that is mapped.
+///
+/// # Errors
+/// Whatever ptrace(2) or madvise(2) says; `TimedOut` when the thread never waits.
+pub(super) fn discard(pid: u32, memory: &File, start: u64, length: u64) -> io::Result<()> {
+    let mut traced = Traced::seize(Pid::from_raw(pid.cast_signed()))?;
+    for _ in 0..TRIES {
+        let found = traced.stop()?;
+        if let Some(place) = waiting(&found)
+            && at(memory, place)? == CALL
+        {
+            let advice = libc::MADV_DONTNEED.unsigned_abs();
+            return traced.call(&found, place, libc::SYS_madvise, [start, length, advice.into()]);
+        }
+        traced.go_on()?;
+        sleep(APART);
+    }
+    Err(io::Error::new(io::ErrorKind::TimedOut, "its first thread never waits"))
+}
+
+fn at(memory: &File, place: u64) -> io::Result<[u8; 2]> {
+    let mut code = [0; 2];
+    memory.read_exact_at(&mut code, place)?;
+    Ok(code)
+}
+
+/// Where the instruction is by which a thread is in a system call, if it is in one.
+fn waiting(registers: &user_regs_struct) -> Option<u64> {
+    (registers.orig_rax != NONE).then(|| registers.rip.wrapping_sub(CALL.len() as u64))
+}
+
+/// What a stopped thread is to go on with: what the kernel does itself when nobody has meddled (its `arch_do_signal_or_restart`).
+fn resumed(found: &user_regs_struct, place: u64) -> user_regs_struct {
+    let mut registers = user_regs_struct { orig_rax: NONE, ..*found };
+    let again = match -found.rax.cast_signed() {
+        // ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND: the same again.
+        512..=514 => found.orig_rax,
+        // ERESTART_RESTARTBLOCK: the kernel knows how long it has waited.
+        516 => libc::SYS_restart_syscall.unsigned_abs(),
+        _ => return registers,
+    };
+    (registers.rip, registers.rax) = (place, again);
+    registers
+}
+
+/// Goes on by itself when this is dropped.
+struct Traced {
+    thread: Pid,
+    /// What came for it meanwhile, and is handed on afterwards.
+    signals: Vec<Signal>,
+}
+
+impl Traced {
+    fn seize(thread: Pid) -> io::Result<Self> {
+        ptrace::seize(thread, Options::PTRACE_O_TRACESYSGOOD)?;
+        Ok(Self { thread, signals: Vec::new() })
+    }
+
+    fn stop(&mut self) -> io::Result<user_regs_struct> {
+        ptrace::interrupt(self.thread)?;
+        self.wait(|status| matches!(status, WaitStatus::PtraceEvent(..)))?;
+        Ok(ptrace::getregs(self.thread)?)
+    }
+
+    fn go_on(&self) -> io::Result<()> {
+        Ok(ptrace::cont(self.thread, None)?)
+    }
+
+    fn call(
+        &mut self,
+        found: &user_regs_struct,
+        place: u64,
+        number: i64,
+        arguments: [u64; 3],
+    ) -> io::Result<()> {
+        let [rdi, rsi, rdx] = arguments;
+        let rax = number.unsigned_abs();
+        ptrace::setregs(
+            self.thread,
+            user_regs_struct { rip: place, rax, orig_rax: NONE, rdi, rsi, rdx, ..*found },
+        )?;
+        // Into it, and out of it.
+        for _ in 0..2 {
+            ptrace::syscall(self.thread, None)?;
+            self.wait(|status| matches!(status, WaitStatus::PtraceSyscall(_)))?;
+        }
+        let said = ptrace::getregs(self.thread)?.rax.cast_signed();
+        ptrace::setregs(self.thread, resumed(found, place))?;
+        match i32::try_from(-said) {
+            Ok(errno @ 1..) => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Until the thread stops in such a way.
+    fn wait(&mut self, wanted: impl Fn(&WaitStatus) -> bool) -> io::Result<()> {
+        loop {
+            match waitpid(self.thread, Some(WaitPidFlag::__WALL))? {
+                status if wanted(&status) => return Ok(()),
+                WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
+                    return Err(io::Error::new(io::ErrorKind::NotFound, "it has ended"));
+                }
+                WaitStatus::Stopped(_, signal) => {
+                    self.signals.push(signal);
+                    ptrace::cont(self.thread, None)?;
+                }
+                _ => ptrace::cont(self.thread, None)?,
+            }
+        }
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        // One that has ended needs neither.
+        let _ = ptrace::detach(self.thread, None);
+        for signal in self.signals.drain(..) {
+            let _ = kill(self.thread, signal);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

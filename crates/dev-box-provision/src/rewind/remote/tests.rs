@@ -1,0 +1,102 @@
+//! On real processes, which are to go on as if nothing had been.
+
+use std::io::{Read as _, Write as _};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use super::*;
+
+struct Process(Child);
+
+impl Process {
+    fn start(program: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new(program);
+        let child = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        sleep(Duration::from_millis(100));
+        Self(child)
+    }
+
+    fn discard(&self, start: u64, length: u64) -> io::Result<()> {
+        let id = self.0.id();
+        discard(id, &File::open(format!("/proc/{id}/mem")).unwrap(), start, length)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_read_goes_on_waiting_for_what_comes() {
+    let mut cat = Process::start("cat", &[]);
+    for word in [b"one\n", b"two\n"] {
+        cat.discard(0, 0).unwrap();
+        let error = cat.discard(0x1000, 0x1000).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOMEM), "nothing is mapped there");
+        cat.0.stdin.as_mut().unwrap().write_all(word).unwrap();
+        let mut found = [0; 4];
+        cat.0.stdout.as_mut().unwrap().read_exact(&mut found).unwrap();
+        assert_eq!(&found, word);
+    }
+    drop(cat.0.stdin.take());
+    assert!(cat.0.wait().unwrap().success());
+}
+
+#[test]
+fn a_sleep_lasts_as_long_as_it_was_to() {
+    let began = Instant::now();
+    let mut sleeper = Process::start("sleep", &["0.5"]);
+    for _ in 0..10 {
+        sleeper.discard(0, 0).unwrap();
+    }
+    assert!(sleeper.0.wait().unwrap().success());
+    assert!(began.elapsed() >= Duration::from_millis(500));
+}
+
+#[test]
+fn one_that_never_waits_is_given_up_and_goes_on() {
+    let busy = Process::start("sh", &["-c", "while :; do :; done"]);
+    assert_eq!(busy.discard(0, 0).unwrap_err().kind(), io::ErrorKind::TimedOut);
+    let state = || std::fs::read_to_string(format!("/proc/{}/stat", busy.0.id())).unwrap();
+    assert!(state().contains(") R "), "{}", state());
+}
+
+#[test]
+fn one_that_has_ended_is_an_error() {
+    let mut ended = Process::start("true", &[]);
+    let memory = File::open("/proc/self/mem").unwrap();
+    ended.0.wait().unwrap();
+    assert_eq!(discard(ended.0.id(), &memory, 0, 0).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+}
+
+#[test]
+fn a_call_is_made_again_as_the_kernel_would() {
+    let mut cat = Process::start("cat", &[]);
+    let mut found = Traced::seize(Pid::from_raw(cat.0.id().cast_signed())).unwrap().stop().unwrap();
+    let place = waiting(&found).unwrap();
+    assert_eq!(found.orig_rax, libc::SYS_read.unsigned_abs());
+    for (said, wanted) in [
+        (-512, Some(libc::SYS_read)),
+        (-513, Some(libc::SYS_read)),
+        (-514, Some(libc::SYS_read)),
+        (-516, Some(libc::SYS_restart_syscall)),
+        (-i64::from(libc::EINTR), None),
+        (3, None),
+    ] {
+        found.rax = i64::cast_unsigned(said);
+        let then = resumed(&found, place);
+        let expected = match wanted {
+            Some(call) => (place, call.unsigned_abs()),
+            None => (found.rip, found.rax),
+        };
+        assert_eq!((then.rip, then.rax, then.orig_rax), (expected.0, expected.1, NONE), "{said}");
+        assert_eq!((then.rdi, then.rsi, then.rsp), (found.rdi, found.rsi, found.rsp));
+    }
+    found.orig_rax = NONE;
+    assert_eq!(waiting(&found), None);
+    drop(cat.0.stdin.take());
+    assert!(cat.0.wait().unwrap().success());
+}
