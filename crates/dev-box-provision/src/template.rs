@@ -30,6 +30,8 @@ pub use monitor::MonitorError;
 
 /// The id of the memory's backend. It is part of the state: a clone's must be its template's.
 const RAM_ID: &str = "dev-box.ram";
+/// The machine type, and which arrangement of devices a domain gets, counted up when that changes: the state of others cannot be loaded.
+const MACHINE: &str = "q35, arrangement 2";
 /// QEMU waits for a machine's state.
 const WAITING: [&str; 2] = ["-incoming", "defer"];
 
@@ -139,7 +141,7 @@ pub(crate) async fn host_facts(
         accelerator,
         qemu: versions.hypervisor.map_or_else(|| "unknown".to_owned(), dotted),
         libvirt: dotted(versions.libvirt),
-        machine: "q35".to_owned(),
+        machine: MACHINE.to_owned(),
         cpu,
     })
 }

@@ -12,6 +12,10 @@ use crate::xml::Node;
 /// Virtio as of 1.0 only, as a device behind a root port would be: on the root bus QEMU adds the legacy interface otherwise.
 const MODERN: &str = "virtio-non-transitional";
 
+/// Beside the channels': port 0, which is a console's, and one to plug in. QEMU's own number is 31, with two queues each, which every
+/// stop, reset and load of a guest's devices goes through.
+const SPARE_PORTS: usize = 2;
+
 /// Slots of the root bus. The chipset has 0 and 0x1f, and libvirt keeps 1 for a display.
 mod slot {
     pub(super) const INTERFACE: usize = 0x02;
@@ -180,11 +184,13 @@ fn devices(spec: &VmSpec) -> Node {
         .with(Node::new("controller").attr("type", "usb").attr("model", "none"))
         .with_all(shares.map(|(s, place)| share(s).with_all(place)))
         .with_all(spec.interface.as_ref().map(|i| interface(i, r).with(on_root_bus(slot::INTERFACE))));
-    if spec.guest_agent || !spec.channels.is_empty() {
+    let channels = spec.channels.len() + usize::from(spec.guest_agent);
+    if channels > 0 {
         devices = devices.with(
             Node::new("controller")
                 .attr("type", "virtio-serial")
                 .attr("index", "0")
+                .attr("ports", (channels + SPARE_PORTS).to_string())
                 .attr("model", MODERN)
                 .with(on_root_bus(slot::SERIAL)),
         );
