@@ -279,7 +279,8 @@ fn limits(host: &Host) {
     assert!(bomb.text().contains("fork") || bomb.code() != 0, "{}", bomb.text());
     let eats = "import time\nx = bytearray(200 << 20)\nprint('kept')";
     let eaten = host.dev_box(["exec", "work", "--limit-memory", "64MiB", "--", "python3", "-c", eats]);
-    eaten.expect_code(128 + 9);
+    let told = eaten.expect_code(128 + 9).stderr;
+    assert!(told.contains("memory ran out"), "{told}");
     let spun = exec(&["--limit-cpu", "1s", "--json"], "while :; do :; done");
     assert!(spun.code() > 128 || spun.code() == 124, "{}", spun.text());
     let result: serde_json::Value = serde_json::from_str(&spun.text()).unwrap();

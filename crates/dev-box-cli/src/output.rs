@@ -73,6 +73,17 @@ pub(crate) fn ending(result: &ExecutionResult) {
     }
 }
 
+/// What else there is to say of a job, in words; with `json` all of its output is told of there. That the output of one that
+/// was cut off is not all of it goes without saying.
+pub(crate) fn remarks(result: &ExecutionResult, json: bool) {
+    if result.truncated && result.exit_code.is_some() && !json {
+        note("the command's output was truncated (limits.output in the configuration)");
+    }
+    for warning in &result.warnings {
+        note(format_args!("warning: {warning}"));
+    }
+}
+
 /// What is logged to stderr: `RUST_LOG` where set, else by the number of `-v`.
 pub(crate) fn log_options(verbose: u8) -> LogOptions {
     let filter = match verbose {

@@ -96,6 +96,7 @@ pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Fail
         output::json(&result)?;
     }
     output::ending(&result);
+    output::remarks(&result, args.json);
     Ok(ExitCode::from(result.process_exit_code()))
 }
 

@@ -156,15 +156,7 @@ fn report(args: &RunArgs, result: &ExecutionResult, pool: &FromPool) -> Result<(
     if args.quiet {
         return Ok(());
     }
-    if result.truncated && !args.json {
-        output::note(match result.exit_code {
-            Some(_) => "the command's output was truncated (limits.output in the configuration)",
-            None => "the command's output did not come to its end",
-        });
-    }
-    for warning in &result.warnings {
-        output::note(format_args!("warning: {warning}"));
-    }
+    output::remarks(result, args.json);
     if let Some(files) = &result.files {
         for refused in &files.refused {
             output::note(format_args!("not brought back: {:?}: {}", refused.path, refused.why));
