@@ -21,6 +21,8 @@ const CALL: [u8; 2] = [0x0f, 0x05];
 /// The thread waits nearly always: how often, and how long apart, it is looked for there.
 const TRIES: usize = 200;
 const APART: Duration = Duration::from_millis(1);
+/// Signals that a thread may be sent meanwhile, which is hardly ever one.
+const STOPS: usize = 1000;
 /// No system call, in the register that says which one a thread is in: the kernel then restarts none by itself.
 const NONE: u64 = u64::MAX;
 
@@ -32,11 +34,11 @@ pub(super) fn discard(pid: u32, memory: &File, start: u64, length: u64) -> io::R
     let mut traced = Traced::seize(Pid::from_raw(pid.cast_signed()))?;
     for _ in 0..TRIES {
         let found = traced.stop()?;
-        if let Some(place) = waiting(&found)
-            && at(memory, place)? == CALL
-        {
-            let advice = libc::MADV_DONTNEED.unsigned_abs();
-            return traced.call(&found, place, libc::SYS_madvise, [start, length, advice.into()]);
+        for place in places(&found) {
+            if at(memory, place)? == CALL {
+                let advice = libc::MADV_DONTNEED.unsigned_abs();
+                return traced.call(&found, place, libc::SYS_madvise, [start, length, advice.into()]);
+            }
         }
         traced.go_on()?;
         sleep(APART);
@@ -50,9 +52,10 @@ fn at(memory: &File, place: u64) -> io::Result<[u8; 2]> {
     Ok(code)
 }
 
-/// Where the instruction is by which a thread is in a system call, if it is in one.
-fn waiting(registers: &user_regs_struct) -> Option<u64> {
-    (registers.orig_rax != NONE).then(|| registers.rip.wrapping_sub(CALL.len() as u64))
+/// Where the instruction may be by which a thread is in a system call, or is about to make one: again, when a signal came between.
+fn places(registers: &user_regs_struct) -> impl Iterator<Item = u64> + use<> {
+    let made = (registers.orig_rax != NONE).then(|| registers.rip.wrapping_sub(CALL.len() as u64));
+    made.into_iter().chain([registers.rip])
 }
 
 /// What a stopped thread is to go on with: what the kernel does itself when nobody has meddled (its `arch_do_signal_or_restart`).
@@ -118,21 +121,22 @@ impl Traced {
         }
     }
 
-    /// Until the thread stops in such a way.
+    /// Until the thread stops in such a way. At whatever else it stops, it goes on to the next such place: past none of ours.
     fn wait(&mut self, wanted: impl Fn(&WaitStatus) -> bool) -> io::Result<()> {
-        loop {
+        for _ in 0..STOPS {
             match waitpid(self.thread, Some(WaitPidFlag::__WALL))? {
                 status if wanted(&status) => return Ok(()),
                 WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
                     return Err(io::Error::new(io::ErrorKind::NotFound, "it has ended"));
                 }
-                WaitStatus::Stopped(_, signal) => {
+                WaitStatus::Stopped(_, signal) if !self.signals.contains(&signal) => {
                     self.signals.push(signal);
-                    ptrace::cont(self.thread, None)?;
                 }
-                _ => ptrace::cont(self.thread, None)?,
+                _ => {}
             }
+            ptrace::syscall(self.thread, None)?;
         }
+        Err(io::Error::new(io::ErrorKind::TimedOut, "signals keep it from its system call"))
     }
 }
 
