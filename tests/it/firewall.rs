@@ -89,7 +89,7 @@ fn output(program: &str, arguments: &[&str]) -> String {
 const CONNECT: &str = "import socket; socket.create_connection((\"45.33.33.2\", 443), 20).close()";
 
 fn tap_of(host: &Host, vm: &str) -> String {
-    let shown = host.dev_box(["net", "show", vm, "--json"]).text();
+    let shown = host.dev_box(["net", "show", vm, "--json"]).expect_code(0).text();
     let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
     identity::tap_of(shown["address"].as_str().unwrap().parse().unwrap())
 }

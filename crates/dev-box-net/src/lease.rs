@@ -17,6 +17,8 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use dev_box_core::id::VmName;
 use serde::{Deserialize, Serialize};
@@ -27,6 +29,9 @@ use crate::subnet::Subnet;
 
 /// Largest record that is read, in bytes: larger than any policy makes one.
 const MAX_RECORD_BYTES: u64 = 256 * 1024;
+
+/// How long a record that cannot be read is looked at again: by then it was written, or its writer is dead.
+const WRITTEN_WITHIN: Duration = Duration::from_millis(250);
 
 /// What is on record of a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -171,7 +176,7 @@ impl AddressLeases {
         Err(LeaseError::Exhausted { subnet: self.subnet, capacity: self.subnet.capacity() })
     }
 
-    /// Every lease on record, with its owner's state. A record that cannot be read is `None`: it was being written.
+    /// Every lease on record, with its owner's state. A record that cannot be read is `None`: its writer died.
     ///
     /// # Errors
     /// [`LeaseError::Io`].
@@ -277,16 +282,26 @@ fn same_file(file: &File, path: &Path) -> Result<bool, LeaseError> {
     }
 }
 
-fn read(file: File) -> Option<LeaseRecord> {
-    let mut text = String::new();
-    file.take(MAX_RECORD_BYTES).read_to_string(&mut text).ok()?;
-    serde_json::from_str(&text).ok()
+/// The record, also where it is being replaced: that is done in place, since the file is what the lock is on.
+fn read(mut file: File) -> Option<LeaseRecord> {
+    let began = Instant::now();
+    loop {
+        let mut text = String::new();
+        file.rewind().ok()?;
+        (&file).take(MAX_RECORD_BYTES).read_to_string(&mut text).ok()?;
+        match serde_json::from_str(&text) {
+            Ok(record) => return Some(record),
+            Err(_) if began.elapsed() < WRITTEN_WITHIN => thread::sleep(Duration::from_millis(1)),
+            Err(_) => return None,
+        }
+    }
 }
 
 fn write(mut file: &File, path: &Path, record: &LeaseRecord) -> Result<(), LeaseError> {
     let text = serde_json::to_vec(record).map_err(|error| failed(path, "written")(error.into()))?;
     let mut write = || {
         file.rewind()?;
+        // First: what is there halfway is no record.
         file.set_len(0)?;
         file.write_all(&text)
     };

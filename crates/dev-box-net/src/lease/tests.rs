@@ -93,6 +93,29 @@ fn strange_files_are_no_leases_and_garbage_is_no_record() {
 }
 
 #[test]
+fn a_record_can_be_read_while_it_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let leases = leases(dir.path(), "10.213.0.0/24");
+    let mut lease = leases.acquire(&record("a"), |_| true).unwrap();
+    let address = lease.address();
+    let written = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..20_000 {
+                let of = record(if round % 2 == 0 { "a" } else { "longer" });
+                if round % 3 == 0 { leases.rewrite(address, &of).unwrap() } else { lease.write(&of).unwrap() }
+            }
+            written.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !written.load(std::sync::atomic::Ordering::Relaxed) {
+            assert!(leases.list().unwrap()[&address].1.is_some());
+            assert!(leases.records().unwrap().contains_key(&address));
+        }
+    });
+    assert!(lease.record().is_some());
+}
+
+#[test]
 fn errors_name_the_path() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
