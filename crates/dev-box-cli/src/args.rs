@@ -36,10 +36,10 @@ pub(crate) struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  dev-box image build                             make the default guest image, once
+  dev-box doctor                                  check this host
+  dev-box image build                             make the guest image, once
   dev-box run -- python3 -c 'print(6 * 7)'        run a command in a fresh VM
-  dev-box run --workspace . --output out -- make  give it this directory, bring changes back
-  dev-box doctor                                  check this host";
+  dev-box run --workspace . --output out -- make  on a copy; keep what changed";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -115,10 +115,10 @@ pub(crate) enum Command {
 }
 
 const RUN_EXAMPLES: &str = "\
-Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable,
+Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable, \
 127 not found, 128+N killed by signal N, 130 interrupted.
 
-Ctrl-C asks the command to end; a second one ends everything at once; a third gives up where even that hangs,
+Ctrl-C asks the command to end; a second one ends everything at once; a third gives up where even that hangs, \
 and leaves the VM to `dev-box gc`.
 
 Examples:
@@ -126,12 +126,12 @@ Examples:
   dev-box run --workspace . --write-back -- cargo fmt
   dev-box run --workspace . --output /tmp/out --timeout 10m -- sh ./job.sh
   dev-box run --policy only-github.toml --workspace . -- git fetch
-  dev-box run --profile claude --workspace . --write-back -- claude -p 'fix the tests'
+  dev-box run --profile claude -w . --write-back -- claude -p 'fix the tests'
   dev-box run --mount ~/src:/src:rw --cwd /src -- make
   dev-box run --net isolated --memory 512MiB --cpus 1 -- python3 untrusted.py";
 
 #[derive(Debug, Args)]
-#[command(after_help = RUN_EXAMPLES)]
+#[command(after_help = RUN_EXAMPLES, override_usage = "dev-box run [OPTIONS] [--] <CMD>...")]
 pub(crate) struct RunArgs {
     /// Fill in what a known agent needs: claude, codex, copilot, or a file (see docs/profiles.md); options given here win.
     #[arg(short, long, value_name = "NAME|FILE")]
@@ -294,6 +294,23 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    /// clap breaks them at the terminal's width.
+    #[test]
+    fn prose_in_a_help_is_one_line_a_paragraph() {
+        fn check(command: &clap::Command) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let prose = |line: &str| line.starts_with(char::is_alphabetic) && !line.ends_with(':');
+            let broken: Vec<_> =
+                help.lines().zip(help.lines().skip(1)).filter(|(a, b)| prose(a) && prose(b)).collect();
+            assert_eq!(broken, [], "{}", command.get_name());
+            for example in help.lines().filter(|line| line.starts_with("  ")) {
+                assert!(example.len() <= 84, "{}: {example}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
     }
 
     #[test]

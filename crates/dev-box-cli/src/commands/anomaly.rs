@@ -14,7 +14,7 @@ use crate::output;
 pub(crate) enum AnomalyCommand {
     /// Score each row of a series: how odd it is, 0 to 1, by what came before it.
     #[command(after_help = "\
-The file has the columns timestamp (YYYY-MM-DD HH:MM:SS, or seconds) and value; more may follow. On standard output the
+The file has the columns timestamp (YYYY-MM-DD HH:MM:SS, or seconds) and value; more may follow. On standard output the \
 same rows come with a third column, anomaly_score.
 
 Examples:

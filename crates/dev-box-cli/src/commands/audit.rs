@@ -32,7 +32,7 @@ Exit code: 0 when the log is whole, 1 when it is not as it was written or cannot
 
 Examples:
   dev-box audit verify
-  dev-box audit verify --key /media/stick/audit-first.key --heads /mnt/worm/heads.jsonl")]
+  dev-box audit verify --key /mnt/audit-first.key --heads /mnt/heads.jsonl")]
     Verify {
         /// The first key [default: where the configuration puts it].
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -73,7 +73,7 @@ Examples:
     /// Write records for another system.
     #[command(after_help = "\
 Examples:
-  dev-box audit export --format ocsf --since 2026-11-23T00:00:00-05:00 > events.jsonl
+  dev-box audit export --format ocsf --vm work > events.jsonl
   dev-box audit export --job 7f1c --output job.jsonl")]
     Export {
         /// How.

@@ -19,17 +19,17 @@ use crate::tty::Lent;
 use crate::{interrupt, output, stdin};
 
 const EXAMPLES: &str = "\
-With -it keys go to the command, Ctrl-C too; Ctrl-P Ctrl-Q leaves, and ends it. Otherwise Ctrl-C asks the
+With -it keys go to the command, Ctrl-C too; Ctrl-P Ctrl-Q leaves, and ends it. Otherwise Ctrl-C asks the \
 command to end, a second one ends it at once, a third gives up.
 
-Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable,
+Exit code: the command's own; 124 timed out, 125 dev-box failed, 126 not executable, \
 127 not found, 128+N killed by signal N, 130 interrupted.
 
 Examples:
   dev-box exec work -- make test
   echo hello | dev-box exec -i work -- sha256sum
   dev-box exec -it work -- top
-  dev-box exec --detach work -- ./server     prints the job's name, for attach, logs, kill
+  dev-box exec --detach work -- ./server     prints the job's name
   dev-box exec work --user nobody --limit-memory 256MiB -- python3 untrusted.py";
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use crate::{interrupt, output};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The VM stands still while it is done, and runs on after it. The archive holds the guest's memory, and with it its
+The VM stands still while it is done, and runs on after it. The archive holds the guest's memory, and with it its \
 secrets: only its owner can read it.
 
 Examples:

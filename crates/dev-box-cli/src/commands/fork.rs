@@ -14,10 +14,10 @@ use crate::output;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-What runs in it in the background runs on in it and in each fork, with the memory and the files of that moment; each fork has a
+What runs in it in the background runs on in it and in each fork, with the memory and the files of that moment; each fork has a \
 name, machine id, addresses and random numbers of its own. Commands that somebody waits for go on in the original only.
 
-The VM stands still while its memory is written out and its disk copied: for how long is said on stderr, and is paused_ms with
+The VM stands still while its memory is written out and its disk copied: for how long is said on stderr, and is paused_ms with \
 --json. What is mounted in it of the host (--mount) is unmounted for that time: no job may go on in such a VM.
 
 Prints the names of the forks when all of them are ready: all are made, or none.

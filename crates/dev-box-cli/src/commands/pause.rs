@@ -12,7 +12,7 @@ use crate::output;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Nothing of them is lost: what runs in them goes on where it was, and whoever waits for it waits. Their time stands still, and is
+Nothing of them is lost: what runs in them goes on where it was, and whoever waits for it waits. Their time stands still, and is \
 set when they run on.
 
 Exit code: 0, or 1 when one could not be paused.

@@ -19,7 +19,7 @@ Needs a daemon (`dev-box serve`) whose configuration keeps a pool:
   shells = 1           # half-made ones, so that the next takes less time
   reset = \"replace\"    # or \"rewind\", for jobs of one trust domain
   wait_ms = 2000       # how long a run waits for one before it makes a VM itself
-  templates = []       # one pool for each; none: one pool, of whatever template fits
+  templates = []       # one pool each; none: one, of what fits
 
 Exit codes: 0 done, 1 the daemon has no such pool or does not answer.
 

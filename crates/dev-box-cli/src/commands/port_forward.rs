@@ -18,12 +18,13 @@ use crate::{interrupt, output};
 
 const EXAMPLES: &str = "\
 It goes over the control channel, so it works for isolated VMs, and ends with Ctrl-C or with the VM.
+
 Exit code: 0 ended by Ctrl-C, 1 the VM is gone or it could not begin.
 
 Examples:
-  dev-box port-forward work 8080:3000       http://127.0.0.1:8080 is port 3000 of the VM's own loopback
-  dev-box port-forward work 3000 5432       several; the same port on both sides
-  dev-box port-forward work 0:3000          any port that is free here; it is printed";
+  dev-box port-forward work 8080:3000  http://127.0.0.1:8080 is the VM's port 3000
+  dev-box port-forward work 3000 5432  several; the same port on both sides
+  dev-box port-forward work 0:3000     a free port, which is printed";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]

@@ -9,8 +9,9 @@ use crate::daemon::server;
 use crate::exit::Failure;
 
 const EXAMPLES: &str = "\
-Runs in the foreground until SIGTERM, Ctrl-C or the end of its terminal (unless under nohup), then removes
-its VMs. Killed otherwise, its VMs run on, and the next one takes them over. The socket is `daemon.socket` of the configuration, by default
+Runs in the foreground until SIGTERM, Ctrl-C or the end of its terminal (unless under nohup), then removes \
+its VMs; told a third time it leaves them to `dev-box gc`. Killed otherwise, its VMs run on, and the next one \
+takes them over. The socket is `daemon.socket` of the configuration, by default \
 dev-box.sock in host.run_root; `daemon.group` names a group that may use it besides root.
 
 Examples:

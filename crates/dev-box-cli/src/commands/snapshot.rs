@@ -21,12 +21,12 @@ pub(crate) enum SnapshotCommand {
     #[command(after_help = "\
 Examples:
   dev-box snapshot create web clean
-  dev-box snapshot create web before-upgrade --description 'apt 2026-11' --tag apt --tag safe
+  dev-box snapshot create web before-upgrade --description 'apt' --tag safe
   dev-box snapshot create web files --disk-only --freeze")]
     Create(CreateArgs),
     /// Take a VM back to a snapshot. What happened since is lost.
     #[command(after_help = "\
-Modes: `in-place` loads the state into the QEMU that runs, in a fraction of a second; `restart` has libvirt
+Modes: `in-place` loads the state into the QEMU that runs, in a fraction of a second; `restart` has libvirt \
 start a new QEMU, which takes seconds and works from every state; `auto` is in-place where that is possible.
 
 Examples:

@@ -25,7 +25,7 @@ const SETUP_TIMEOUT: Duration = Duration::from_secs(1800);
 pub(crate) enum TemplateCommand {
     /// Boot an image once, run commands in it, and keep the running machine: VMs are cloned from it.
     #[command(after_help = "\
-`dev-box run` clones from a template by itself when one without --run serves what it is asked for; one
+`dev-box run` clones from a template by itself when one without --run serves what it is asked for; one \
 with --run is used when it is named: dev-box run --template NAME.
 
 Examples:

@@ -91,8 +91,8 @@ Examples:
     },
     /// Attach to a VM's serial console, where a root shell waits.
     #[command(after_help = "\
-Press Ctrl-] to leave; the shell stays. Press Enter to see its prompt. The guest decides what the terminal
-is sent: `dev-box vm console` is for VMs whose guests you trust that far; the log of the console, with
+Press Ctrl-] to leave; the shell stays. Press Enter to see its prompt. The guest decides what the terminal \
+is sent: `dev-box vm console` is for VMs whose guests you trust that far; the log of the console, with \
 everything but text taken out, is printed by --log.
 
 Exit code: 0 when you left, 1 when the VM ended or could not be attached to.
