@@ -50,7 +50,7 @@ pub enum ProcessError {
         source: MappingError,
     },
     /// The kernel said no.
-    #[error("cannot {verb} of process {pid}: without CAP_SYS_PTRACE and root's rights no VM can be rewound")]
+    #[error("cannot {verb} of process {pid}{}", needs(.source))]
     Io {
         /// What was tried.
         verb: &'static str,
@@ -75,6 +75,14 @@ pub enum ProcessError {
         /// Where in it.
         at: usize,
     },
+}
+
+/// What helps against it, where that is known.
+fn needs(why: &io::Error) -> &'static str {
+    match why.kind() {
+        io::ErrorKind::PermissionDenied => ": without CAP_SYS_PTRACE and root's rights no VM can be rewound",
+        _ => "",
+    }
 }
 
 /// A VM's QEMU.

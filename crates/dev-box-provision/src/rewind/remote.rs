@@ -4,6 +4,11 @@
 //! sends it back into the one it was in, with the registers it had. CRIU and gdb do the same. A tracer that dies half-way leaves a
 //! thread that finds its call ended early, and a VM that is taken down for it.
 
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!(
+    "dev-box-provision makes QEMU call the kernel by x86-64's registers: there is no other way yet"
+);
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
