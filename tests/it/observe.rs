@@ -266,22 +266,29 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
     assert_eq!((evidence("mass_change").as_str(), evidence("fork_rate").as_str()), ("host", "guest"));
 }
 
+/// Holds what takes a while to be dumped, looks a name up, and says what time it is when it may go on.
+const WITNESS: &str = r#"
+import os, socket, sys, time
+held = [os.urandom(1 << 20) for _ in range(120)]
+try: socket.gethostbyname('bundled.example.com')
+except OSError: pass
+sys.stdin.readline()
+print('still here at', time.time(), flush=True)
+time.sleep(2)
+"#;
+
 #[test]
 fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
     let name = "a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on";
     let Some(host) = Host::new(name) else { return };
-    let mut running = host.start([
-        "run",
-        "--net",
-        "isolated",
-        "-i",
-        "--json",
-        "--",
-        "sh",
-        "-c",
-        "read -r _; echo still here",
-    ]);
-    wait_until("the guest's console tells of a job", SOON, || console(&host).contains("dev-box: job "));
+    let config = host.root().join("config.toml");
+    fs::write(&config, "[observe]\nsample_ms = 300\n[observe.rules]\nclock_jump_ms = 1500\n").unwrap();
+    let config = config.to_string_lossy();
+    let mut running =
+        host.start(["--config", &config, "run", "-i", "--json", "--", "python3", "-c", WITNESS]);
+    let patience = Duration::from_secs(60);
+    wait_until("there is a VM", patience, || !host.vms().is_empty());
+    wait_until("the guest has asked for a name", patience, || !records(&host, "net.dns").is_empty());
     let vm = host.vms().remove(0);
     let archive = host.root().join("case.tar");
     let mut following = host.start(["audit", "tail", "-f", "-n", "1000"]);
@@ -290,35 +297,44 @@ fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
     let manifest: Value = serde_json::from_str(&made.text()).unwrap();
     let parts = manifest["files"].as_array().unwrap();
     let names: Vec<&str> = parts.iter().filter_map(|part| part["name"].as_str()).collect();
-    assert_eq!(
-        names,
-        ["domain.xml", "memory.kdump", "disk.qcow2", "console.log", "audit.jsonl"],
-        "{manifest}"
-    );
+    let expected = [
+        "domain.xml",
+        "memory.kdump",
+        "disk.qcow2",
+        "console.log",
+        "traffic.json",
+        "flows.txt",
+        "audit.jsonl",
+    ];
+    assert_eq!(names, expected, "{manifest}");
     assert_eq!(manifest["state"], "running");
     let memory = parts.iter().find(|part| part["name"] == "memory.kdump").unwrap();
-    assert!(memory["bytes"].as_u64().unwrap() > 1 << 20, "{memory}");
+    assert!(memory["bytes"].as_u64().unwrap() > 100 << 20, "{memory}");
     check_digests(&archive, parts);
+    let traffic: Value = serde_json::from_str(&part(&archive, "traffic.json")).unwrap();
+    assert!(traffic["sent"]["packets"].as_u64() > Some(0), "{traffic}");
+    let flows = part(&archive, "flows.txt");
+    assert!(flows.contains("dport=53"), "{flows}");
+    assert!(part(&archive, "audit.jsonl").contains("bundled.example.com"));
     following.wait_for_output("vm.forensics");
     following.signal(Signal::SIGINT);
     following.finish().expect_code(0);
     let again = host.dev_box(["forensics", &vm, "--output", &archive.to_string_lossy()]);
     assert_eq!(again.code(), 1, "nothing is overwritten");
+
+    // It goes on where it was, and now, though it stood for seconds: nobody takes that for a clock that was turned back.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
     drop(running.stdin());
     let report: Value = serde_json::from_str(&running.finish().expect_code(0).text()).unwrap();
-    assert_eq!(report["stdout"], "still here\n", "{report}");
+    let theirs = report["stdout"].as_str().and_then(|text| text.strip_prefix("still here at ")).unwrap();
+    let theirs: f64 = theirs.trim().parse().unwrap();
+    assert!(theirs > now - 1.0, "its clock is {:.1} s late", now - theirs);
+    assert_eq!(rules(&host), Vec::<String>::new());
     // One name for the job, from the command to the guest.
     let job = report["job"].as_str().unwrap();
     assert!(part(&archive, "console.log").contains(&format!("dev-box: job {job}: process ")));
     assert_eq!(records(&host, "exec.run")[0]["job"], job);
     assert!(records(&host, "vm.forensics").iter().any(|record| record["outcome"]["status"] == "ok"));
-}
-
-/// What the one VM's console has had until now.
-fn console(host: &Host) -> String {
-    let Some(vm) = host.vms().pop() else { return String::new() };
-    let log = fs::read(host.root().join("vms").join(vm).join("console.log")).unwrap_or_default();
-    String::from_utf8_lossy(&log).into_owned()
 }
 
 /// A part of a bundle.

@@ -14,6 +14,7 @@
 mod network;
 mod rates;
 mod share;
+mod still;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -40,6 +41,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use self::rates::Look;
 use self::share::ShareWatch;
+use self::still::Still;
 use crate::blocking;
 
 /// How long a guest may take to say how it does.
@@ -86,13 +88,15 @@ struct Watched {
     tap: Option<String>,
     /// Its agent is not asked.
     paused: bool,
-    /// It stands still for its network's sake, or has just gone on and its clock is not set yet.
-    quarantined: bool,
+    /// Whether it stands still, whoever stopped it.
+    still: Still,
+    /// How often it did so far.
+    stops: u64,
 }
 
 impl Watched {
     fn stands_still(&self) -> bool {
-        self.paused || self.quarantined
+        self.paused || !matches!(self.still, Still::Runs)
     }
 
     fn addresses(&self) -> Vec<IpAddr> {
@@ -120,9 +124,11 @@ impl HostWatch {
     #[must_use]
     pub fn start(parts: WatchParts, events: broadcast::Receiver<NetEvent>, every: Duration) -> Self {
         let shared = Arc::new(Shared { parts, vms: Mutex::default(), tasks: Mutex::default() });
+        let domains = shared.parts.connection.subscribe();
         let looking = tokio::spawn(run(Arc::clone(&shared), every));
         let listening = tokio::spawn(network::listen(Arc::clone(&shared), events));
-        whole(&shared.tasks).extend([looking, listening]);
+        let following = tokio::spawn(still::follow(Arc::clone(&shared), domains));
+        whole(&shared.tasks).extend([looking, listening, following]);
         Self(shared)
     }
 
@@ -150,7 +156,8 @@ impl Watcher for HostWatch {
             ipv6: vm.facts.network.as_ref().and_then(|network| network.ipv6),
             tap: vm.facts.network.as_ref().map(|network| network.tap.clone()),
             paused: false,
-            quarantined: false,
+            still: Still::Runs,
+            stops: 0,
         };
         whole(&self.0.vms).insert(vm.name.clone(), watched);
     }
@@ -208,9 +215,10 @@ async fn run(shared: Arc<Shared>, every: Duration) {
             if let Some(traffic) = vm.address.and_then(|address| traffic.get(&address)) {
                 report_drops(&shared, name, memory, traffic);
             }
-            // One that was stopped meanwhile says what was true before.
-            let stopped = whole(&shared.vms).get(name).is_none_or(Watched::stands_still);
-            if let Some(info) = claims.get(name).filter(|_| !stopped) {
+            // One that was stopped meanwhile says what was true before, or by a clock that stood.
+            let ran =
+                whole(&shared.vms).get(name).is_some_and(|now| !now.stands_still() && now.stops == vm.stops);
+            if let Some(info) = claims.get(name).filter(|_| ran) {
                 report_claims(&shared, name, memory, info, looks, every);
             }
             if !whole(&shared.vms).contains_key(name) {
@@ -246,7 +254,14 @@ async fn ask(vms: &HashMap<VmName, Watched>) -> HashMap<VmName, GuestInfo> {
     asked.join_all().await.into_iter().flatten().collect()
 }
 
-async fn look(shared: &Shared, name: &VmName, vm: &Watched, memory: &mut Memory, began: Instant, looks: u64) {
+async fn look(
+    shared: &Arc<Shared>,
+    name: &VmName,
+    vm: &Watched,
+    memory: &mut Memory,
+    began: Instant,
+    looks: u64,
+) {
     let parts = &shared.parts;
     let info = match Vm::find(&parts.connection, name.as_str()).await {
         Ok(domain) => domain.info().await,
@@ -254,6 +269,7 @@ async fn look(shared: &Shared, name: &VmName, vm: &Watched, memory: &mut Memory,
     };
     // One that is just ending is not there; `gone` follows.
     let Ok(info) = info else { return };
+    still::saw(shared, name, info.state);
     let now = Look::of(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX), &info.stats);
     if let Some(before) = memory.look.replace(now) {
         for observation in now.since(&before, vm.vcpus) {

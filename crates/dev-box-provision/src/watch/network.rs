@@ -5,16 +5,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dev_box_comm::message::{Configure, Request};
 use dev_box_core::id::VmName;
 use dev_box_net::events::{NetEvent, NetEventKind};
 use dev_box_net::guard::DropReason;
 use dev_box_observe::anomaly::Observation;
 use dev_box_observe::metrics::{NET_GUARD_LOST, NET_HOST_CHANGED, OBSERVATIONS_LOST};
 use tokio::sync::broadcast;
-use tokio::time::timeout;
 
-use super::{PATIENCE, Shared, Watched, whole};
+use super::{Shared, Watched, whole};
 
 /// The response code of a name that does not exist (RFC 1035, 4.1.1).
 const NXDOMAIN: u16 = 3;
@@ -29,10 +27,7 @@ pub(super) async fn listen(shared: Arc<Shared>, mut events: broadcast::Receiver<
     loop {
         match events.recv().await {
             Ok(event) if tries.again(&event, Instant::now()) => {}
-            Ok(event) => {
-                follow_quarantine(&shared, &event);
-                take(&shared, &event);
-            }
+            Ok(event) => take(&shared, &event),
             Err(broadcast::error::RecvError::Lagged(missed)) => OBSERVATIONS_LOST.add(missed, &[]),
             Err(broadcast::error::RecvError::Closed) => return,
         }
@@ -64,43 +59,6 @@ impl Tries {
         self.0.push_back((now, event.vm.clone(), ports, destination));
         false
     }
-}
-
-/// A guest that stood still for its network's sake goes on in the past: its clock is set before it is asked for anything again.
-fn follow_quarantine(shared: &Arc<Shared>, event: &NetEvent) {
-    let quarantined = match &event.what {
-        NetEventKind::Tampered { paused: true, .. } | NetEventKind::Doubted => true,
-        NetEventKind::Restored => false,
-        _ => return,
-    };
-    let session = match whole(&shared.vms).get_mut(&event.vm) {
-        Some(vm) if quarantined => {
-            vm.quarantined = true;
-            return;
-        }
-        // Whoever paused it as well sets its clock when it goes on.
-        Some(vm) if vm.quarantined && !vm.paused => vm.session.clone(),
-        Some(vm) => {
-            vm.quarantined = false;
-            return;
-        }
-        None => return,
-    };
-    let (shared, vm) = (Arc::clone(shared), event.vm.clone());
-    tokio::spawn(async move {
-        let now = shared.parts.clock.now().unix_nanos();
-        let now = Configure { unix_time_ns: Some(now), ..Configure::default() };
-        match timeout(PATIENCE, session.call(Request::Configure(now))).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(%vm, error = &error as &dyn std::error::Error, "its clock is late");
-            }
-            Err(_) => tracing::warn!(%vm, "its clock is late: its agent did not answer"),
-        }
-        if let Some(vm) = whole(&shared.vms).get_mut(&vm) {
-            vm.quarantined = false;
-        }
-    });
 }
 
 fn take(shared: &Shared, event: &NetEvent) {
