@@ -74,8 +74,9 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
     let args = ["--net", "isolated", "--workspace", &work, "--output", &out, "--env", "TOKEN=hunter2"];
     let collector = Collector::start();
     let mut command = host.command();
-    command.arg("run").args(args).args(["--", "sh", "-c", script]);
-    host.spawn(command.env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url())).finish().expect_code(3);
+    command.args(["-v", "--log-format", "json", "run"]).args(args).args(["--", "sh", "-c", script]);
+    let ended =
+        host.spawn(command.env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url())).finish().expect_code(3);
 
     let all = query(&host, &[]);
     let seen: Vec<String> = all
@@ -118,6 +119,11 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
         assert!(digest.starts_with("sha256:"), "{action}: {digest}");
     }
     let run = of("exec.run", "intent");
+    let logged = ended.stderr.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let ready = logged.into_iter().find(|line| line["message"] == "a VM is ready").expect("it is logged");
+    assert_eq!(ready["spans"][0], serde_json::json!({"name": "job", "id": run["job"]}), "{ready}");
+    let time = ready["timestamp"].as_str().unwrap();
+    assert!(time.ends_with("-05:00") || time.ends_with("-04:00"), "{time}");
     if cfg!(feature = "otel") {
         for word in ["job", run["job"].as_str().unwrap(), "acquire", "inject", "run", "collect", "reset"] {
             assert!(collector.has(word), "no span has {word}");

@@ -52,7 +52,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     if let Command::Completions { shell } = cli.command {
         return commands::completions::print(shell);
     }
-    let options = output::log_options(cli.verbose);
+    let options = output::log_options(cli.verbose, cli.log_format);
     // Held until all is done: what is left of a trace is sent then.
     #[cfg(feature = "otel")]
     let _telemetry = dev_box::observe::telemetry::init(&options).map_err(Failure::new)?;

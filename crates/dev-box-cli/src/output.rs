@@ -4,9 +4,10 @@ use std::fmt;
 use std::io::{self, IsTerminal, Write};
 
 use dev_box::exec::{ExecutionResult, Outcome};
-use dev_box::observe::logging::LogOptions;
+use dev_box::observe::logging::{LogFormat, LogOptions};
 use serde::Serialize;
 
+use crate::args::LogStyle;
 use crate::exit::Failure;
 
 /// One line (or more) of result.
@@ -85,13 +86,17 @@ pub(crate) fn remarks(result: &ExecutionResult, json: bool) {
 }
 
 /// What is logged to stderr: `RUST_LOG` where set, else by the number of `-v`.
-pub(crate) fn log_options(verbose: u8) -> LogOptions {
+pub(crate) fn log_options(verbose: u8, style: LogStyle) -> LogOptions {
     let filter = match verbose {
         0 => "warn",
         1 => "info",
         _ => "debug",
     };
-    LogOptions { filter: filter.to_owned(), colour: watched(), ..LogOptions::default() }
+    let format = match style {
+        LogStyle::Pretty => LogFormat::Pretty,
+        LogStyle::Json => LogFormat::Json,
+    };
+    LogOptions { format, filter: filter.to_owned(), colour: watched() }
 }
 
 /// Whether a person watches stderr.
