@@ -88,9 +88,18 @@ fn prometheus_scrapes_a_run_and_loads_the_rules() {
     host.dev_box(["start", "--name", "work", "--net", "isolated"]).expect_code(0);
     events.wait_for_output("vm.ready");
     host.dev_box(["exec", "work", "--", "true"]).expect_code(0);
+    events.wait_for_output("exec.run");
+    events.wait_for_output("exec.end");
+    // One that nobody waits for has an end, too.
+    let left = host.dev_box(["exec", "--detach", "work", "--", "sh", "-c", "exit 5"]).expect_code(0).text();
+    let query = ["audit", "query", "--action", "exec.end", "--job", left.trim()];
+    wait_until("its end is on record", Duration::from_secs(30), || !host.dev_box(query).text().is_empty());
+    let end: Value = serde_json::from_str(host.dev_box(query).text().trim()).expect("one record");
+    assert_eq!((&end["details"]["exit"]["code"], &end["evidence"]), (&5.into(), &"guest".into()), "{end}");
     let patience = Duration::from_secs(60);
     wait_until("the run is scraped", patience, || {
         prometheus.value("dev_box_execs_total{outcome=\"ok\"}") >= Some(1.0)
+            && prometheus.value("dev_box_execs_total{outcome=\"nonzero\"}") >= Some(1.0)
             && prometheus.value("sum(dev_box_vm_starts_total)") >= Some(1.0)
     });
     wait_until("the VM's own series are scraped", patience, || {
@@ -100,10 +109,13 @@ fn prometheus_scrapes_a_run_and_loads_the_rules() {
     let loaded = rules["data"]["groups"][0]["rules"].as_array().expect("a group");
     assert!(loaded.len() >= 10 && loaded.iter().all(|rule| rule["health"] != "err"), "{rules}");
 
+    host.dev_box(["exec", "--detach", "work", "--", "sleep", "300"]).expect_code(0);
     let top: Value =
         serde_json::from_str(&host.dev_box(["top", "--json"]).expect_code(0).text()).expect("JSON");
     let vm = &top["vms"][0];
     assert_eq!((&vm["name"], &vm["state"]), (&"work".into(), &"ready".into()), "{top}");
+    assert_eq!(vm["jobs"][0]["command"], "sleep 300", "{top}");
+    assert_eq!(vm["jobs"].as_array().map(Vec::len), Some(1), "what has ended is no job that runs: {top}");
     assert!(
         vm["usage"]["cpu_seconds"].as_f64() > Some(0.0)
             && vm["usage"]["resident_bytes"].as_u64() > Some(1 << 20)

@@ -18,8 +18,12 @@ use dev_box_observe::audit::{Argv, EnvNames, ExitStatus, FileTotals, Text};
 use dev_box_observe::{Act, Actor, AuditEvent, AuditSink, Entry, Outcome};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
+use tracing::{Instrument as _, Span, info_span};
 
+use self::left::Left;
 use crate::executor::measure;
+
+mod left;
 
 /// How long a client waits while the VM has as many streams open as it allows.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);
@@ -70,7 +74,9 @@ impl Gateway {
                 next = incoming.next() => {
                     let Some((request, stream)) = next else { break };
                     let (gateway, actor) = (self.clone(), actor.clone());
-                    streams.spawn(async move { Box::pin(gateway.pass(request, stream, &actor)).await });
+                    let span = job_of(&request).map_or_else(Span::none, |job| info_span!("job", id = job));
+                    let passing = async move { Box::pin(gateway.pass(request, stream, &actor)).await };
+                    streams.spawn(passing.instrument(span));
                 }
                 reason = self.session.closed() => {
                     tracing::debug!(vm = %self.vm, %reason, "the VM is gone, and its clients with it");
@@ -114,6 +120,11 @@ impl Gateway {
         let took = began.elapsed();
         if result == Ending::Command {
             measure::relayed(&relayed, took);
+        }
+        if let (Ending::Background, None, Some(job)) = (&result, &relayed.last, &job) {
+            let (session, audit) = (self.session.clone(), Arc::clone(&self.audit));
+            let left = Left { session, audit, actor: actor.clone(), vm: self.vm.clone(), job: job.clone() };
+            tokio::spawn(left.record().in_current_span());
         }
         if let Some(act) = act
             && let Err(error) = result.write(act, &relayed, took).await

@@ -84,7 +84,8 @@ pub(crate) async fn run(config: Config, args: PoolArgs) -> Result<ExitCode, Fail
     Ok(ExitCode::SUCCESS)
 }
 
-fn line(pool: &PoolInfo) -> String {
+/// A pool's numbers, in words.
+pub(crate) fn line(pool: &PoolInfo) -> String {
     let n = &pool.numbers;
     let trouble = n.trouble.as_ref().map_or_else(String::new, |why| format!("; cannot make more: {why}"));
     format!(

@@ -152,6 +152,7 @@ impl Rates {
                     disk: rate(1),
                     sent: rate(2),
                     received: rate(3),
+                    jobs: vm.jobs.len(),
                 }
             })
             .collect()

@@ -9,6 +9,7 @@ use dev_box::core::id::VmName;
 use dev_box::core::size::ByteSize;
 use dev_box::exec::pool::PoolStatus;
 use dev_box::exec::{Owner, VmFacts};
+use dev_box::observe::audit::ExitStatus;
 use dev_box::observe::metrics::VmUsage;
 use serde::{Deserialize, Serialize};
 
@@ -152,6 +153,9 @@ pub(crate) struct Usage {
     pub(crate) at: EasternTime,
     /// Each VM, by name.
     pub(crate) vms: Vec<VmUse>,
+    /// The pools.
+    #[serde(default)]
+    pub(crate) pools: Vec<PoolInfo>,
     /// Findings since the daemon began.
     pub(crate) findings: u64,
 }
@@ -167,6 +171,20 @@ pub(crate) struct VmUse {
     pub(crate) owner: String,
     /// Counters and sizes.
     pub(crate) usage: VmUsage,
+    /// What runs in it, by its guest's word.
+    #[serde(default)]
+    pub(crate) jobs: Vec<JobUse>,
+}
+
+/// A job that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct JobUse {
+    /// Its number.
+    pub(crate) job: String,
+    /// Its command line, as far as it is told.
+    pub(crate) command: String,
+    /// For how long.
+    pub(crate) age_ms: u64,
 }
 
 /// One line of `GET /v1/events`.
@@ -252,6 +270,28 @@ pub(crate) enum Happening {
     VmRemoved {
         /// Which.
         vm: VmName,
+    },
+    /// A command is about to run.
+    #[serde(rename = "exec.run")]
+    ExecRun {
+        /// Where.
+        vm: VmName,
+        /// Its number, also in the audit and in the guest.
+        job: Option<String>,
+        /// What, without what looks like a secret.
+        command: String,
+    },
+    /// A command has ended.
+    #[serde(rename = "exec.end")]
+    ExecEnd {
+        /// Where.
+        vm: VmName,
+        /// Its number.
+        job: Option<String>,
+        /// How.
+        exit: ExitStatus,
+        /// How long it took.
+        took_ms: u64,
     },
     /// A VM did something odd.
     #[serde(rename = "anomaly.finding")]

@@ -13,6 +13,8 @@
 //! | [`vms`] | the VMs it owns: who is there, in which state |
 //! | [`metrics`] | `/metrics`, for Prometheus |
 //! | [`events`] | what happens, to whoever listens |
+//! | [`telling`] | what the VMs' clients do, from the audit to the events |
+//! | [`usage`] | what the VMs use, and what runs in them |
 //! | [`leases`] | VMs of a pool in the hands of one connection |
 //! | [`pools`] | the VMs it keeps ready |
 //! | [`power`] | VMs paused, and let run on |
@@ -34,4 +36,6 @@ mod routes;
 pub(crate) mod server;
 mod socket;
 mod state;
+mod telling;
+mod usage;
 mod vms;

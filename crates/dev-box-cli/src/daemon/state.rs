@@ -13,7 +13,6 @@ use dev_box::exec::{Gateway, ProvisionError, Provisioner, ReadyVm, VmRequest, ba
 use dev_box::net::policy::PolicyStoreError;
 use dev_box::observe::anomaly::VmFinding;
 use dev_box::observe::audit::Text;
-use dev_box::observe::metrics::VM_SERIES;
 use dev_box::observe::{Act, AuditError, AuditEvent, Entry, Outcome};
 use scopeguard::ScopeGuard;
 use tokio::sync::{Mutex, broadcast};
@@ -22,10 +21,11 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::api::{Happening, NewVm, Usage, VmInfo, VmState, VmUse};
+use super::api::{Happening, NewVm, VmInfo, VmState};
 use super::events::Events;
 use super::pools::Pools;
 use super::socket::Peer;
+use super::telling::Telling;
 use super::vms::{Reservation, Vms, VmsError};
 use crate::args::{NotYours, VmOptions};
 use crate::exit::Failure;
@@ -47,7 +47,7 @@ pub(crate) struct Daemon {
     pub(crate) tasks: TaskTracker,
     /// Whoever pauses a VM, or lets one run on: one at a time.
     pub(super) power: Mutex<()>,
-    findings: Arc<AtomicU64>,
+    pub(super) findings: Arc<AtomicU64>,
     clock: Arc<dyn Clock>,
 }
 
@@ -255,17 +255,8 @@ impl Daemon {
         }))
     }
 
-    /// What the VMs use.
-    pub(crate) fn usage(&self) -> Usage {
-        let series = VM_SERIES.snapshot();
-        let of = |info: VmInfo| VmUse {
-            name: info.name.to_string(),
-            state: info.state.to_string(),
-            owner: info.owner,
-            usage: info.domain.and_then(|domain| series.get(domain.as_str()).copied()).unwrap_or_default(),
-        };
-        let vms = self.vms.list().into_iter().map(of).collect();
-        Usage { at: self.clock.now(), vms, findings: self.findings.load(Ordering::Relaxed) }
+    pub(super) fn now(&self) -> EasternTime {
+        self.clock.now()
     }
 
     /// How the use of a VM ends that is given back: in the middle of a job is no end in order. Asked only where that matters.
@@ -285,7 +276,10 @@ impl Daemon {
 
     /// One client's way to a VM.
     pub(crate) fn gateway(&self, domain: VmName, session: Session) -> Gateway {
-        Gateway::new(domain, session, self.dev_box.audit())
+        let known = self.vms.list().into_iter().find(|info| info.domain.as_ref() == Some(&domain));
+        let vm = known.map_or_else(|| domain.clone(), |info| info.name);
+        let telling = Telling { behind: self.dev_box.audit(), events: self.events.clone(), vm };
+        Gateway::new(domain, session, Arc::new(telling))
     }
 
     /// Serves one client of a VM's channel until one of the three is gone.

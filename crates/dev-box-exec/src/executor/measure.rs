@@ -5,6 +5,7 @@ use std::time::Duration;
 use dev_box_comm::Relayed;
 use dev_box_comm::message::{ExitStatus, Message};
 use dev_box_comm::session::CloseReason;
+use dev_box_observe::audit::ExitStatus as AuditExit;
 use dev_box_observe::metrics::{
     ERRORS, EXEC_OUTPUT_BYTES, EXEC_SECONDS, EXECS, GUEST_VIOLATIONS, OTHER, WORKSPACE_BYTES, WORKSPACE_FILES,
 };
@@ -54,6 +55,19 @@ pub(crate) fn relayed(relayed: &Relayed, took: Duration) {
         _ => "lost",
     };
     count(outcome, took, relayed.output, relayed.errors);
+}
+
+/// A command that went on without its client: its output went through nobody's hands.
+pub(crate) fn left(exit: &AuditExit, took: Duration) {
+    let outcome = match exit {
+        AuditExit::Code(0) => "ok",
+        AuditExit::Code(_) => "nonzero",
+        AuditExit::Signal(_) => "signal",
+        AuditExit::TimedOut => "timeout",
+        AuditExit::Cancelled => "cancelled",
+        AuditExit::Lost => "lost",
+    };
+    count(outcome, took, 0, 0);
 }
 
 fn by_itself(status: ExitStatus) -> &'static str {

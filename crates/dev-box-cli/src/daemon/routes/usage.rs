@@ -14,5 +14,5 @@ pub(super) fn routes() -> Router<Arc<Daemon>> {
 }
 
 async fn usage(State(daemon): State<Arc<Daemon>>) -> Json<Usage> {
-    Json(daemon.usage())
+    Json(daemon.usage().await)
 }
