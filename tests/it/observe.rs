@@ -6,6 +6,7 @@ use std::io::Read as _;
 use std::path::Path;
 use std::time::Duration;
 
+use dev_box::core::clock::{Clock as _, SystemClock};
 use dev_box_tests::{Collector, Host, Running, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -329,7 +330,7 @@ fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
     assert_eq!(again.code(), 1, "nothing is overwritten");
 
     // It goes on where it was, and now, though it stood for seconds: nobody takes that for a clock that was turned back.
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+    let now = SystemClock.now().unix_nanos() as f64 / 1e9;
     drop(running.stdin());
     let report: Value = serde_json::from_str(&running.finish().expect_code(0).text()).unwrap();
     let theirs = report["stdout"].as_str().and_then(|text| text.strip_prefix("still here at ")).unwrap();
