@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use dev_box_core::clock::Clock;
 use dev_box_core::connection::Link;
@@ -21,6 +22,8 @@ use crate::provisioner::Inner;
 
 /// Events that a subscriber may be behind before it loses the oldest.
 const BACKLOG: usize = 1024;
+/// How long the last VM with a VM's address may still be listened to.
+const FREE_WITHIN: Duration = Duration::from_secs(10);
 
 /// Where events go: to the record of the VM, to whoever subscribed, and to the audit.
 #[derive(Debug, Clone)]
@@ -117,7 +120,8 @@ impl EventsTask {
         let (vm, address) = (lease.vm.clone(), lease.address);
         let path = network.events_of(address);
         Self(tokio::spawn(async move {
-            let (mut source, mut record) = match (EventSource::open(address), RecordFile::create(path)) {
+            let source = EventSource::open_when_free(address, FREE_WITHIN).await;
+            let (mut source, mut record) = match (source, RecordFile::create(path)) {
                 (Ok(source), Ok(record)) => (source, record),
                 (Err(error), _) => return not_recorded(&vm, &error),
                 (_, Err(error)) => return not_recorded(&vm, &error),

@@ -13,6 +13,7 @@ use netlink_sys::Socket;
 use netlink_sys::constants::NETLINK_NETFILTER;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, sleep};
 
 use super::{NetEventKind, Report};
 use crate::identity::{log_group_of, tap_of};
@@ -25,6 +26,8 @@ const BUFFER: usize = 32 * 1024;
 const KERNEL_BUFFER: u32 = 256 * 1024;
 /// How long the kernel may collect reports before it hands them up.
 const COLLECT: Duration = Duration::from_millis(50);
+/// How soon it is asked again whether the last listener has gone.
+const AGAIN: Duration = Duration::from_millis(20);
 /// Most events of one datagram.
 const MAX_EVENTS: usize = 256;
 
@@ -44,6 +47,12 @@ pub struct EventSourceError {
     what: &'static str,
     #[source]
     source: io::Error,
+}
+
+impl EventSourceError {
+    fn is_refused(&self) -> bool {
+        self.source.kind() == io::ErrorKind::PermissionDenied
+    }
 }
 
 impl EventSource {
@@ -71,6 +80,21 @@ impl EventSource {
         socket.set_non_blocking(true).map_err(failed("read"))?;
         let socket = registered(socket).map_err(failed("read"))?;
         Ok(Self { socket, tap: tap_of(address), buffer: vec![0; BUFFER] })
+    }
+
+    /// As [`EventSource::open`], of an address that another VM has just had: whoever listened to that one may not have ended yet. The
+    /// kernel gives no other reason for its refusal to one who is not root, so then it takes as long.
+    ///
+    /// # Errors
+    /// As [`EventSource::open`], where that is so for this long.
+    pub async fn open_when_free(address: Ipv4Addr, within: Duration) -> Result<Self, EventSourceError> {
+        let until = Instant::now() + within;
+        loop {
+            match Self::open(address) {
+                Err(error) if error.is_refused() && Instant::now() < until => sleep(AGAIN).await,
+                opened => return opened,
+            }
+        }
     }
 
     /// The next events; waits for one at least. Safe to give up and call again.
@@ -177,6 +201,25 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// In a network namespace of this thread's own, with the real kernel.
+    #[tokio::test]
+    async fn the_next_vm_of_an_address_is_listened_to_once_the_last_is_not() {
+        use nix::sched::{CloneFlags, unshare};
+        if unshare(CloneFlags::CLONE_NEWNET).is_err() {
+            eprintln!("SKIPPED: needs root");
+            return;
+        }
+        let address = Ipv4Addr::new(10, 213, 0, 2);
+        let last = EventSource::open(address).unwrap();
+        let refused = EventSource::open_when_free(address, AGAIN * 2).await.unwrap_err();
+        assert!(refused.is_refused(), "{refused}");
+        let (next, ()) = tokio::join!(EventSource::open_when_free(address, Duration::from_secs(10)), async {
+            sleep(AGAIN * 2).await;
+            drop(last);
+        });
+        next.unwrap();
+    }
 
     proptest! {
         #[test]
