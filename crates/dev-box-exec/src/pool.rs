@@ -251,7 +251,8 @@ impl VmPool {
         let _ = self.commands.send(Command::Drain).await;
     }
 
-    /// Turns everybody away, and waits until all VMs are gone, the leased ones when their leases end.
+    /// Turns everybody away, and waits until all VMs are gone, the leased ones when their leases end. One that was being made is given
+    /// up; its provisioner takes it down, and knows when that is done.
     pub async fn shutdown(&self) {
         let _ = self.commands.send(Command::Shutdown).await;
         self.commands.closed().await;
