@@ -126,6 +126,10 @@ fn prometheus_scrapes_a_run_and_loads_the_rules() {
     wait_until("the finding is scraped", patience, || {
         prometheus.value("dev_box_findings_total{rule=\"clock_jump\"}") >= Some(1.0)
     });
+    wait_until("somebody is told", patience, || {
+        prometheus.value("ALERTS{alertname=\"DevBoxFinding\",alertstate=\"firing\",rule=\"clock_jump\"}")
+            == Some(1.0)
+    });
     let text = get(port, "/metrics");
     let mut check =
         Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).spawn().expect("promtool");

@@ -108,6 +108,24 @@ impl Description {
         Key::from_parts(KeyName::from_const_str(self.name), labels)
     }
 
+    /// Its series, but those of times and those with `other`, at zero.
+    fn begin(&self) {
+        let mut all: Vec<Vec<&str>> = vec![Vec::new()];
+        for label in self.labels {
+            let longer = |so_far: Vec<&'static str>| {
+                label.values.iter().map(move |value| [so_far.as_slice(), &[*value]].concat())
+            };
+            all = all.into_iter().flat_map(longer).collect();
+        }
+        for key in all.iter().map(|values| self.key(values)) {
+            with_recorder(|recorder| match self.kind {
+                Kind::Counter => recorder.register_counter(&key, &METADATA).increment(0),
+                Kind::Gauge => recorder.register_gauge(&key, &METADATA).increment(0.0),
+                Kind::Histogram => {}
+            });
+        }
+    }
+
     fn describe(&self) {
         let (name, unit) = (KeyName::from_const_str(self.name), Some(self.unit));
         let help = SharedString::const_str(self.help);
@@ -220,10 +238,13 @@ impl Timing {
     }
 }
 
-/// Gives the installed recorder every metric's unit and help. [`Exporter::install`] does it.
+/// Gives the installed recorder every metric's unit and help, and every series of a counter or gauge that can be foreseen, at zero:
+/// what begins with its first event has not grown, for Prometheus, and no alert would tell of that event. [`Exporter::install`]
+/// does it.
 pub fn describe_all() {
     for description in ALL {
         description.describe();
+        description.begin();
     }
 }
 
@@ -294,6 +315,20 @@ mod tests {
         exporter.upkeep();
         let sorted = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
         assert_eq!(sorted(&exporter.render()), sorted(&text), "upkeep changes no numbers");
+    }
+
+    #[test]
+    fn what_has_not_happened_yet_is_zero() {
+        let text = Exporter::local().render();
+        for series in [
+            "dev_box_findings_total{rule=\"port_scan\"} 0",
+            "dev_box_responses_total{action=\"alert\",outcome=\"failed\"} 0",
+            "dev_box_net_guard_lost_total 0",
+            "dev_box_pool_vms{state=\"ready\"} 0",
+        ] {
+            assert!(text.lines().any(|line| line == series), "{series}\n{text}");
+        }
+        assert!(!text.contains("other") && !text.contains("_bucket"), "{text}");
     }
 
     #[test]
