@@ -13,6 +13,7 @@ use dev_box::Config;
 use dev_box::core::clock::EasternTime;
 use dev_box::exec::cancel::Urgency;
 use dev_box::exec::terminal;
+use dev_box::observe::AuditEvent;
 use dev_box::observe::audit::{self, Evidence, Filter, Record, Tail};
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
@@ -106,10 +107,10 @@ pub(crate) struct FilterArgs {
     #[arg(long, value_name = "ID")]
     job: Option<String>,
     /// Only this action, such as `exec.run`, or what is before its dot.
-    #[arg(long)]
+    #[arg(long, value_parser = action)]
     action: Option<String>,
-    /// Only of this outcome: intent, ok, failed, denied, abandoned, observed.
-    #[arg(long)]
+    /// Only of this outcome.
+    #[arg(long, value_parser = ["intent", "ok", "failed", "denied", "abandoned", "observed"])]
     status: Option<String>,
     /// Only what this side says.
     #[arg(long, value_enum)]
@@ -120,6 +121,16 @@ pub(crate) struct FilterArgs {
     /// Before this time (ISO 8601 with offset).
     #[arg(long, value_name = "TIME")]
     until: Option<EasternTime>,
+}
+
+/// An action that there is, or what several begin with.
+fn action(text: &str) -> Result<String, String> {
+    let fits =
+        |known: &&&str| known.strip_prefix(text).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    match AuditEvent::ACTIONS.iter().find(fits) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err(format!("there are: {}", AuditEvent::ACTIONS.join(", "))),
+    }
 }
 
 /// Who says so.
@@ -138,11 +149,11 @@ impl FilterArgs {
             Said::Host => Evidence::Host,
             Said::Guest => Evidence::Guest,
         });
-        let vms = match vm {
-            Some(name) => domains(config, name).await?,
+        let vms = match &vm {
+            Some(name) => domains(config, name.clone()).await?,
             None => Vec::new(),
         };
-        Ok(Filter { vms, job, action, status, evidence, since, until, lease: None })
+        Ok(Filter { vms, name: vm, job, action, status, evidence, since, until, lease: None })
     }
 }
 
@@ -319,6 +330,16 @@ mod tests {
     use std::future::pending;
 
     use super::*;
+
+    #[test]
+    fn an_action_is_one_that_there_is() {
+        for known in ["exec.run", "exec", "net", "anomaly.finding"] {
+            assert_eq!(action(known).unwrap(), known);
+        }
+        for unknown in ["exe", "exec.", "exec.runs", ""] {
+            assert!(action(unknown).unwrap_err().contains("exec.run, "), "{unknown}");
+        }
+    }
 
     #[tokio::test]
     async fn a_file_is_there_as_a_whole_or_not_at_all() {

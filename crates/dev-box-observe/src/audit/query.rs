@@ -31,6 +31,8 @@ use super::{
 pub struct Filter {
     /// The VM's domain is one of these; any, when there are none. See [`called()`].
     pub vms: Vec<String>,
+    /// What a VM's holder calls it: whatever VM is leased under it, in a record on the way, is one of `vms` from then on.
+    pub name: Option<String>,
     /// The lease.
     pub lease: Option<String>,
     /// The job.
@@ -135,6 +137,12 @@ pub fn query(dir: &Path, filter: Filter) -> Tail {
     }
 }
 
+/// The domain of the VM that a record leases under `name`.
+fn leased(record: &Record, name: &str) -> Option<String> {
+    let of_lease = record.action == "lease.acquire" && record.outcome.status() == "ok";
+    record.vm.clone().filter(|_| of_lease && record.details["name"] == name)
+}
+
 /// The domains of the VMs that their holders called `name`, such as a daemon's clients: those that the log has a lease of.
 ///
 /// # Errors
@@ -144,10 +152,7 @@ pub fn called(dir: &Path, name: &str) -> Result<Vec<String>, ReadError> {
         Filter { action: Some("lease.acquire".into()), status: Some("ok".into()), ..Filter::default() };
     let mut domains = Vec::new();
     for record in query(dir, leases) {
-        let record = record?;
-        if record.details["name"] == name {
-            domains.extend(record.vm);
-        }
+        domains.extend(leased(&record?, name));
     }
     Ok(domains)
 }
@@ -251,6 +256,12 @@ impl Tail {
                     let not_a_record =
                         |tail: &Self| ReadError::NotARecord { path: tail.path(), line: tail.line_number };
                     let record = Record::parse(&self.line).map_err(|_| not_a_record(self))?;
+                    if let Some(name) = &self.filter.name
+                        && let Some(domain) = leased(&record, name)
+                        && !self.filter.vms.contains(&domain)
+                    {
+                        self.filter.vms.push(domain);
+                    }
                     if self.filter.admits(&record) {
                         return Ok(Some(record));
                     }

@@ -70,6 +70,26 @@ fn a_vm_is_found_by_what_its_holders_called_it() {
 }
 
 #[test]
+fn a_tail_takes_the_next_vm_of_a_name_too() {
+    let place = Place::new();
+    let mut journal = place.journal();
+    let name = Some("work".to_owned());
+    let mut tail =
+        tail(&place.log_dir(), Filter { vms: vec!["work".into()], name, ..Filter::default() }).unwrap();
+    let lease = |name: &str| AuditEvent::LeaseAcquire {
+        image: "default".into(),
+        profile: None,
+        name: Some(name.into()),
+    };
+    for (domain, name) in [("a", "work"), ("b", "other"), ("c", "work")] {
+        append(&mut journal, Entry::result(lease(name), Outcome::Ok).vm(domain)).unwrap();
+        append(&mut journal, Entry::fact(AuditEvent::VmPause {}).vm(domain)).unwrap();
+    }
+    let seen: Vec<_> = tail.by_ref().map(|record| record.unwrap().vm.unwrap()).collect();
+    assert_eq!(seen, ["a", "a", "c", "c"]);
+}
+
+#[test]
 fn times_are_eastern_and_the_two_half_past_ones_differ() {
     let place = Place::new();
     let clock = Arc::new(FakeClock::at(at("2026-11-01T00:30:00-04:00")));
