@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dev_box_tests::Host;
+use dev_box_tests::{Host, wait_until};
 use serde_json::Value;
 
 /// How many minutes each VM works, where `DEV_BOX_HONEST_MINUTES` does not say.
@@ -86,4 +86,46 @@ fn hours_of_honest_work_raise_nothing() {
     eprintln!("honest work: {hours:.2} VM-hours ({:.0?}), {} findings", begun.elapsed(), found.len());
     // At most one in 24 VM-hours: none in fewer.
     assert!(found.len() as f64 <= hours / 24.0, "{hours:.2} VM-hours: {found:#?}");
+}
+
+/// What VMs of its kind do: next to nothing, in the form that minutes are remembered (see `Baseline`).
+const IDLE: &str = r#"{"minutes": 300, "levels": [
+    {"mean": 0.05, "variance": 0.01}, {"mean": 3.0, "variance": 1.0}, {"mean": 0.0, "variance": 1.0}]}"#;
+/// Writes as long as its kind never does: for less than five of the watch's minutes, and, after one that is quiet, for more.
+const UNLIKE: &str = r#"
+import os, sys, time
+def write(seconds):
+    end = time.time() + seconds
+    while time.time() < end:
+        with open('/var/tmp/much', 'wb') as f: f.write(os.urandom(1 << 20) * 16); f.flush(); os.fsync(f.fileno())
+        time.sleep(4)
+write(165)
+print('quiet', flush=True)
+time.sleep(130)
+print('again', flush=True)
+write(600)
+"#;
+
+#[test]
+#[ignore = "long: cargo xtask ci --full"]
+fn what_is_unlike_vms_of_its_kind_for_minutes_is_found() {
+    let Some(host) = Host::new("what_is_unlike_vms_of_its_kind_for_minutes_is_found") else { return };
+    let baselines = host.root().join("baselines");
+    fs::create_dir(&baselines).expect("a new directory");
+    fs::write(baselines.join("default-1x512.json"), IDLE).expect("a new file");
+    let run = ["run", "--net", "isolated", "--cpus", "1", "--memory", "512MiB", "--timeout", "20m"];
+    let mut running = host.start([&run[..], &["--", "python3", "-c", UNLIKE]].concat());
+    let found = || {
+        let found = host.dev_box(["audit", "query", "--action", "anomaly.finding"]).expect_code(0).text();
+        found.lines().map(|line| serde_json::from_str::<Value>(line).expect("a record")).collect::<Vec<_>>()
+    };
+    running.wait_for_output("again");
+    assert_eq!(found(), Vec::<Value>::new(), "less than five minutes are no finding");
+    wait_until("it is found", Duration::from_secs(480), || !found().is_empty());
+    let found = found().remove(0);
+    assert_eq!((&found["details"]["rule"], &found["evidence"]), (&"statistical".into(), &"host".into()));
+    let why = found["details"]["why"].as_str().unwrap_or_default();
+    assert!(why.contains("unlike VMs of its kind") && why.contains("disk"), "{why}");
+    running.signal(nix::sys::signal::Signal::SIGINT);
+    running.finish();
 }
