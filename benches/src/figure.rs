@@ -25,6 +25,9 @@ pub(crate) enum Unit {
     /// How many: smaller is better.
     #[serde(rename = "count")]
     Count,
+    /// Of a hundred: smaller is better.
+    #[serde(rename = "%")]
+    Percent,
 }
 
 impl Unit {
@@ -36,6 +39,7 @@ impl Unit {
             Self::PerSecond => "1/s",
             Self::Mebibytes => "MiB",
             Self::Count => "",
+            Self::Percent => "%",
         }
     }
 }

@@ -5,6 +5,7 @@ mod baseline;
 mod cycle;
 mod fork;
 mod memory;
+mod observed;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub(crate) const FIGURES: &[&str] = &[
     "pool.acquire_warm",
     "pool.init_8",
     "pool.cycle",
+    "observe.cycle",
     "vm.pss_idle",
     "fork.ready",
     "baseline.virsh_revert",
@@ -126,6 +128,9 @@ impl Bench {
         }
         if wanted.has("pool.cycle") {
             cycle::run(self, wanted, report).await;
+        }
+        if wanted.has("observe.cycle") {
+            report.part("observe.cycle", observed::run(self).await);
         }
         if wanted.has("baseline") {
             baseline::run(self, wanted, report).await;

@@ -121,7 +121,7 @@ fn bare_sync(dir: &Path) -> Result<Figure, NotRun> {
 }
 
 /// The sum of what the log's groups took until now.
-fn written_seconds(exporter: &Exporter) -> f64 {
+pub(crate) fn written_seconds(exporter: &Exporter) -> f64 {
     let text = exporter.render();
     let sum = text.lines().find_map(|line| line.strip_prefix("dev_box_audit_group_seconds_sum "));
     sum.and_then(|number| number.trim().parse().ok()).unwrap_or_default()
