@@ -3,7 +3,8 @@
 //! `audit.append` is the writer's time for an entry: the log's own histogram of what a group took (lock, state, encoding, the
 //! write and the disk's sync), summed over a tenth of a second and divided by the entries of that time. Most of it is waiting for the
 //! disk; so `audit.append.processor` is the writer's processor time alone, and `baseline.audit.sync` what
-//! `fdatasync` of as many bytes takes in the same directory, divided by as many entries. `audit.append.wait` is how long a caller waits for
+//! `fdatasync` of as many bytes takes in the same directory, divided by as many entries.
+//! `audit.append.no_disk` is `audit.append` where a sync costs nothing. `audit.append.wait` is how long a caller waits for
 //! its receipt, the gathering of a group included; `audit.note` how long one is held up who does not wait.
 
 use std::fs::{self, File};
@@ -22,6 +23,8 @@ use super::observe::exporter;
 use crate::figure::{Figure, Unit};
 use crate::registry::NotRun;
 
+/// A file system without a disk.
+const MEMORY: &str = "/dev/shm";
 /// Entries a second that the log is offered.
 const RATE: u32 = 1000;
 /// For how long.
@@ -34,13 +37,22 @@ const GROUP: u32 = RATE / 100;
 pub(crate) fn run() -> Result<Vec<Figure>, NotRun> {
     let exporter = exporter()?;
     let dir = tempfile::tempdir()?;
-    let options = AuditOptions::new(dir.path().join("audit"), dir.path().join("first.key"));
-    let log: Arc<dyn AuditSink> = Arc::new(AuditLog::open(options, Arc::new(SystemClock))?);
+    let log = open(dir.path())?;
     let mut figures = appended(&log, exporter)?;
     figures.push(noted(&log));
     drop(log);
     figures.push(bare_sync(dir.path())?);
+    if let Ok(memory) = tempfile::tempdir_in(MEMORY) {
+        let log = open(memory.path())?;
+        let own = appended(&log, exporter)?.into_iter().next();
+        figures.extend(own.map(|own| Figure { name: "audit.append.no_disk".to_owned(), ..own }));
+    }
     Ok(figures)
+}
+
+fn open(dir: &Path) -> Result<Arc<dyn AuditSink>, NotRun> {
+    let options = AuditOptions::new(dir.join("audit"), dir.join("first.key"));
+    Ok(Arc::new(AuditLog::open(options, Arc::new(SystemClock))?))
 }
 
 fn entry() -> Entry {
