@@ -9,7 +9,7 @@ import sys
 
 LINE = re.compile(r"\s*.+-(\d+)\s+\[\d+\] \S+\s+(\d+\.\d+): (\S+): (.*)")
 # System calls of x86-64, as raw_syscalls shows them.
-READ_MESSAGE, SEND_MESSAGE, SEND, RECEIVE, CLONE, EXECVE, EXIT, WRITE = 47, 46, 44, 45, 56, 59, 231, 1
+READ_MESSAGE, SEND_MESSAGE, SEND, RECEIVE, EXECVE, WAIT, EXIT, WRITE = 47, 46, 44, 45, 59, 61, 231, 1
 
 
 def events(path):
@@ -43,28 +43,27 @@ def steps(all_events, at):
         return next(index for index in range(start, len(all_events)) if condition(all_events[index]))
 
     program = all_events[at][0]
-    runs = before(at, of(program, left(CLONE, "0")))
-    split = before(runs, entered(CLONE))
-    init = all_events[split][0]
-    woken = before(split, of(init, left(READ_MESSAGE)))
+    executes = before(at, of(program, entered(EXECVE)))
+    woken = before(executes, of(program, left(READ_MESSAGE)))
     launched = before(woken, entered(SEND_MESSAGE))
     agent = all_events[launched][0]
     asked = before(launched, lambda event: event[2] == "irq_handler_entry" and "virtio" in event[3])
-    executes = before(at, of(program, entered(EXECVE)))
     ends = after(at, of(program, entered(EXIT)))
     dead = after(ends, lambda event: event[0] == program and event[2] == "sched_process_exit")
-    tells = after(dead, of(init, entered(SEND)))
+    reaps = after(dead, entered(WAIT))
+    init = all_events[reaps][0]
+    tells = after(reaps, of(init, entered(SEND)))
     heard = after(tells, of(agent, left(RECEIVE)))
     answered = after(heard, of(agent, left(WRITE)))
     return [
-        ("agent: the interrupt, until its init is told", asked, launched),
-        ("change: agent to init", launched, woken),
-        ("spawn: clone, until the process runs", woken, runs),
-        ("init: the process becomes the user's, in its place", runs, executes),
+        ("agent: the interrupt, until it launches", asked, launched),
+        ("change: agent to the process that waits", launched, woken),
+        ("that process becomes the user's, in its place", woken, executes),
         ("spawn: execve", executes, at),
         ("spawn: the program", at, ends),
         ("spawn: exit", ends, dead),
-        ("change: the program's end to init", dead, tells),
+        ("change: the program's end to init", dead, reaps),
+        ("init: reaps, ends the rest", reaps, tells),
         ("change: init to agent", tells, heard),
         ("agent: usage, output, answer", heard, answered),
         ("all of it", asked, answered),

@@ -19,6 +19,8 @@ const BOOTS: usize = 7;
 /// How many commands are run, after some that warm the guest up.
 const COMMANDS: usize = 300;
 const WARM_UP: usize = 30;
+/// After what came before, the guest has cleared it away.
+const REST: Duration = Duration::from_millis(30);
 
 pub(crate) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
@@ -139,19 +141,25 @@ pub(crate) fn exec_true() -> Result<Vec<Figure>, NotRun> {
 }
 
 async fn measure(session: &Session) -> Result<Vec<Figure>, NotRun> {
-    let (mut whole, mut pings) = (Vec::new(), Vec::new());
+    let (mut whole, mut next, mut pings) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..WARM_UP + COMMANDS {
+        tokio::time::sleep(REST).await;
         let ping = session.ping().await.map_err(|reason| format!("the session closed: {reason}"))?;
-        let began = Instant::now();
-        exec(session).await?;
-        let took = began.elapsed();
+        let mut times = [0.0; 2];
+        for time in &mut times {
+            let began = Instant::now();
+            exec(session).await?;
+            *time = milliseconds(began.elapsed());
+        }
         if round >= WARM_UP {
-            whole.push(milliseconds(took));
+            whole.push(times[0]);
+            next.push(times[1]);
             pings.push(milliseconds(ping));
         }
     }
     Ok(vec![
         Figure::of("exec.true", Unit::Milliseconds, whole),
+        Figure::of("exec.true.next", Unit::Milliseconds, next),
         Figure::of("exec.true.ping", Unit::Milliseconds, pings),
         Figure::of("baseline.spawn_and_wait", Unit::Milliseconds, in_guest(session, SPAWN_AND_WAIT).await?),
         Figure::of("baseline.spawn_isolated", Unit::Milliseconds, in_guest(session, SPAWN_ISOLATED).await?),

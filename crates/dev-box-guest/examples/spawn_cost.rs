@@ -103,7 +103,7 @@ async fn with_a_spare() -> std::io::Result<Duration> {
     let mut process = Process::prepare(Isolation::Namespaces(None)).map_err(std::io::Error::other)?;
     tokio::time::sleep(Duration::from_millis(40)).await;
     let begin = Instant::now();
-    process.launch(&plan("/bin/true")?, [null.as_fd(); 3]).map_err(std::io::Error::other)?;
+    process.launch(&plan("/bin/true")?, &[null.as_fd(); 3]).map_err(std::io::Error::other)?;
     process.started(std::future::pending()).await.map_err(std::io::Error::other)?;
     process.ended().await;
     let taken = begin.elapsed();
@@ -118,7 +118,7 @@ async fn again_and_again(rounds: usize) -> std::io::Result<Vec<Duration>> {
     let mut told = Vec::new();
     for _ in 0..rounds {
         let begin = Instant::now();
-        process.launch(&plan("/bin/true")?, [null.as_fd(); 3]).map_err(std::io::Error::other)?;
+        process.launch(&plan("/bin/true")?, &[null.as_fd(); 3]).map_err(std::io::Error::other)?;
         process.started(std::future::pending()).await.map_err(std::io::Error::other)?;
         process.ended().await;
         told.push(begin.elapsed());
@@ -155,7 +155,7 @@ async fn once(namespaces: bool, group: bool, program: &str) -> std::io::Result<I
         true => Isolation::Namespaces(group.as_ref().map(|group| group.directory())),
         false => Isolation::ProcessGroup,
     };
-    let mut process = Process::spawn(&plan, [null.as_fd(); 3], isolation).map_err(std::io::Error::other)?;
+    let mut process = Process::spawn(&plan, &[null.as_fd(); 3], isolation).map_err(std::io::Error::other)?;
     if process.started(std::future::pending()).await.is_ok() {
         process.ended().await;
     }

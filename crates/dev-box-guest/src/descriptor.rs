@@ -26,3 +26,11 @@ pub fn watch_nonblocking(descriptor: OwnedFd, interest: Interest) -> io::Result<
     fcntl(&descriptor, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     watch(descriptor, interest)
 }
+
+/// A pipe that no program inherits: the end to read, the end to write.
+///
+/// # Errors
+/// What the kernel said.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
+}

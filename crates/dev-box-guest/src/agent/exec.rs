@@ -9,7 +9,7 @@
 //! ```
 
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -30,12 +30,12 @@ use super::jobs::{COMMANDS, Job};
 use super::spares::Spare;
 use super::{Agent, Containment, lanes};
 use crate::cgroup::GroupLimits;
-use crate::descriptor::{watch as watch_descriptor, watch_nonblocking};
+use crate::descriptor::{pipe, watch as watch_descriptor, watch_nonblocking};
 use crate::job::plan::{Launch, Plan, ResourceLimit};
 use crate::job::pty::{self, Pty, Size};
 use crate::job::report::Step;
 use crate::job::run::{Command, Outcome, Rules, supervise};
-use crate::job::spawn::SpawnError;
+use crate::job::spawn::{Process, SpawnError};
 use crate::passwd::{Accounts, Identity};
 
 /// How long output may take to get out before the rest of a job is cleared away without waiting for it.
@@ -58,13 +58,6 @@ struct Ends {
     terminal: bool,
 }
 
-/// The job's ends.
-struct Theirs {
-    input: OwnedFd,
-    output: OwnedFd,
-    errors: Option<OwnedFd>,
-}
-
 impl Ends {
     /// Until the program has said something.
     async fn speak(&self) {
@@ -85,13 +78,6 @@ async fn speaks(descriptor: &AsyncFd<OwnedFd>) {
     match descriptor.readable().await {
         Ok(ready) if !ready.ready().is_read_closed() => {}
         _ => std::future::pending().await,
-    }
-}
-
-impl Theirs {
-    fn streams(&self) -> [BorrowedFd<'_>; 3] {
-        let output = self.output.as_fd();
-        [self.input.as_fd(), output, self.errors.as_ref().map_or(output, |errors| errors.as_fd())]
     }
 }
 
@@ -154,30 +140,15 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
     agent.jobs.admit(&id)?;
     let identity = identity(&agent.surroundings.root, request.user.as_deref())?;
     let plan = plan(request, identity, &agent.surroundings.containment)?;
-    let (ends, theirs) =
-        streams(request, &plan).map_err(|error| GuestError::from_io("open streams", &error))?;
     let limits = limits_of(&agent.surroundings.containment, request)?;
     let mut spare = agent.take_spare()?;
-    let limited = match spare.group.as_mut().filter(|_| limits != GroupLimits::default()) {
-        Some(group) => group.limit(&limits),
-        None => Ok(()),
-    };
-    let refused = match limited {
-        Err(error) => Some(GuestError::new(GuestErrorKind::Other, error.to_string())),
-        Ok(()) => {
-            let launched = spare.process.launch(&plan, theirs.streams());
-            drop(theirs);
-            let started = match launched {
-                Ok(()) => spare.process.started(ends.speak()).await,
-                Err(error) => Err(error),
-            };
-            started.err().map(|error| refusal(&error, request))
+    let ends = match launch(request, &plan, &limits, &mut spare).await {
+        Ok(ends) => ends,
+        Err(error) => {
+            discard(agent, spare).await;
+            return Err(error);
         }
     };
-    if let Some(error) = refused {
-        discard(agent, spare).await;
-        return Err(error);
-    }
     let (sender, commands) = mpsc::channel(COMMANDS);
     let (exit, exited) = watch::channel(None);
     let job = Arc::new(Job {
@@ -203,6 +174,26 @@ async fn start(agent: &Agent, request: &ExecRequest) -> Result<Running, GuestErr
         cpu_time: request.limits.cpu_time_ms.map(Duration::from_millis),
     };
     Ok(Running { job, spare, ends, commands, exit, rules })
+}
+
+/// Has what waits become the program, and waits until it does.
+async fn launch(
+    request: &ExecRequest,
+    plan: &Plan,
+    limits: &GroupLimits,
+    spare: &mut Spare,
+) -> Result<Ends, GuestError> {
+    let (ends, theirs) = streams(request, plan, &mut spare.process)
+        .map_err(|error| GuestError::from_io("open streams", &error))?;
+    if let Some(group) = spare.group.as_mut().filter(|_| *limits != GroupLimits::default()) {
+        group.limit(limits).map_err(|error| GuestError::new(GuestErrorKind::Other, error.to_string()))?;
+    }
+    let refused = |error: SpawnError| refusal(&error, request);
+    let borrowed: Vec<_> = theirs.iter().map(|stream| stream.as_fd()).collect();
+    spare.process.launch(plan, &borrowed).map_err(refused)?;
+    drop(theirs);
+    spare.process.started(ends.speak()).await.map_err(refused)?;
+    Ok(ends)
 }
 
 fn identity(root: &Path, user: Option<&str>) -> Result<Identity, GuestError> {
@@ -250,32 +241,25 @@ fn plan(request: &ExecRequest, identity: Identity, containment: &Containment) ->
     Plan::new(&launch).map_err(|error| GuestError::new(GuestErrorKind::InvalidRequest, error.to_string()))
 }
 
-fn streams(request: &ExecRequest, plan: &Plan) -> io::Result<(Ends, Theirs)> {
+/// The agent's ends, and those of the job's, the first ones, which the process that waits does not have already.
+fn streams(request: &ExecRequest, plan: &Plan, process: &mut Process) -> io::Result<(Ends, Vec<OwnedFd>)> {
     if let Some(size) = request.pty {
         let pty = Pty::open(size_of(size), plan.owner())?;
         let both = Interest::READABLE | Interest::WRITABLE;
         let master = Arc::new(watch_descriptor(pty.master, both)?);
-        let input = pty.slave.try_clone()?;
-        let theirs = Theirs { input, output: pty.slave, errors: None };
+        let theirs = vec![pty.slave.try_clone()?, pty.slave.try_clone()?, pty.slave];
         let ends = Ends { input: Some(master.clone()), output: master, errors: None, terminal: true };
         return Ok((ends, theirs));
     }
-    let (output, their_output) = pipe()?;
-    let (errors, their_errors) = pipe()?;
-    let (input, their_input) = if request.stdin {
+    let outputs = process.take_outputs().ok_or(io::ErrorKind::NotFound)?;
+    let (input, theirs) = if request.stdin {
         let (theirs, ours) = pipe()?;
-        (Some(Arc::new(watch_nonblocking(ours, Interest::WRITABLE)?)), theirs)
+        (Some(Arc::new(watch_nonblocking(ours, Interest::WRITABLE)?)), vec![theirs])
     } else {
-        (None, std::fs::File::open("/dev/null")?.into())
+        (None, Vec::new())
     };
-    let output = Arc::new(watch_nonblocking(output, Interest::READABLE)?);
-    let errors = Some(Arc::new(watch_nonblocking(errors, Interest::READABLE)?));
-    let theirs = Theirs { input: their_input, output: their_output, errors: Some(their_errors) };
+    let (output, errors) = (Arc::new(outputs.output), Some(Arc::new(outputs.errors)));
     Ok((Ends { input, output, errors, terminal: false }, theirs))
-}
-
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
 }
 
 fn size_of(size: PtySize) -> Size {

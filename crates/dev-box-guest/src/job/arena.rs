@@ -5,6 +5,7 @@ use std::ffi::{CString, c_char, c_void};
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
@@ -35,6 +36,32 @@ pub(super) struct RawPlan {
     pub(super) umask: libc::mode_t,
     pub(super) cwd_optional: bool,
     pub(super) terminal: bool,
+}
+
+/// How far the process has come that waits to become the program: above its stack.
+#[derive(Debug)]
+#[repr(C, align(16))]
+pub(super) struct Progress {
+    /// What failed: the step + 1 in the upper half, the error number in the lower.
+    pub(super) failure: AtomicU64,
+    /// Not 0 until it executes the program, or ends: it is the kernel that clears it then (`CLONE_CHILD_CLEARTID`).
+    pub(super) waits: AtomicU32,
+    /// Not 0 once it was launched.
+    pub(super) launched: AtomicU32,
+}
+
+impl Progress {
+    /// Before such a process is made.
+    pub(super) fn reset(&self) {
+        self.failure.store(0, Ordering::SeqCst);
+        self.launched.store(0, Ordering::SeqCst);
+        self.waits.store(1, Ordering::SeqCst);
+    }
+
+    /// Whether it has become the program, or was killed: not when it failed.
+    pub(super) fn executes(&self) -> bool {
+        self.waits.load(Ordering::SeqCst) == 0 && self.failure.load(Ordering::SeqCst) == 0
+    }
 }
 
 /// The mapping; dropped, this process has it no longer.
@@ -74,8 +101,14 @@ impl Arena {
 
     /// Upper end of the stack, aligned to 16 bytes.
     pub(super) fn stack_top(&self) -> *mut c_void {
-        // SAFETY: the end of the mapping, whose length is a multiple of 16.
-        unsafe { self.start.as_ptr().byte_add(BYTES) }
+        // SAFETY: near the end of the mapping, whose length is a multiple of 16, as the progress's is.
+        unsafe { self.start.as_ptr().byte_add(BYTES - size_of::<Progress>()) }
+    }
+
+    /// How far the second process has come.
+    pub(super) fn progress(&self) -> &Progress {
+        // SAFETY: above the stack in the mapping, aligned, and zeroes are valid; only ever used as the atomics it consists of.
+        unsafe { &*self.stack_top().cast::<Progress>() }
     }
 
     /// Copies a plan to where the other process looks for it.

@@ -1,48 +1,65 @@
-//! What runs between clone3 and the user's program: a job's init, and the process it splits off.
+//! What runs between clone3 and the user's program: a job's init, and the process it splits off, which waits to become that program.
 //!
 //! ```text
 //!  agent --clone3 (new PID, mount, IPC namespaces; the job's cgroup)--> init (pid 1 of the job)
-//!                                                                        | vfork
-//!  agent <-- Started / Failed / Ended over a socket pair --------------- |----> the user's program (pid 2)
-//!  agent --- signal numbers, or end of file: the agent is gone --------> |      and all it starts
-//!  agent --- renew --> (mounts untouched, another IPC namespace) ------- |
-//!  agent <-- Ready ----------------------------------------------------- |----> the next program
+//!  agent --- renew: its outputs' pipes ----------------------> init -----> clone --> waits (pid 2)
+//!  agent --- launch: the plan is there ----------------------------------------------> |
+//!  agent --- signal numbers, or end of file: the agent is gone --> init               the user's program
+//!  agent <-- Failed / Ended ------------------------------------- init <-- its end ----'  and all it starts
+//!  agent --- renew --> (mounts untouched, another IPC namespace) --> Ready, and the next waits
 //! ```
-//! Pid 1 of a namespace ignores TERM and must reap, so that the user's program must not be it. Everything here runs in a copy of a
-//! process that may have had other threads: no allocation, no lock, no library function but thin system calls, nothing that can
-//! panic. Both processes leave by `_exit` or by executing the program.
+//! Pid 1 of a namespace ignores TERM and must reap, so that the user's program must not be it. The process that is to be the program is there
+//! before anybody asks: its making, and a change of places with the init, would cost a short command a tenth of its time.
+//!
+//! Everything here runs in a copy of a process that may have had other threads: no allocation, no lock, no library function but thin
+//! system calls, nothing that can panic. Both processes leave by `_exit` or by executing the program.
 #![expect(unsafe_code, reason = "raw system calls between clone and exec")]
 
 use std::ffi::{c_int, c_long, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::arena::RawPlan;
+use super::arena::{Progress, RawPlan};
 use super::report::{Ended, Report, Step};
 
 /// Where the socket to the agent is in a job's init.
 const CONTROL: c_int = 3;
+/// Where the socket is by which the waiting process is told to become the program.
+const LAUNCH: c_int = 4;
 /// Where its list of mounts is, which polls as exceptional once one of them has changed (proc_pid_mounts(5)).
-const MOUNTS: c_int = 4;
+const MOUNTS: c_int = 5;
 /// Where its own `oom_score_adj` is.
-const SCORE: c_int = 5;
-/// A program that has ended within so many milliseconds is told of once: waking the agent twice costs as much as half of `/bin/true`.
-const SHORT: c_int = 10;
+const SCORE: c_int = 6;
+/// Numbers from here on are nobody's.
+const FREE: c_int = 16;
+
+/// The agent's word that the init is to serve another program, whose streams come with it.
+pub(super) const RENEW: u8 = b'?';
+/// Its word that the program will run for longer.
+pub(super) const SETTLE: u8 = b'!';
 
 /// All a job's init needs, made by the agent before the split.
 pub(super) struct Child {
-    /// Where the plan will be once the streams have come.
+    /// Where the plan is once the second process is launched.
     pub(super) plan: *const RawPlan,
-    /// This end of the socket pair.
+    /// These ends of the socket pairs.
     pub(super) control: c_int,
+    pub(super) launch: c_int,
     /// Whether the process is pid 1 of its own namespaces.
     pub(super) namespaced: bool,
     /// Upper end of a stack for the second process, aligned to 16 bytes.
     pub(super) stack_top: *mut c_void,
-    /// Where the second process, which shares memory with the first, leaves its failure: step + 1 in the upper half.
-    pub(super) failure: AtomicU64,
+    /// How far the second process has come; in the arena, as the stack is.
+    pub(super) progress: *const Progress,
     /// What the first's own `oom_score_adj` says while no program is split off: a text of at most eight bytes, zeroes behind it. None where
     /// that cannot be written.
     pub(super) own_score: AtomicU64,
+}
+
+impl Child {
+    fn progress(&self) -> &Progress {
+        // SAFETY: it lies in the arena, which is never unmapped here, and is made of atomics.
+        unsafe { &*self.progress }
+    }
 }
 
 /// The error number of the last call.
@@ -94,98 +111,114 @@ pub(super) fn job_init(child: &Child) -> ! {
             libc::SFD_CLOEXEC | libc::SFD_NONBLOCK,
         )
     } as c_int;
-    // Up to here nobody needs to know what is to be executed.
+    let mut served = false;
     loop {
-        run_program(child, signals);
         keep_coverage();
         // Taking the namespaces down takes longer than telling the host, and would come first: wait until the agent says so, or is gone.
-        if !renewal_asked() || !renew() {
+        if !renewal_asked() || (served && !renew(child)) {
             // SAFETY: as in `leave`.
             unsafe { libc::_exit(0) }
         }
-        tell(CONTROL, Report::Ready);
+        if served {
+            tell(CONTROL, Report::Ready);
+        }
+        run_program(child, signals);
+        served = true;
     }
 }
 
-/// One program, from the coming of its streams to the end of all it started.
+/// One program, from the process that waits to become it to the end of all it started.
 fn run_program(child: &Child, signals: c_int) {
-    if let Err((step, errno)) = receive_streams() {
-        tell(CONTROL, Report::Failed { step, errno });
-        leave();
-    }
-    child.failure.store(0, Ordering::SeqCst);
-    // The agent and its inits are exempt from the out-of-memory killer; jobs are the first to go. What is split off inherits it.
-    set_score(child, u64::from_ne_bytes(*b"500\0\0\0\0\0"));
-    // SAFETY: the stack belongs to nobody else; the process shares memory with this one, which sleeps until it has executed
-    // the program or is gone (CLONE_VFORK), so that `child` outlives it.
+    let progress = child.progress();
+    // SAFETY: the stack belongs to nobody else. The process shares memory with this one until it executes the program, and `child` lives as long
+    // as this one does. It shares `errno`, too: until then nothing is called here that fails and is asked why.
     let main = unsafe {
         libc::clone(
             process,
             child.stack_top,
-            libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+            libc::CLONE_VM | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD,
             std::ptr::from_ref(child).cast_mut().cast(),
+            std::ptr::null_mut::<c_void>(),
+            std::ptr::null_mut::<c_void>(),
+            progress.waits.as_ptr(),
         )
     };
-    let error = errno();
-    set_score(child, child.own_score.load(Ordering::SeqCst));
-    let failure = child.failure.load(Ordering::SeqCst);
     if main < 0 || signals < 0 {
-        tell(CONTROL, Report::Failed { step: Step::Fork, errno: error });
+        tell(CONTROL, Report::Failed { step: Step::Fork, errno: errno() });
         leave();
     }
-    if failure != 0 {
-        if let Some(report) = failure_report(failure) {
-            tell(CONTROL, report);
-        }
+    let ended = watch(child, main, signals);
+    if let Some(report) = failure_report(progress.failure.load(Ordering::SeqCst)) {
+        tell(CONTROL, report);
         keep_coverage();
         leave();
     }
-    // SAFETY: descriptors of this process; whoever reads the other ends must see the end of file when the program's own copies are closed.
-    unsafe {
-        libc::close(0);
-        libc::close(1);
-        libc::close(2);
+    if progress.launched.load(Ordering::SeqCst) == 0 {
+        // Killed while it waited: the agent finds nobody to launch.
+        leave();
     }
-    let ended = watch(main, signals);
     if child.namespaced {
         end_the_rest();
     } else {
         // SAFETY: the group is the ended process's own; without namespaces its cgroup takes care of what left the group.
         unsafe { libc::kill(-main, libc::SIGKILL) };
     }
+    close_streams();
     tell(CONTROL, Report::Ended(ended));
 }
 
-/// Waits until the agent asks for the init to serve another program; false when it is gone. Signals that came too late are passed over.
+/// Closes this process's copies of the program's streams. While it has them, the program's end is not the outputs' end, of which the agent would be
+/// told first: it would come between once more.
+fn close_streams() {
+    for stream in 0..3 {
+        // SAFETY: a descriptor of this process, or of nobody.
+        unsafe { libc::close(stream) };
+    }
+}
+
+/// The program goes on: its outputs may end before it does, and memory may be short.
+fn settle(child: &Child) {
+    // While memory is shared the score is, too.
+    if child.progress().executes() {
+        close_streams();
+        set_score(child, child.own_score.load(Ordering::SeqCst));
+    }
+}
+
+/// Waits until the agent asks for the init to serve another program; false when it is gone. What came too late is passed over.
 fn renewal_asked() -> bool {
-    let mut packet = [0_u8; 4];
     loop {
-        // SAFETY: four bytes of our own.
-        match unsafe { libc::recv(CONTROL, packet.as_mut_ptr().cast(), packet.len(), 0) } {
-            1 => return true,
-            4 => {}
-            _ => return false,
+        let mut packet = [0_u8; 4];
+        match receive(CONTROL, &mut packet) {
+            Some((1, streams)) if packet[0] == RENEW => return streams == 3,
+            Some(_) => {}
+            None => return false,
         }
     }
 }
 
 /// Makes the namespaces as new ones are; false when a program has changed the mounts, which nothing takes back. Segments, semaphores and
 /// queues go with the IPC namespace they are in.
-fn renew() -> bool {
+fn renew(child: &Child) -> bool {
+    set_score(child, child.own_score.load(Ordering::SeqCst));
     let mut mounts = libc::pollfd { fd: MOUNTS, events: libc::POLLPRI, revents: 0 };
     // SAFETY: one structure, as said; the flag takes this process alone to a new namespace.
     unsafe { libc::poll(&raw mut mounts, 1, 0) == 0 && libc::unshare(libc::CLONE_NEWIPC) == 0 }
 }
 
 fn prepare(child: &Child) -> Result<(), (Step, c_int)> {
-    // SAFETY: descriptors of this process; nothing of the agent but the socket is kept, and the console until streams come.
+    // SAFETY: descriptors of this process; nothing of the agent but the sockets is kept, and the console until streams come.
     unsafe {
-        if child.control == CONTROL {
-            libc::fcntl(CONTROL, libc::F_SETFD, libc::FD_CLOEXEC);
-        } else if libc::dup3(child.control, CONTROL, libc::O_CLOEXEC) < 0 {
+        let control = libc::fcntl(child.control, libc::F_DUPFD_CLOEXEC, FREE);
+        let launch = libc::fcntl(child.launch, libc::F_DUPFD_CLOEXEC, FREE);
+        if libc::dup3(control, CONTROL, libc::O_CLOEXEC) < 0
+            || libc::dup3(launch, LAUNCH, libc::O_CLOEXEC) < 0
+        {
             return Err((Step::Streams, errno()));
         }
-        libc::syscall(libc::SYS_close_range, CONTROL as c_long + 1, c_long::from(u32::MAX), 0_i64);
+        libc::syscall(libc::SYS_close_range, LAUNCH as c_long + 1, c_long::from(u32::MAX), 0_i64);
+        // Rust ignores it, and what is ignored stays so; all handlers were dropped by CLONE_CLEAR_SIGHAND.
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         open_score(child);
         if child.namespaced {
             let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
@@ -208,7 +241,7 @@ fn prepare(child: &Child) -> Result<(), (Step, c_int)> {
 /// of a program that changes that mount.
 fn open_score(child: &Child) {
     let mut own = [0_u8; 8];
-    // SAFETY: descriptors of this process, of which those up to the socket alone are open; the buffer is ours and as long as said.
+    // SAFETY: descriptors of this process, of which those up to the sockets alone are open; the buffer is ours and as long as said.
     unsafe {
         let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
         if score >= 0
@@ -236,58 +269,53 @@ fn set_score(child: &Child, text: u64) {
 #[repr(C, align(8))]
 struct StreamsMessage([u8; 64]);
 
-/// Waits for the standard streams, which come when the plan is complete; leaves when the agent has no use for this process.
-fn receive_streams() -> Result<(), (Step, c_int)> {
-    let mut byte = 0_u8;
+/// Waits for a message: its length, and how many of the standard streams, the first ones, came with it. None when the agent is gone.
+fn receive(socket: c_int, packet: &mut [u8; 4]) -> Option<(usize, usize)> {
     let mut space = StreamsMessage([0; 64]);
     // SAFETY: the structures are plain data of our own and outlive the call; the kernel writes descriptors of this process into the
     // message, whose header says how many.
     unsafe {
-        let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = &raw mut part;
         message.msg_iovlen = 1;
         message.msg_control = (&raw mut space).cast();
         message.msg_controllen = 64;
         // The program is to have them: nothing else is executed from here.
-        let received = libc::recvmsg(CONTROL, &raw mut message, 0);
+        let received = libc::recvmsg(socket, &raw mut message, 0);
         if received <= 0 {
-            leave();
+            return None;
         }
         let header = libc::CMSG_FIRSTHDR(&raw const message);
-        let wanted = libc::CMSG_LEN(3 * size_of::<c_int>() as u32) as usize;
-        if header.is_null() || (*header).cmsg_len != wanted {
-            return Err((Step::Streams, libc::EBADMSG));
-        }
-        let descriptors = libc::CMSG_DATA(header).cast::<c_int>();
-        for target in 0..3 {
-            let source = descriptors.add(target as usize).read_unaligned();
-            // Those of the program before are closed, and the kernel gives the lowest numbers first.
-            if source == target {
-                continue;
+        let mut streams = 0;
+        if !header.is_null() {
+            let descriptors = libc::CMSG_DATA(header).cast::<c_int>();
+            let count = (*header).cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize) / size_of::<c_int>();
+            while streams < count {
+                let (source, target) = (descriptors.add(streams).read_unaligned(), streams as c_int);
+                // Those of the program before are closed, and the kernel gives the lowest numbers first.
+                if source != target {
+                    if libc::dup2(source, target) < 0 {
+                        break;
+                    }
+                    libc::close(source);
+                }
+                streams += 1;
             }
-            if libc::dup2(source, target) < 0 {
-                return Err((Step::Streams, errno()));
-            }
-            libc::close(source);
         }
+        Some((received.unsigned_abs(), streams))
     }
-    Ok(())
 }
 
-/// Waits for the program's end, reaping whatever else ends and passing signals on. Tells of a program that goes on.
-fn watch(main: c_int, signals: c_int) -> Ended {
-    let mut patience = SHORT;
+/// Waits for the program's end, reaping whatever else ends and passing signals on.
+fn watch(child: &Child, main: c_int, signals: c_int) -> Ended {
     loop {
         let mut ready = [
             libc::pollfd { fd: CONTROL, events: libc::POLLIN, revents: 0 },
             libc::pollfd { fd: signals, events: libc::POLLIN, revents: 0 },
         ];
-        // SAFETY: two structures, as said; every signal is blocked, so that only readiness or time ends the wait.
-        if unsafe { libc::poll(ready.as_mut_ptr(), 2, patience) } == 0 {
-            tell(CONTROL, Report::Started);
-            patience = -1;
-        }
+        // SAFETY: two structures, as said; every signal is blocked, so that only readiness ends the wait.
+        unsafe { libc::poll(ready.as_mut_ptr(), 2, -1) };
         let [control, signals_ready] = ready;
         if control.revents != 0 {
             let mut number = [0_u8; 4];
@@ -302,6 +330,7 @@ fn watch(main: c_int, signals: c_int) -> Ended {
                         unsafe { libc::kill(main, number) };
                     }
                 }
+                1 => settle(child),
                 // The agent is gone: nobody will ever ask.
                 0 => leave(),
                 _ => {}
@@ -381,25 +410,41 @@ fn failure_report(failure: u64) -> Option<Report> {
     Report::decode(&packet)
 }
 
-/// The second process: becomes the user's program or leaves a failure behind. Shares memory with the first, which sleeps.
+/// The second process: waits to become the user's program, and does or leaves a failure behind. Shares memory with the first.
 extern "C" fn process(argument: *mut c_void) -> c_int {
     // SAFETY: the first process passes its `Child`, which outlives this one's sharing of memory.
     let child = unsafe { &*argument.cast::<Child>() };
     let (step, errno) = become_program(child);
-    child.failure.store((step as u64 + 1) << 32 | u64::from(errno.unsigned_abs()), Ordering::SeqCst);
+    child
+        .progress()
+        .failure
+        .store((step as u64 + 1) << 32 | u64::from(errno.unsigned_abs()), Ordering::SeqCst);
     leave()
 }
 
 /// Returns only when something failed.
 fn become_program(child: &Child) -> (Step, c_int) {
-    // SAFETY: the agent has written it before it sent the streams, and does not touch it until it hears of us.
-    let plan = unsafe { &*child.plan };
-    // SAFETY: plain system calls on this process; every pointer leads into the plan, which is complete and NUL-terminated.
+    // SAFETY: plain system calls on this process.
     unsafe {
         libc::setsid();
         if !child.namespaced {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as c_long, 0, 0, 0);
         }
+    }
+    let mut packet = [0_u8; 4];
+    // How many streams are not those that are there already.
+    match receive(LAUNCH, &mut packet) {
+        None => leave(),
+        Some((_, streams)) if streams != usize::from(packet[0]) => return (Step::Streams, libc::EBADMSG),
+        Some(_) => child.progress().launched.store(1, Ordering::SeqCst),
+    }
+    // The agent and its inits are exempt from the out-of-memory killer; jobs are the first to go. While both processes share memory, this counts
+    // for both.
+    set_score(child, u64::from_ne_bytes(*b"500\0\0\0\0\0"));
+    // SAFETY: the agent has written it before it launched us, and does not touch it until it hears of us.
+    let plan = unsafe { &*child.plan };
+    // SAFETY: plain system calls on this process; every pointer leads into the plan, which is complete and NUL-terminated.
+    unsafe {
         if plan.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
             return (Step::Terminal, errno());
         }
@@ -429,8 +474,6 @@ fn become_program(child: &Child) -> (Step, c_int) {
                 return (Step::WorkingDirectory, error);
             }
         }
-        // Rust ignores it, and what is ignored stays so; all handlers were dropped by CLONE_CLEAR_SIGHAND.
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let no_signal: u64 = 0;
         libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const no_signal, 0_usize, 8_usize);
     }

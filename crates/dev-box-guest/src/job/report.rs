@@ -1,4 +1,4 @@
-//! What a job's init tells the agent over their socket pair, and how: packets of six little numbers.
+//! What a job's init tells the agent over their socket pair, and how: packets of five little numbers.
 
 /// A step that can fail between the split and the program's first instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,8 +79,6 @@ impl Ended {
 /// One packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Report {
-    /// The program has been executing for a while; one that ends sooner has `Ended` alone.
-    Started,
     /// It never will.
     Failed {
         /// What was being done.
@@ -102,12 +100,11 @@ impl Report {
     #[must_use]
     pub fn encode(self) -> [u8; PACKET] {
         let numbers = match self {
-            Self::Started => [1, 0, 0, 0, 0],
-            Self::Failed { step, errno } => [2, step as u64, u64::from(errno.unsigned_abs()), 0, 0],
-            Self::Ready => [4, 0, 0, 0, 0],
+            Self::Failed { step, errno } => [1, step as u64, u64::from(errno.unsigned_abs()), 0, 0],
+            Self::Ready => [3, 0, 0, 0, 0],
             Self::Ended(ended) => {
                 let status = u64::from(u32::from_ne_bytes(ended.status.to_ne_bytes()));
-                [3, status, ended.user_micros, ended.system_micros, ended.max_rss_kib]
+                [2, status, ended.user_micros, ended.system_micros, ended.max_rss_kib]
             }
         };
         let mut packet = [0; PACKET];
@@ -127,18 +124,17 @@ impl Report {
         }
         let [tag, first, second, third, fourth] = numbers;
         match tag {
-            1 => Some(Self::Started),
-            2 => Some(Self::Failed {
+            1 => Some(Self::Failed {
                 step: *Step::ALL.get(usize::try_from(first).ok()?)?,
                 errno: i32::try_from(second).ok()?,
             }),
-            3 => Some(Self::Ended(Ended {
+            2 => Some(Self::Ended(Ended {
                 status: i32::from_ne_bytes(u32::try_from(first).ok()?.to_ne_bytes()),
                 user_micros: second,
                 system_micros: third,
                 max_rss_kib: fourth,
             })),
-            4 => Some(Self::Ready),
+            3 => Some(Self::Ready),
             _ => None,
         }
     }
@@ -157,9 +153,7 @@ mod tests {
             assert_eq!(Report::decode(&report.encode()), Some(report));
             assert!(!step.words().is_empty());
         }
-        for report in [Report::Started, Report::Ready] {
-            assert_eq!(Report::decode(&report.encode()), Some(report));
-        }
+        assert_eq!(Report::decode(&Report::Ready.encode()), Some(Report::Ready));
     }
 
     #[test]

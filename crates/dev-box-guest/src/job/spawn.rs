@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::Interest;
@@ -11,16 +11,18 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
 use super::arena::Arena;
-use super::child::{Child, job_init};
+use super::child::{Child, RENEW, SETTLE, job_init};
 use super::plan::Plan;
 use super::report::{Ended, PACKET, Report, Step};
-use crate::descriptor::watch;
+use crate::descriptor::{pipe, watch, watch_nonblocking};
 
 /// Flags of clone3(2) that do not fit the C library crate's 32-bit constants.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// How long an init may take to say that it serves another job.
 const RENEWAL: Duration = Duration::from_secs(1);
+/// How long nobody is disturbed to hear whether a program executes: waking the agent and the init costs as much as half of `/bin/true`.
+const SHORT: Duration = Duration::from_millis(10);
 
 /// What a job is separated from the rest of the machine by.
 #[derive(Debug, Clone, Copy)]
@@ -50,19 +52,33 @@ pub enum SpawnError {
     Silent,
 }
 
+/// The agent's ends of the pipes that a process has for its outputs while it waits to become a program.
+#[derive(Debug)]
+pub struct Outputs {
+    /// From its standard output.
+    pub output: AsyncFd<OwnedFd>,
+    /// From its standard error.
+    pub errors: AsyncFd<OwnedFd>,
+}
+
 /// A job's process tree. Dropping it kills all of it.
 ///
 /// ```text
-///  prepare --> (its init waits in its namespaces) --launch--> started --> ended --> reap
-///                       ^------------------------ renew --------------------'
+///  prepare --> (a process waits in its namespaces) --launch--> started --> ended --> reap
+///                       ^------------------------ renew ---------------------'
 /// ```
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
     control: AsyncFd<OwnedFd>,
+    /// To the process that waits.
+    launch: OwnedFd,
+    outputs: Option<Outputs>,
     arena: Arena,
     launched: Instant,
+    /// Whether the init was told that the program goes on.
+    settled: AtomicBool,
     /// The end of a program that came before anybody asked.
     ended: Option<Ended>,
     reaped: bool,
@@ -77,37 +93,68 @@ impl Process {
     /// [`SpawnError::Clone`] when the kernel refuses a process; failures of the new process come from [`started`](Self::started).
     pub fn prepare(isolation: Isolation<'_>) -> Result<Self, SpawnError> {
         let (ours, theirs) = socket_pair().map_err(SpawnError::Clone)?;
+        let (launch, their_launch) = socket_pair().map_err(SpawnError::Clone)?;
         let control = watch(ours, Interest::READABLE).map_err(SpawnError::Clone)?;
         let arena = Arena::new().map_err(SpawnError::Clone)?;
         let child = Child {
             plan: arena.plan(),
             control: theirs.as_raw_fd(),
+            launch: their_launch.as_raw_fd(),
             namespaced: matches!(isolation, Isolation::Namespaces(_)),
             stack_top: arena.stack_top(),
-            failure: AtomicU64::new(0),
+            progress: arena.progress(),
             own_score: AtomicU64::new(0),
         };
         let (pid, pidfd) = clone_init(&child, isolation).map_err(SpawnError::Clone)?;
-        drop(theirs);
+        drop((theirs, their_launch));
         let pidfd = watch(pidfd, Interest::READABLE).map_err(SpawnError::Clone)?;
-        Ok(Self { pid, pidfd, control, arena, launched: Instant::now(), ended: None, reaped: false })
+        let mut process = Self {
+            pid,
+            pidfd,
+            control,
+            launch,
+            outputs: None,
+            arena,
+            launched: Instant::now(),
+            settled: AtomicBool::new(false),
+            ended: None,
+            reaped: false,
+        };
+        process.furnish().map_err(SpawnError::Clone)?;
+        Ok(process)
     }
 
-    /// Has the waiting init execute a program with these standard streams (input, output, error; they may be the same).
+    /// Has the init make a process that waits to become a program, with pipes for its outputs and nothing to read.
+    fn furnish(&mut self) -> io::Result<()> {
+        self.arena.progress().reset();
+        let null = std::fs::File::open("/dev/null")?;
+        let (output, their_output) = pipe()?;
+        let (errors, their_errors) = pipe()?;
+        self.outputs = Some(Outputs {
+            output: watch_nonblocking(output, Interest::READABLE)?,
+            errors: watch_nonblocking(errors, Interest::READABLE)?,
+        });
+        let theirs = [null.as_fd(), their_output.as_fd(), their_errors.as_fd()];
+        send_streams(self.control.get_ref().as_fd(), RENEW, &theirs)
+    }
+
+    /// This side of the pipes of a process that waits, or has been launched.
+    #[must_use]
+    pub fn take_outputs(&mut self) -> Option<Outputs> {
+        self.outputs.take()
+    }
+
+    /// Has the waiting process execute a program. `streams` are its standard streams, the first ones: without an input it reads nothing, without
+    /// outputs it has the pipes whose other ends are [`take_outputs`](Self::take_outputs).
     ///
     /// # Errors
     /// [`SpawnError::Clone`] when it cannot be told, having died for instance.
-    pub fn launch(&mut self, plan: &Plan, streams: [BorrowedFd<'_>; 3]) -> Result<(), SpawnError> {
-        use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    pub fn launch(&mut self, plan: &Plan, streams: &[BorrowedFd<'_>]) -> Result<(), SpawnError> {
         self.arena.write(plan).map_err(SpawnError::Clone)?;
         self.launched = Instant::now();
         self.ended = None;
-        let streams = streams.map(|stream| stream.as_raw_fd());
-        let rights = [ControlMessage::ScmRights(&streams)];
-        let byte = [io::IoSlice::new(b"!")];
-        sendmsg::<()>(self.control.as_raw_fd(), &byte, &rights, MsgFlags::MSG_NOSIGNAL, None)
-            .map_err(|error| SpawnError::Clone(error.into()))?;
-        Ok(())
+        self.settled.store(false, Ordering::Relaxed);
+        send_streams(self.launch.as_fd(), streams.len() as u8, streams).map_err(SpawnError::Clone)
     }
 
     /// Prepares and launches at once.
@@ -116,7 +163,7 @@ impl Process {
     /// As both.
     pub fn spawn(
         plan: &Plan,
-        streams: [BorrowedFd<'_>; 3],
+        streams: &[BorrowedFd<'_>],
         isolation: Isolation<'_>,
     ) -> Result<Self, SpawnError> {
         let mut process = Self::prepare(isolation)?;
@@ -136,27 +183,40 @@ impl Process {
         self.launched
     }
 
-    /// Waits until the program executes, which its init says of one that does not end at once; `sign`, its output for instance, may say so before.
+    /// Waits until the program executes, or has ended; `sign`, its output for instance, may say so before.
     ///
     /// # Errors
     /// [`SpawnError`] with the step that failed.
     pub async fn started(&mut self, sign: impl Future<Output = ()>) -> Result<(), SpawnError> {
         let report = tokio::select! {
             biased;
-            report = self.report() => report,
-            () = sign => Some(Report::Started),
+            report = self.report() => Some(report),
+            () = sign => None,
+            () = self.executes() => None,
         };
         self.arena.clear();
         match report {
-            Some(Report::Started) => Ok(()),
-            Some(Report::Ended(ended)) => {
+            None => Ok(()),
+            Some(Some(Report::Ended(ended))) => {
                 self.ended = Some(ended);
                 Ok(())
             }
-            Some(Report::Failed { step, errno }) => {
+            Some(Some(Report::Failed { step, errno })) => {
                 Err(SpawnError::Step { step, error: io::Error::from_raw_os_error(errno) })
             }
-            _ => Err(SpawnError::Silent),
+            Some(_) => Err(SpawnError::Silent),
+        }
+    }
+
+    /// Until the program executes and is no short one.
+    async fn executes(&self) {
+        let mut at = self.launched;
+        loop {
+            at += SHORT;
+            tokio::time::sleep_until(at).await;
+            if self.arena.progress().executes() {
+                return;
+            }
         }
     }
 
@@ -167,10 +227,17 @@ impl Process {
             return ended;
         }
         loop {
-            match self.report().await {
-                Some(Report::Ended(ended)) => return ended,
-                Some(Report::Started) => {}
-                _ => return Ended { status: libc::SIGKILL, ..Ended::default() },
+            tokio::select! {
+                biased;
+                report = self.report() => return match report {
+                    Some(Report::Ended(ended)) => ended,
+                    _ => Ended { status: libc::SIGKILL, ..Ended::default() },
+                },
+                () = self.executes(), if !self.settled.load(Ordering::Relaxed) => {
+                    self.settled.store(true, Ordering::Relaxed);
+                    // An init that is gone says so itself.
+                    let _ = self.send(&[SETTLE]);
+                }
             }
         }
     }
@@ -178,7 +245,7 @@ impl Process {
     /// Has the init of a job that has ended serve another, in the same PID and mount namespaces and a new IPC namespace. False when its mounts
     /// are not what they were, or it does not answer: only [`reap`](Self::reap) is left then.
     pub async fn renew(&mut self) -> bool {
-        self.send(b"?").is_ok()
+        self.furnish().is_ok()
             && matches!(tokio::time::timeout(RENEWAL, self.report()).await, Ok(Some(Report::Ready)))
     }
 
@@ -247,6 +314,17 @@ impl Drop for Process {
             wait_for(self.pidfd.get_ref().as_fd(), 0);
         }
     }
+}
+
+/// Sends a byte, and descriptors with it.
+fn send_streams(socket: BorrowedFd<'_>, byte: u8, streams: &[BorrowedFd<'_>]) -> io::Result<()> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    let streams: Vec<RawFd> = streams.iter().map(|stream| stream.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&streams)];
+    let rights = if streams.is_empty() { &[][..] } else { &rights[..] };
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    sendmsg::<()>(socket.as_raw_fd(), &[io::IoSlice::new(&[byte])], rights, flags, None)?;
+    Ok(())
 }
 
 #[expect(unsafe_code, reason = "pidfd_send_signal has no safe wrapper")]

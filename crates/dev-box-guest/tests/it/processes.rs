@@ -9,6 +9,7 @@ use dev_box_guest::job::pty::{Pty, Size};
 use dev_box_guest::job::report::{Ended, Step};
 use dev_box_guest::job::spawn::{Isolation, Process, SpawnError};
 use dev_box_guest::passwd::Identity;
+use tokio::io::unix::AsyncFd;
 
 /// Whoever runs the test.
 fn myself() -> Identity {
@@ -54,7 +55,7 @@ fn start(launch: &Launch, isolation: Isolation<'_>) -> (Process, std::fs::File) 
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
     let null = null();
     let plan = Plan::new(launch).unwrap();
-    let process = Process::spawn(&plan, [null.as_fd(), writer.as_fd(), writer.as_fd()], isolation).unwrap();
+    let process = Process::spawn(&plan, &[null.as_fd(), writer.as_fd(), writer.as_fd()], isolation).unwrap();
     (process, reader.into())
 }
 
@@ -190,7 +191,7 @@ async fn run_in(process: &mut Process, script: &str) -> String {
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
     let null = null();
     let plan = Plan::new(&launch(&["sh", "-c", script])).unwrap();
-    process.launch(&plan, [null.as_fd(), writer.as_fd(), writer.as_fd()]).unwrap();
+    process.launch(&plan, &[null.as_fd(), writer.as_fd(), writer.as_fd()]).unwrap();
     drop(writer);
     process.started(std::future::pending()).await.unwrap();
     assert_eq!(process.ended().await.code(), Some(0));
@@ -216,6 +217,91 @@ async fn an_init_serves_one_job_after_the_other() {
         assert!(files.lines().nth(4).unwrap().parse::<u32>().unwrap() <= 4, "{files}");
         assert!(process.renew().await);
     }
+    process.reap().await;
+}
+
+/// What comes from a pipe until its end.
+async fn all_of(pipe: AsyncFd<OwnedFd>) -> String {
+    let mut text = Vec::new();
+    loop {
+        let mut bytes = [0; 256];
+        let mut ready = pipe.readable().await.unwrap();
+        match ready.try_io(|pipe| Ok(nix::unistd::read(pipe.get_ref(), &mut bytes)?)) {
+            Ok(Ok(0)) => return String::from_utf8(text).unwrap(),
+            Ok(length) => text.extend_from_slice(&bytes[..length.unwrap()]),
+            Err(_would_block) => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_waits_has_its_outputs_and_takes_the_streams_that_it_is_given() {
+    if !root("a_process_that_waits_has_its_outputs_and_takes_the_streams_that_it_is_given") {
+        return;
+    }
+    let mut process = Process::prepare(Isolation::Namespaces(None)).unwrap();
+    let say =
+        Plan::new(&launch(&["sh", "-c", "cat; echo here; echo there >&2; ls /proc/self/fd >&2"])).unwrap();
+    for given in [None, Some("given\n")] {
+        let outputs = process.take_outputs().unwrap();
+        assert!(process.take_outputs().is_none());
+        match given {
+            None => process.launch(&say, &[]).unwrap(),
+            Some(text) => {
+                let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+                nix::unistd::write(&writer, text.as_bytes()).unwrap();
+                process.launch(&say, &[reader.as_fd()]).unwrap();
+            }
+        }
+        process.started(std::future::pending()).await.unwrap();
+        assert_eq!(process.ended().await.code(), Some(0));
+        assert_eq!(all_of(outputs.output).await, format!("{}here\n", given.unwrap_or_default()));
+        assert_eq!(all_of(outputs.errors).await, "there\n0\n1\n2\n3\n");
+        assert!(process.renew().await);
+    }
+    process.reap().await;
+}
+
+#[tokio::test]
+async fn outputs_that_a_program_closes_are_at_their_end_before_it_is() {
+    let mut process = Process::prepare(Isolation::ProcessGroup).unwrap();
+    let outputs = process.take_outputs().unwrap();
+    let silent = Plan::new(&launch(&["sh", "-c", "exec >&- 2>&-; exec sleep 1000"])).unwrap();
+    process.launch(&silent, &[]).unwrap();
+    process.started(std::future::pending()).await.unwrap();
+    tokio::select! {
+        ended = process.ended() => panic!("{ended:?}"),
+        both = async { (all_of(outputs.output).await, all_of(outputs.errors).await) } => {
+            assert_eq!(both, (String::new(), String::new()));
+        }
+    }
+    process.reap().await;
+}
+
+#[tokio::test]
+async fn a_process_that_is_killed_while_it_waits_runs_nothing() {
+    let mut process = Process::prepare(Isolation::ProcessGroup).unwrap();
+    let init = process.pid();
+    let children = format!("/proc/{init}/task/{init}/children");
+    let begin = Instant::now();
+    let waiting = loop {
+        let text = std::fs::read_to_string(&children).unwrap();
+        // It leads a session of its own just before it waits.
+        if let Ok(pid) = text.trim().parse::<i32>()
+            && nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid))).is_ok_and(|sid| sid.as_raw() == pid)
+        {
+            break nix::unistd::Pid::from_raw(pid);
+        }
+        assert!(begin.elapsed() < Duration::from_secs(5), "{text:?}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    };
+    nix::sys::signal::kill(waiting, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let launched = process.launch(&Plan::new(&launch(&["true"])).unwrap(), &[]);
+    let started = match launched {
+        Ok(()) => process.started(std::future::pending()).await,
+        refused => refused,
+    };
+    assert!(matches!(started, Err(SpawnError::Silent | SpawnError::Clone(_))), "{started:?}");
     process.reap().await;
 }
 
@@ -293,7 +379,7 @@ async fn a_terminal_is_controlled_by_the_job() {
     let wanted = Launch { terminal: true, ..launch(&["sh", "-c", "stty size; tty; exec sleep 1000"]) };
     let plan = Plan::new(&wanted).unwrap();
     let slave = pty.slave.as_fd();
-    let mut process = Process::spawn(&plan, [slave, slave, slave], Isolation::ProcessGroup).unwrap();
+    let mut process = Process::spawn(&plan, &[slave, slave, slave], Isolation::ProcessGroup).unwrap();
     process.started(std::future::pending()).await.unwrap();
     drop(pty.slave);
     let mut master = std::fs::File::from(pty.master);
