@@ -69,8 +69,11 @@ fn the_daemon_keeps_vms_ready_and_start_and_run_take_them() {
 
     runs(&host, &wait);
 
-    host.dev_box(["pool", "drain"]).expect_code(0);
+    let told = host.dev_box(["pool", "drain"]).expect_code(0).text();
+    assert!(told.starts_with("any: 0 ready"), "{told}");
     wait_until("it is drained", PATIENCE, || numbers(&host, ["ready", "retiring", "shells"]) == [Some(0); 3]);
+    let too_many = host.dev_box(["pool", "fill", "9"]).expect_code(0);
+    assert!(too_many.stderr.contains("any: 3 VMs are its most (pool.max)"), "{}", too_many.stderr);
     host.dev_box(["pool", "fill", "1"]).expect_code(0);
     wait_until("it is filled", PATIENCE, || number(&host, "ready") == Some(1));
     let text = host.dev_box(["pool", "status"]).expect_code(0).text();

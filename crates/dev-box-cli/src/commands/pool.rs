@@ -43,7 +43,7 @@ enum PoolCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Keep so many ready from now on, and try at once even after failures.
+    /// Keep so many ready from now on, and try at once even after failures. Prints how far it is.
     Fill {
         /// How many [default: what the configuration says].
         #[arg(value_name = "N")]
@@ -65,23 +65,45 @@ pub(crate) async fn run(config: Config, args: PoolArgs) -> Result<ExitCode, Fail
     let client = Client::new(&config);
     match args.command {
         PoolCommand::Status { json } => {
-            let pools: Vec<PoolInfo> = client.get("/v1/pool").await.map_err(Failure::new)?;
+            let pools = pools(&client, None).await?;
             if json {
                 output::json(&pools)?;
             } else {
-                pools.iter().try_for_each(|pool| output::line(&line(pool)))?;
+                print(&pools)?;
             }
         }
         PoolCommand::Fill { ready, template } => {
             let order = PoolOrder { ready, template };
             client.order("/v1/pool/fill", &order).await.map_err(Failure::new)?;
+            let pools = pools(&client, order.template.as_deref()).await?;
+            for pool in pools.iter().filter(|pool| order.ready.is_some_and(|ready| ready > pool.numbers.max))
+            {
+                let max = pool.numbers.max;
+                output::note(format_args!(
+                    "{}: {max} VMs are its most (pool.max): more are not kept",
+                    pool.template
+                ));
+            }
+            print(&pools)?;
         }
         PoolCommand::Drain { template } => {
             let order = PoolOrder { ready: None, template };
             client.order("/v1/pool/drain", &order).await.map_err(Failure::new)?;
+            print(&pools(&client, order.template.as_deref()).await?)?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// As they are now: all, or that of a template.
+async fn pools(client: &Client, template: Option<&str>) -> Result<Vec<PoolInfo>, Failure> {
+    let mut pools: Vec<PoolInfo> = client.get("/v1/pool").await.map_err(Failure::new)?;
+    pools.retain(|pool| template.is_none_or(|wanted| wanted == pool.template));
+    Ok(pools)
+}
+
+fn print(pools: &[PoolInfo]) -> Result<(), Failure> {
+    pools.iter().try_for_each(|pool| output::line(&line(pool)))
 }
 
 /// A pool's numbers, in words.
