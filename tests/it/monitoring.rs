@@ -91,7 +91,8 @@ fn prometheus_scrapes_a_run_and_loads_the_rules() {
     events.wait_for_output("exec.run");
     events.wait_for_output("exec.end");
     // One that nobody waits for has an end, too.
-    let left = host.dev_box(["exec", "--detach", "work", "--", "sh", "-c", "exit 5"]).expect_code(0).text();
+    let left =
+        host.dev_box(["exec", "--detach", "work", "--", "sh", "-c", "sleep 3; exit 5"]).expect_code(0).text();
     let query = ["audit", "query", "--action", "exec.end", "--job", left.trim()];
     wait_until("its end is on record", Duration::from_secs(30), || !host.dev_box(query).text().is_empty());
     let end: Value = serde_json::from_str(host.dev_box(query).text().trim()).expect("one record");

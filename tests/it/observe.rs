@@ -298,6 +298,10 @@ fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
     wait_until("there is a VM", patience, || !host.vms().is_empty());
     wait_until("the guest has asked for a name", patience, || !records(&host, "net.dns").is_empty());
     let vm = host.vms().remove(0);
+    // Without a daemon as well.
+    let top: Value = serde_json::from_str(&host.dev_box(["top", "--json"]).expect_code(0).text()).unwrap();
+    assert_eq!((&top["vms"][0]["name"], top["vms"].as_array().map(Vec::len)), (&vm.as_str().into(), Some(1)));
+    assert!(top["vms"][0]["usage"]["cpu_seconds"].as_f64() > Some(0.0), "{top}");
     let archive = host.root().join("case.tar");
     let mut following = host.start(["audit", "tail", "-f", "-n", "1000"]);
     let made =

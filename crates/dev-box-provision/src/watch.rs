@@ -27,13 +27,14 @@ use dev_box_comm::session::Session;
 use dev_box_core::clock::Clock;
 use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
+use dev_box_core::libvirt::DomainStats;
 use dev_box_core::vm::Vm;
 use dev_box_exec::{ReadyVm, VmRequest, Watcher};
 use dev_box_net::events::NetEvent;
 use dev_box_net::{NftThrottle, Traffic, VmNetwork};
 use dev_box_observe::anomaly::{Observation, Observer};
 use dev_box_observe::audit::Text;
-use dev_box_observe::metrics::{NET_DROPPED_PACKETS, VM_SERIES};
+use dev_box_observe::metrics::{NET_DROPPED_PACKETS, VM_SERIES, VmUsage};
 use dev_box_observe::{AuditEvent, AuditSink, Entry};
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
@@ -64,6 +65,12 @@ pub struct WatchParts {
     pub clock: Arc<dyn Clock>,
     /// Who judges.
     pub observer: Observer,
+}
+
+/// What a VM has used, by libvirt's counters alone.
+#[must_use]
+pub fn usage(stats: &DomainStats) -> VmUsage {
+    Look::of(0, stats).usage(stats, 0)
 }
 
 /// Looks at VMs. A clone is another handle to the same one; [`stop`](Self::stop) ends it.

@@ -266,7 +266,7 @@ fn show(record: &Record, json: bool) -> Result<(), Failure> {
 }
 
 /// A record as a person reads it; what came from a guest cannot program the terminal.
-fn sentence(record: &Record) -> String {
+pub(crate) fn sentence(record: &Record) -> String {
     let subject =
         [&record.vm, &record.job].into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join(" ");
     let claimed = if record.evidence == Evidence::Guest { " (the guest says)" } else { "" };

@@ -1,6 +1,7 @@
-//! `dev-box top`: what the daemon's VMs do, live.
+//! `dev-box top`: what VMs do, live: the daemon's, or where there is none those of this state root.
 
 mod screen;
+mod source;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::process::ExitCode;
@@ -13,8 +14,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use self::screen::{Row, View};
-use crate::daemon::api::{Event, Usage};
-use crate::daemon::client::Client;
+use self::source::Source;
+use crate::daemon::api::Usage;
 use crate::exit::Failure;
 use crate::output;
 
@@ -25,6 +26,8 @@ const KEYS: usize = 16;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Where there is no daemon, VMs are those of the state root, by libvirt, and what happens is what comes into the audit log.
+
 Keys: q or Ctrl-C ends it.
 
 Examples:
@@ -41,15 +44,15 @@ pub(crate) struct TopArgs {
 }
 
 pub(crate) async fn run(config: Config, args: TopArgs) -> Result<ExitCode, Failure> {
-    let client = Client::new(&config);
+    // Before the screen is taken: what is wrong is said on the usual one.
+    let mut source = Source::open(&config).await?;
+    let first = source.usage().await?;
     if args.json {
-        output::json(&client.usage().await.map_err(Failure::new)?)?;
+        output::json(&first)?;
         return Ok(ExitCode::SUCCESS);
     }
-    // Before the screen is taken: that there is no daemon is said on the usual one.
-    let first = client.usage().await.map_err(Failure::new)?;
     let mut terminal = ratatui::try_init().map_err(Failure::new)?;
-    let shown = show(&mut terminal, &client, args.every, first).await;
+    let shown = show(&mut terminal, source, args.every, first).await;
     ratatui::restore();
     shown?;
     Ok(ExitCode::SUCCESS)
@@ -57,12 +60,11 @@ pub(crate) async fn run(config: Config, args: TopArgs) -> Result<ExitCode, Failu
 
 async fn show(
     terminal: &mut ratatui::DefaultTerminal,
-    client: &Client,
+    mut source: Source,
     every: Duration,
     first: Usage,
 ) -> Result<(), Failure> {
     let mut keys = keys();
-    let mut events = client.events().await.map_err(Failure::new)?;
     let mut rates = Rates::default();
     let mut view = View { rows: rates.rows(&first), usage: first, events: VecDeque::new() };
     let mut ticks = tokio::time::interval(every);
@@ -75,22 +77,17 @@ async fn show(
                 Some(_) => {}
                 None => return Ok(()),
             },
-            event = events.next() => match event.map_err(Failure::new)? {
-                Some(event) => keep(&mut view.events, event),
-                None => return Err(Failure::new("the daemon has ended")),
-            },
+            told = source.next() => {
+                view.events.push_front(told?);
+                view.events.truncate(EVENTS);
+            }
             _ = ticks.tick() => {
-                let usage = client.usage().await.map_err(Failure::new)?;
+                let usage = source.usage().await?;
                 view.rows = rates.rows(&usage);
                 view.usage = usage;
             }
         }
     }
-}
-
-fn keep(events: &mut VecDeque<Event>, event: Event) {
-    events.push_front(event);
-    events.truncate(EVENTS);
 }
 
 fn ends(key: &Key) -> bool {

@@ -34,7 +34,15 @@ pub(super) struct View {
     pub(super) usage: Usage,
     pub(super) rows: Vec<Row>,
     /// Newest first.
-    pub(super) events: VecDeque<Event>,
+    pub(super) events: VecDeque<Told>,
+}
+
+/// Something that happened, in words that cannot program the terminal.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) text: String,
+    /// To be noticed.
+    pub(super) odd: bool,
 }
 
 pub(super) fn draw(frame: &mut Frame<'_>, view: &View) {
@@ -113,16 +121,19 @@ fn table(view: &View) -> Table<'static> {
     Table::new(rows, widths).header(head).block(Block::bordered().title(" VMs "))
 }
 
-/// An event as a line; what came from a guest cannot program the terminal.
-fn line(event: &Event) -> Line<'static> {
-    let odd = matches!(
-        event.what,
-        Happening::Finding { .. } | Happening::VmLost { .. } | Happening::VmFailed { .. }
-    );
-    Line::styled(
-        crate::commands::events::sentence(event),
-        if odd { Style::default().fg(Color::Red) } else { Style::default() },
-    )
+impl Told {
+    pub(super) fn of(event: &Event) -> Self {
+        let odd = matches!(
+            event.what,
+            Happening::Finding { .. } | Happening::VmLost { .. } | Happening::VmFailed { .. }
+        );
+        Self { text: crate::commands::events::sentence(event), odd }
+    }
+}
+
+fn line(told: &Told) -> Line<'_> {
+    let style = if told.odd { Style::default().fg(Color::Red) } else { Style::default() };
+    Line::styled(told.text.as_str(), style)
 }
 
 fn size(bytes: f64) -> String {
@@ -183,7 +194,7 @@ mod tests {
         };
         let finding =
             Happening::Finding { vm: "vm-1".into(), rule: "mining".into(), score: 0.7, why: "busy".into() };
-        let events = VecDeque::from([Event { at: SystemClock.now(), what: finding }]);
+        let events = VecDeque::from([Told::of(&Event { at: SystemClock.now(), what: finding })]);
         let usage = Usage { at: SystemClock.now(), vms: vec![vm], pools: vec![pool], findings: 2 };
         let view = View { usage, rows: vec![row], events };
         for (width, height) in [(100, 20), (20, 5), (1, 1)] {
