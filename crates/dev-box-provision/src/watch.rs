@@ -7,7 +7,7 @@
 //! | the guard's counters | yes | drops by reason |
 //! | the guard's reports | yes, but for what is in the packets | destinations, dropped packets, names looked up |
 //! | `/proc/PID/smaps_rollup` | yes | what a VM's memory costs, shared pages divided |
-//! | the workspace share | yes | files rewritten, and how random their new contents are |
+//! | the workspace share, live mounts | yes | files rewritten, and how random their new contents are |
 //! | the jobs' output | yes | output flood |
 //! | the agent | no | free memory, processes, forks, the guest's clock |
 
@@ -88,7 +88,8 @@ struct Shared {
 #[derive(Debug, Clone)]
 struct Watched {
     session: Session,
-    share: PathBuf,
+    /// What it may change on the host: its staging directory, and what it has mounted live.
+    shares: Vec<PathBuf>,
     vcpus: u32,
     address: Option<Ipv4Addr>,
     ipv6: Option<Ipv6Addr>,
@@ -155,9 +156,11 @@ impl Watcher for HostWatch {
         let size = &request.resources;
         let profile = format!("{}-{}x{}", request.image, size.cpus, size.memory.as_bytes() >> 20);
         self.0.parts.observer.begin(vm.name.as_str(), &profile);
+        let live =
+            request.mounts.list.iter().filter(|mount| mount.writable).map(|mount| mount.source.clone());
         let watched = Watched {
             session: vm.session.clone(),
-            share: vm.share.clone(),
+            shares: [vm.share.clone()].into_iter().chain(live).collect(),
             vcpus: size.cpus,
             address: vm.facts.network.as_ref().map(|network| network.address),
             ipv6: vm.facts.network.as_ref().and_then(|network| network.ipv6),
@@ -283,10 +286,10 @@ async fn look(
             parts.observer.see(name.as_str(), observation);
         }
     }
-    let (root, pid, mut share) = (vm.share.clone(), qemu_pid(name), std::mem::take(&mut memory.share));
+    let (roots, pid, mut share) = (vm.shares.clone(), qemu_pid(name), std::mem::take(&mut memory.share));
     let weigh = looks % MEMORY_EVERY == 1;
     let looked = tokio::task::spawn_blocking(move || {
-        let changed = share.look(&root);
+        let changed = share.look(&roots);
         let weight = weigh.then(|| pid.and_then(proportional_bytes)).flatten();
         (share, changed, weight)
     });

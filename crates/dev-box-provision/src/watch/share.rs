@@ -1,4 +1,4 @@
-//! What happens to the files of a VM's share, as the host sees them: how many are rewritten, and into what.
+//! What happens to the files that a VM shares with the host, as the host sees them: how many are rewritten, and into what.
 //!
 //! A share is the guest's to fill: the walk is bounded in entries, depth and bytes, follows no links, and opens regular
 //! files only.
@@ -42,10 +42,10 @@ impl ShareWatch {
     ///
     /// A file that is gone while another has come counts as changed as well: an encrypted copy beside a deleted original is
     /// the same as a file encrypted in place.
-    pub(super) fn look(&mut self, root: &Path) -> Option<Observation> {
+    pub(super) fn look(&mut self, roots: &[impl AsRef<Path>]) -> Option<Observation> {
         let mut found = HashMap::with_capacity(self.known.len());
         let (mut rewritten, mut new) = (Vec::new(), Vec::new());
-        let mut dirs = vec![(root.to_path_buf(), 0)];
+        let mut dirs: Vec<_> = roots.iter().map(|root| (root.as_ref().to_path_buf(), 0)).collect();
         let mut entries = 0;
         while let Some((dir, depth)) = dirs.pop() {
             let Ok(list) = fs::read_dir(&dir) else { continue };
@@ -171,21 +171,32 @@ mod tests {
             fs::write(path(number), text(2000)).unwrap();
         }
         let mut watch = ShareWatch::default();
-        assert_eq!(changed(watch.look(dir.path())), (0, 0.0), "staging is nobody's doing");
-        assert_eq!(changed(watch.look(dir.path())), (0, 0.0));
+        assert_eq!(changed(watch.look(&[dir.path()])), (0, 0.0), "staging is nobody's doing");
+        assert_eq!(changed(watch.look(&[dir.path()])), (0, 0.0));
         for number in 0..20 {
             fs::write(path(number), noise(number, 2100)).unwrap();
         }
-        let (count, entropy) = changed(watch.look(dir.path()));
+        let (count, entropy) = changed(watch.look(&[dir.path()]));
         assert_eq!(count, 20);
         assert!(entropy > 7.5, "{entropy}");
         for number in 20..50 {
             fs::write(dir.path().join(format!("sub/{number}.locked")), noise(number, 2100)).unwrap();
             fs::remove_file(path(number)).unwrap();
         }
-        let (count, entropy) = changed(watch.look(dir.path()));
+        let (count, entropy) = changed(watch.look(&[dir.path()]));
         assert_eq!(count, 30);
         assert!(entropy > 7.5, "{entropy}");
+    }
+
+    #[test]
+    fn what_is_mounted_live_is_watched_as_well() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let roots = dirs.each_ref().map(tempfile::TempDir::path);
+        dirs.iter().for_each(|dir| fs::write(dir.path().join("f"), text(2000)).unwrap());
+        let mut watch = ShareWatch::default();
+        assert_eq!(changed(watch.look(&roots)), (0, 0.0));
+        fs::write(roots[1].join("f"), noise(1, 2100)).unwrap();
+        assert_eq!(changed(watch.look(&roots)).0, 1);
     }
 
     #[test]
@@ -195,12 +206,12 @@ mod tests {
             fs::write(dir.path().join(format!("f{number}")), text(2000)).unwrap();
         }
         let mut watch = ShareWatch::default();
-        watch.look(dir.path());
+        watch.look(&[dir.path()]);
         for number in 0..20 {
             fs::write(dir.path().join(format!("f{number}")), text(2500)).unwrap();
             fs::write(dir.path().join(format!("o{number}.o")), noise(number, 5000)).unwrap();
         }
-        let (count, entropy) = changed(watch.look(dir.path()));
+        let (count, entropy) = changed(watch.look(&[dir.path()]));
         assert_eq!(count, 20, "what is new replaces nothing");
         assert!(entropy < 6.0, "{entropy}");
     }
@@ -210,15 +221,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), text(1000)).unwrap();
         let mut watch = ShareWatch::default();
-        watch.look(dir.path());
+        watch.look(&[dir.path()]);
         fs::remove_file(dir.path().join("file")).unwrap();
         symlink("/etc/passwd", dir.path().join("file")).unwrap();
         symlink("/", dir.path().join("dir")).unwrap();
         rustix::fs::mkfifoat(rustix::fs::CWD, dir.path().join("fifo"), rustix::fs::Mode::RWXU).unwrap();
-        assert_eq!(changed(watch.look(dir.path())), (0, 0.0));
+        assert_eq!(changed(watch.look(&[dir.path()])), (0, 0.0));
         assert_eq!(entropy_of(&dir.path().join("file")), None);
         assert_eq!(entropy_of(&dir.path().join("fifo")), None);
-        assert_eq!(watch.look(Path::new("/nowhere")), None);
+        assert_eq!(watch.look(&[Path::new("/nowhere")]), None);
     }
 
     #[test]
