@@ -285,6 +285,7 @@ fn limits(host: &Host) {
     assert!(spun.code() > 128 || spun.code() == 124, "{}", spun.text());
     let result: serde_json::Value = serde_json::from_str(&spun.text()).unwrap();
     assert!(result["usage"]["user_us"].as_u64().unwrap() > 500_000, "{result}");
+    assert!(result["warnings"].to_string().contains("used up its CPU time"), "{result}");
     let used = exec(&["--json"], "python3 -c 'x = bytearray(30 << 20)'").expect_code(0);
     let result: serde_json::Value = serde_json::from_str(&used.text()).unwrap();
     assert!(result["usage"]["max_rss_kib"].as_u64().unwrap() > 30 << 10, "{result}");

@@ -72,14 +72,13 @@ pub(crate) async fn run(config: Config, args: AttachArgs) -> Result<ExitCode, Fa
 
 /// The exit code for how a time with a job ended.
 fn ended(attended: &Attended) -> Result<ExitCode, Failure> {
-    let Attended::Exited(Exited { status, timed_out, oom_killed, .. }) = attended else {
-        return Ok(ExitCode::SUCCESS);
-    };
+    let Attended::Exited(exited) = attended else { return Ok(ExitCode::SUCCESS) };
+    let Exited { status, timed_out, .. } = exited;
     if *timed_out {
         output::note("timed out: the command was ended");
     }
-    if *oom_killed {
-        output::note("warning: the guest killed a process of the job because memory ran out");
+    if let Some(limit) = exited.limit() {
+        output::note(format_args!("warning: {limit}"));
     }
     let state = if *timed_out { Outcome::TimedOut } else { Outcome::Exited };
     Ok(ExitCode::from(match *status {

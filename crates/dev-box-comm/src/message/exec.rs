@@ -162,6 +162,28 @@ pub struct Exited {
     pub oom_killed: bool,
 }
 
+/// `SIGXCPU` of Linux, on all its architectures but MIPS (signal(7)): what ends a process whose CPU time is used up.
+const SIGXCPU: i32 = 24;
+
+impl Exited {
+    /// The limit that ended it, in words for people.
+    ///
+    /// ```
+    /// use dev_box_comm::message::{ExitStatus, Exited};
+    /// let spun = Exited { status: ExitStatus::Signal(24), usage: Default::default(), timed_out: false, oom_killed: false };
+    /// assert_eq!(spun.limit(), Some("the command had used up its CPU time"));
+    /// assert_eq!(Exited { status: ExitStatus::Code(0), ..spun }.limit(), None);
+    /// ```
+    #[must_use]
+    pub fn limit(&self) -> Option<&'static str> {
+        match self.status {
+            _ if self.oom_killed => Some("the guest killed a process of the job because memory ran out"),
+            ExitStatus::Signal(SIGXCPU) => Some("the command had used up its CPU time"),
+            _ => None,
+        }
+    }
+}
+
 /// How a process ended: `{"code": 7}` or `{"signal": 9}`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -82,9 +82,7 @@ impl Report {
                 system_us: exited.usage.system_us,
                 max_rss_kib: exited.usage.max_rss_bytes / 1024,
             });
-            if exited.oom_killed {
-                self.warnings.push("the guest killed a process of the job because memory ran out".to_owned());
-            }
+            self.warnings.extend(exited.limit().map(str::to_owned));
         }
         let outcome = why.as_ref().map_or(Outcome::Exited, Why::outcome);
         if let Some(Why::Failed(cause)) = &why {
