@@ -78,7 +78,8 @@ fn a_webhook_that_hangs_holds_up_no_response_and_no_end() {
             ("DEV_BOX_OBSERVE__WEBHOOK_URL", &silent.url),
             ("DEV_BOX_OBSERVE__WEBHOOK_SECRET", &secret.to_string_lossy()),
             ("DEV_BOX_OBSERVE__METRICS_LISTEN", &format!("127.0.0.1:{port}")),
-            ("DEV_BOX_OBSERVE__SAMPLE_MS", "500"),
+            // Long enough for the clock to jump before the first look.
+            ("DEV_BOX_OBSERVE__SAMPLE_MS", "3000"),
             ("DEV_BOX_OBSERVE__PLAN__ACTIONS", r#"{clock_jump = ["alert", "kill"]}"#),
         ],
     );

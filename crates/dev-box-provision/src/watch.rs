@@ -156,6 +156,8 @@ impl Watcher for HostWatch {
         let size = &request.resources;
         let profile = format!("{}-{}x{}", request.image, size.cpus, size.memory.as_bytes() >> 20);
         self.0.parts.observer.begin(vm.name.as_str(), &profile);
+        // Its clock was set before it was handed out: one that is wrong at the first look has been moved since.
+        self.0.parts.observer.see(vm.name.as_str(), Observation::ClockOffset { offset_ms: 0 });
         let live =
             request.mounts.list.iter().filter(|mount| mount.writable).map(|mount| mount.source.clone());
         let watched = Watched {
