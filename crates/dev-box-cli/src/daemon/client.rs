@@ -113,8 +113,8 @@ impl Client {
             let closed = session.close_reason().is_some();
             let vms = match timeout(ASKED_IN_PASSING, self.vms()).await {
                 Ok(Ok(vms)) => vms,
-                // While it dies it still takes connections.
-                Ok(Err(ClientError::Http(_))) if closed && Instant::now() < until => {
+                // While it dies it still takes connections; what failed may be known before it is that the session has ended.
+                Ok(Err(ClientError::Http(_) | ClientError::Body(_))) if Instant::now() < until => {
                     sleep(ASKED_AGAIN).await;
                     continue;
                 }
@@ -224,7 +224,10 @@ impl Client {
 fn unreachable(socket: &Path, source: io::Error) -> ClientError {
     let at = socket.to_owned();
     match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NotRunning(at),
+        // Reset: it ended with this connection not taken yet.
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {
+            ClientError::NotRunning(at)
+        }
         io::ErrorKind::PermissionDenied => ClientError::NotAllowed(at),
         _ => ClientError::Connect { at, source },
     }
