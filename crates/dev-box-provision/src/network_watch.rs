@@ -185,7 +185,8 @@ impl Inner {
 
 impl Inner {
     /// While libvirt is away no VM can be paused and no filter looked at. The guard, which holds everything by itself, is seen to all
-    /// the same.
+    /// the same: of every VM of the host, since one whose owner was killed has nobody else until libvirt is back. And whoever put it back
+    /// reports it, whosever the VM is: its owner finds the rules in place afterwards, and it would be on no record at all.
     async fn without_libvirt(&self, vms: Vec<VmName>) -> BTreeMap<VmName, Finding> {
         let shape =
             self.machines().values().find_map(|machine| Some(machine.lease.as_ref()?.shape().clone()));

@@ -134,7 +134,7 @@ impl VmNetwork {
     }
 
     /// Puts the guard's rules back of every VM on record that runs without them, for while libvirt does not answer: nothing
-    /// else can be seen to then. Whose they were is returned.
+    /// else can be seen to then. Whose they were is returned, to be reported: nobody else sees any more that they were gone.
     ///
     /// # Errors
     /// [`NetError`].
