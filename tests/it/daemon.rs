@@ -179,6 +179,8 @@ fn a_killed_daemons_vms_are_its_successors() {
     client.wait_for_output("on");
     let address = |host: &Host| host.dev_box(["exec", "lives", "--", "hostname", "-I"]).expect_code(0).text();
     let before = address(&host);
+    let ends = ["exec", "--detach", "lives", "--", "sh", "-c", "sleep 1; exit 7"];
+    let ends = host.dev_box(ends).expect_code(0).text();
     daemon.kill();
     // The client is told at once; it does not hang.
     let told = client.finish().expect_code(125).stderr;
@@ -202,6 +204,21 @@ fn a_killed_daemons_vms_are_its_successors() {
     });
     let audit = host.dev_box(["audit", "query", "--action", "vm.adopt"]).expect_code(0).text();
     assert_eq!(audit.lines().count(), 1, "{audit}");
+    // The ends of both are on record, once: of the one that nobody looked after when it ended, and of the one that is followed.
+    host.dev_box(["kill", "lives", job.trim()]).expect_code(0);
+    for (job, exit) in [(ends.trim(), ("code", 7)), (job.trim(), ("signal", 15))] {
+        let query = ["audit", "query", "--action", "exec.end", "--job", job];
+        wait_until("its end is on record", Duration::from_secs(30), || {
+            !host.dev_box(query).text().is_empty()
+        });
+        let end: serde_json::Value =
+            serde_json::from_str(host.dev_box(query).text().trim()).expect("one record");
+        assert_eq!(
+            (&end["details"]["exit"][exit.0], &end["evidence"]),
+            (&exit.1.into(), &"guest".into()),
+            "{end}"
+        );
+    }
 
     std::io::Write::write_all(&mut { stays }, b"go on\n").unwrap();
     assert!(beside.finish().expect_code(0).text().contains("still"));

@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument as _, Span, info_span};
 
 use self::left::Left;
+pub use self::left::LeftJob;
 use crate::executor::measure;
 
 mod left;
@@ -91,6 +92,16 @@ impl Gateway {
         Ok(())
     }
 
+    /// Follows jobs that were left alone while the VM was somebody else's, who did not live to see their ends: each is on record when this
+    /// returns, as the guest's word, also of those that ended while nobody looked. Ends with the VM.
+    pub async fn take_up(&self, jobs: Vec<LeftJob>) {
+        self.left(jobs).record().await;
+    }
+
+    fn left(&self, jobs: Vec<LeftJob>) -> Left {
+        Left { session: self.session.clone(), audit: Arc::clone(&self.audit), vm: self.vm.clone(), jobs }
+    }
+
     /// Carries out one request, or says why not.
     async fn pass(&self, request: Request, mut client: GuestStream, actor: &Actor) {
         let job = job_of(&request).map(str::to_owned);
@@ -122,9 +133,8 @@ impl Gateway {
             measure::relayed(&relayed, took);
         }
         if let (Ending::Background, None, Some(job)) = (&result, &relayed.last, &job) {
-            let (session, audit) = (self.session.clone(), Arc::clone(&self.audit));
-            let left = Left { session, audit, actor: actor.clone(), vm: self.vm.clone(), job: job.clone() };
-            tokio::spawn(left.record().in_current_span());
+            let left = LeftJob { job: job.clone(), actor: actor.clone(), age: Duration::ZERO, begun: true };
+            tokio::spawn(self.left(vec![left]).record().in_current_span());
         }
         if let Some(act) = act
             && let Err(error) = result.write(act, &relayed, took).await

@@ -40,7 +40,7 @@ pub mod workspace;
 pub use cancel::{Cancel, CancelSource};
 pub use dev_box_comm::message::{Limits as JobLimits, PtySize};
 pub use executor::AgentExecutor;
-pub use gateway::Gateway;
+pub use gateway::{Gateway, LeftJob};
 pub use job::{Job, OutputCaps, Stdin, Terminal};
 pub use mount::{LiveMount, Mounts};
 pub use outcome::{Captured, ExecutionResult, Outcome, Phase, RanIn, Timings, Usage};

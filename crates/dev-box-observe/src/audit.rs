@@ -36,6 +36,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod text;
+mod unended;
 mod verify;
 mod volume;
 
@@ -53,4 +54,5 @@ pub use record::{FORMAT, MAX_LINE, Record};
 pub use recording::{Recorded, RecordingSink};
 pub use sink::{Act, AuditError, AuditFuture, AuditSink, NullSink, Receipt};
 pub use text::{Argv, EnvNames, MAX_ARGS, MAX_ARGV_BYTES, MAX_ENV_BYTES, MAX_ENV_NAMES, MAX_TEXT, Text};
+pub use unended::{Unended, unended};
 pub use verify::{Fault, Problem, Report, VerifyError, verify};

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
+use dev_box::core::clock::EasternTime;
 use dev_box::core::id::VmName;
-use dev_box::exec::ReadyVm;
 use dev_box::exec::pool::Ending;
+use dev_box::exec::{Gateway, LeftJob, ReadyVm};
 use dev_box::net::policy::PolicyStoreError;
+use dev_box::observe::audit::{self, Unended};
 use dev_box::provision::kept::{AdoptError, Adopted};
 use dev_box::provision::vm_dir::VmDirError;
+use tokio::task::spawn_blocking;
 
 use super::api::{Happening, VmInfo, VmState};
 use super::state::Daemon;
@@ -56,9 +59,44 @@ impl Daemon {
                 return self.retire(vm, Ending::Abnormal).await;
             }
         };
+        let (session, until) = (vm.session.clone(), self.now());
         let name = self.settle(reservation, vm).await.name;
         tracing::info!(vm = %name, %domain, "took over a VM of a killed daemon");
         self.events.say(Happening::VmAdopted { vm: name });
+        self.take_up(self.gateway(domain.clone(), session), domain, until);
+    }
+
+    /// Follows what was left alone in a VM before `until`, and has no end on record. That the log may be long holds nothing up.
+    fn take_up(self: &Arc<Self>, gateway: Gateway, domain: VmName, until: EasternTime) {
+        let (daemon, dir) = (Arc::clone(self), self.dev_box.config().audit_dir());
+        self.tasks.spawn(async move {
+            let reading = spawn_blocking({
+                let domain = domain.clone();
+                move || audit::unended(&dir, domain.as_str(), until)
+            });
+            let read = tokio::select! {
+                read = reading => read,
+                () = daemon.stopping.cancelled() => return,
+            };
+            match read {
+                Ok(Ok(jobs)) => {
+                    let left = |one: Unended| LeftJob {
+                        age: until.since(&one.asked),
+                        begun: one.left,
+                        job: one.job,
+                        actor: one.actor,
+                    };
+                    drop(daemon);
+                    gateway.take_up(jobs.into_iter().map(left).collect()).await;
+                }
+                Ok(Err(error)) => {
+                    let error = Failure::new(error);
+                    tracing::warn!(%domain, %error, "the ends of what runs in it from before will not be on record");
+                }
+                // A panic in there is logged by the runtime.
+                Err(_) => {}
+            }
+        });
     }
 
     /// The note is no more trusted than any other file: it has to fit the VM that answered.

@@ -1,7 +1,7 @@
 use dev_box_comm::HostHello;
-use dev_box_comm::message::{Configure, ExecRequest, Kill};
-use dev_box_comm::session::CallError;
-use dev_box_observe::RecordingSink;
+use dev_box_comm::message::{Configure, ExecRequest, JobEntry, Kill};
+use dev_box_comm::session::{CallError, Incoming};
+use dev_box_observe::{Evidence, RecordingSink};
 use tokio::io::duplex;
 
 use super::*;
@@ -192,4 +192,88 @@ fn what_is_audited_before() {
     let background = ExecRequest { background: true, ..ExecRequest::new(["x"]) };
     assert_eq!(Ending::of(&Request::Exec(background)), Ending::Background);
     assert!(intent(&Request::Jobs).is_none() && job_of(&Request::Jobs).is_none());
+}
+
+fn left_job(job: &str, age_s: u64, begun: bool) -> LeftJob {
+    let actor = Actor::user(1000, Some("alice"));
+    LeftJob { job: job.into(), actor, age: Duration::from_secs(age_s), begun }
+}
+
+/// A guest that knows these jobs, each look's own; the last stay.
+fn knows(mut incoming: Incoming, mut looks: Vec<Vec<JobEntry>>) {
+    tokio::spawn(async move {
+        while let Some((request, mut stream)) = incoming.next().await {
+            assert_eq!(request, Request::Jobs);
+            let jobs = if looks.len() > 1 { looks.remove(0) } else { looks[0].clone() };
+            stream.send(Message::Jobs { jobs }).await.unwrap();
+            stream.send(Message::Done).await.unwrap();
+        }
+    });
+}
+
+fn known(job: &str, background: bool, ended: Option<(i32, u64)>) -> JobEntry {
+    let exited = ended.map(|(code, ran_s)| message::Exited {
+        status: message::ExitStatus::Code(code),
+        usage: message::Usage { wall_us: ran_s * 1_000_000, ..Default::default() },
+        timed_out: false,
+        oom_killed: false,
+    });
+    JobEntry { job: job.into(), pid: None, argv: Vec::new(), background, exited, age_ms: 0 }
+}
+
+/// What there is on record: job, how it ended, after how many seconds, whose word.
+fn ends(audit: &RecordingSink) -> Vec<(String, ExitStatus, u64, Evidence)> {
+    let end = |one: dev_box_observe::audit::Recorded| {
+        let AuditEvent::ExecEnd { exit, took_ms, .. } = one.entry.event else { panic!("{one:?}") };
+        assert_eq!(one.entry.actor, Actor::user(1000, Some("alice")));
+        (one.entry.subject.job.unwrap().to_string(), exit, took_ms / 1000, one.entry.evidence)
+    };
+    audit.recorded().into_iter().map(end).collect()
+}
+
+async fn taking_up() -> (Gateway, Incoming, Session, Arc<RecordingSink>) {
+    let (ours, theirs) = duplex(64 << 10);
+    let (host, guest) = tokio::join!(
+        Session::connect(ours, HostHello::fresh().unwrap()),
+        Session::accept(theirs, GuestHello::new("b"))
+    );
+    let (guest, incoming, _) = guest.unwrap();
+    let audit = Arc::new(RecordingSink::new());
+    (Gateway::new("dev-box-1".parse().unwrap(), host.unwrap().0, audit.clone()), incoming, guest, audit)
+}
+
+#[tokio::test(start_paused = true)]
+async fn jobs_that_were_left_are_taken_up() {
+    let (gateway, incoming, _guest, audit) = taking_up().await;
+    let over = [known("over", true, Some((3, 7))), known("liar", true, Some((0, 1 << 40)))];
+    let first = [known("goes-on", true, None), known("unsaid", true, None), known("had-client", false, None)];
+    let then = [known("goes-on", true, Some((5, 2))), known("unsaid", true, Some((0, 2)))];
+    knows(incoming, vec![[over.to_vec(), first.to_vec()].concat(), then.to_vec()]);
+    let jobs = [("over", true), ("liar", true), ("goes-on", true), ("unsaid", false)];
+    let others = [("forgotten", true), ("had-client", false), ("client-gone", false)];
+    let jobs = jobs.into_iter().chain(others).map(|(job, begun)| left_job(job, 60, begun)).collect();
+    gateway.take_up(jobs).await;
+    assert_eq!(
+        ends(&audit),
+        [
+            ("over".into(), ExitStatus::Code(3), 7, Evidence::Guest),
+            ("liar".into(), ExitStatus::Code(0), 60, Evidence::Guest),
+            ("forgotten".into(), ExitStatus::Lost, 60, Evidence::Guest),
+            ("goes-on".into(), ExitStatus::Code(5), 2, Evidence::Guest),
+            ("unsaid".into(), ExitStatus::Code(0), 2, Evidence::Guest),
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn jobs_that_were_left_end_with_their_vm() {
+    let (gateway, incoming, guest, audit) = taking_up().await;
+    knows(incoming, vec![vec![known("goes-on", true, None)]]);
+    let jobs = vec![left_job("goes-on", 60, true), left_job("client-gone", 60, false)];
+    let (following, follower) = (tokio::spawn(async move { gateway.take_up(jobs).await }), audit.clone());
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(follower.actions(), Vec::<String>::new());
+    guest.close();
+    following.await.unwrap();
+    assert_eq!(ends(&audit), [("goes-on".into(), ExitStatus::Lost, 90, Evidence::Host)]);
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, io::Write as _};
 
-use dev_box_core::clock::EasternTime;
+use dev_box_core::clock::{Clock as _, EasternTime};
 
 use super::*;
 
@@ -46,6 +46,49 @@ fn filters_pick_by_every_field() {
         query(&place.log_dir(), Filter { job: some("j1"), ..Filter::default() }).next().unwrap().unwrap();
     assert_eq!(event.actor, Actor::user(1000, Some("alice")));
     assert!(matches!(event.event().unwrap(), AuditEvent::Exec { timeout_ms: Some(1000), .. }));
+}
+
+#[test]
+fn what_was_left_and_has_no_end_is_found() {
+    let place = Place::new();
+    let mut journal = place.journal();
+    let alice = || Actor::user(1000, Some("alice"));
+    let run = || AuditEvent::Exec {
+        argv: Argv::of(["make"]),
+        env: EnvNames::default(),
+        cwd: None,
+        user: None,
+        pty: false,
+        timeout_ms: None,
+    };
+    let end = AuditEvent::ExecEnd {
+        exit: ExitStatus::Code(0),
+        stdout_bytes: 0,
+        stderr_bytes: 0,
+        truncated: false,
+        took_ms: 1,
+    };
+    let mut write = |entry: Entry, vm: &str, job: &str| {
+        append(&mut journal, entry.vm(vm).job(job).by(alice())).unwrap();
+    };
+    for job in ["left", "over", "cut-off", "refused"] {
+        write(Entry::intent(run()), "a", job);
+    }
+    write(Entry::result(run(), Outcome::Ok), "a", "left");
+    write(Entry::result(run(), Outcome::Ok), "a", "over");
+    write(Entry::result(end, Outcome::Ok), "a", "over");
+    write(Entry::result(run(), Outcome::Failed { error: "no".into() }), "a", "refused");
+    write(Entry::intent(run()), "b", "anothers");
+    let now = place.clock.now();
+    let found = unended(&place.log_dir(), "a", now.plus(std::time::Duration::from_secs(1))).unwrap();
+    let said: Vec<_> = found.iter().map(|one| (one.job.as_str(), one.left)).collect();
+    assert_eq!(said, [("cut-off", false), ("left", true)]);
+    assert!(found.iter().all(|one| one.actor == alice() && one.asked == now), "{found:?}");
+    assert_eq!(
+        unended(&place.log_dir(), "a", now).unwrap(),
+        [],
+        "what comes later is followed by whoever started it"
+    );
 }
 
 #[test]
