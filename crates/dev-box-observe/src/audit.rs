@@ -43,7 +43,7 @@ mod volume;
 pub use chain::{Hash, Key, NotHex};
 pub use entry::{Actor, Entry, Evidence, Outcome, Subject};
 pub use event::{Accel, AuditEvent, ExitStatus, FileTotals, ResetMethod, ResponseAction, Transport};
-pub use head::Head;
+pub use head::{Head, older as older_heads};
 pub use keyfile::{FirstKey, KeyFileError};
 pub use log::{AuditLog, prune};
 pub use ocsf::{OCSF_VERSION, ocsf};

@@ -200,9 +200,7 @@ pub(crate) async fn run(config: &Config, command: AuditCommand) -> Result<ExitCo
 fn verify(dir: &Path, key: &Path, mut heads: Vec<PathBuf>, json: bool) -> Result<ExitCode, Failure> {
     let exported = dir.join("heads.jsonl");
     // A log of which no head was signed yet has no such file; whoever could remove it could remove its last lines as well.
-    if exported.exists() {
-        heads.insert(0, exported);
-    }
+    heads.extend([audit::older_heads(&exported), exported].into_iter().filter(|path| path.exists()));
     let report = audit::verify(dir, key, &heads).map_err(Failure::new)?;
     let whole = report.problem.is_none() && report.bad_heads == 0;
     if json {

@@ -285,7 +285,9 @@ impl Journal {
         let (seq, hash, mac) = (head.seq, head.hash, head.mac);
         tracing::info!(target: "dev_box::audit::head", chain = head.chain, seq, %hash, time = head.time, %mac, "audit head");
         for path in &self.options.heads {
-            if let Err(error) = head.append_to(path) {
+            // What lies elsewhere is for whoever keeps it to put away.
+            let here = path.parent() == Some(&*self.options.dir);
+            if let Err(error) = head.append_to(path, here.then_some(self.options.max_heads_bytes)) {
                 tracing::error!(%error, path = %path.display(), "cannot export an audit head");
             }
         }

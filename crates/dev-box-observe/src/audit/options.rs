@@ -17,6 +17,9 @@ pub struct AuditOptions {
     pub heads: Vec<PathBuf>,
     /// How often a head is exported while records are written (default 60 s), besides at rotation and close.
     pub head_interval: Duration,
+    /// A file of heads in the log's own directory is put away, in the place of the one before, when it has this size (default 1 MiB: a head a
+    /// minute for two days and more).
+    pub max_heads_bytes: u64,
     /// A segment is closed when it has this size (default 64 MiB).
     pub max_segment_bytes: u64,
     /// A segment is closed when it is this old (default 24 h, by the wall clock).
@@ -50,6 +53,7 @@ impl AuditOptions {
             dir,
             first_key: first_key.into(),
             head_interval: Duration::from_secs(60),
+            max_heads_bytes: 1 << 20,
             max_segment_bytes: 64 << 20,
             max_segment_age: Duration::from_secs(24 * 3600),
             reserve_bytes: 4 << 20,

@@ -25,6 +25,33 @@ async fn appended_entries_are_on_disk_when_the_future_resolves() {
 }
 
 #[tokio::test]
+async fn heads_grow_with_the_log_and_no_further() {
+    let place = Place::new();
+    let heads = place.log_dir().join("heads.jsonl");
+    let old = older_heads(&heads);
+    let mut options = place.options();
+    options.heads = vec![heads.clone(), place.heads()];
+    options.max_heads_bytes = 600;
+    let lines = |path: &Path| std::fs::read_to_string(path).unwrap().lines().count();
+    // A command that has nothing to say leaves nothing, whoever said the last.
+    for said in [fact(1), fact(2)] {
+        let log = AuditLog::open(options.clone(), place.clock.clone()).unwrap();
+        log.append(said).await.unwrap();
+        log.close();
+        AuditLog::open(options.clone(), place.clock.clone()).unwrap().close();
+    }
+    assert_eq!((lines(&heads), lines(&place.heads())), (2, 2));
+    for number in 3..12 {
+        let log = AuditLog::open(options.clone(), place.clock.clone()).unwrap();
+        log.append(fact(number)).await.unwrap();
+    }
+    // Put away in time; what lies elsewhere is its keeper's.
+    assert_eq!((lines(&heads) <= 3, lines(&old), lines(&place.heads())), (true, 3, 11));
+    let report = verify(&place.log_dir(), &place.key(), &[old, heads]).unwrap();
+    assert_eq!((report.problem, report.bad_heads, report.heads >= 4), (None, 0, true));
+}
+
+#[tokio::test]
 async fn a_note_is_written_within_its_window_without_anyone_waiting() {
     let place = Place::new();
     let log = open(&place);
