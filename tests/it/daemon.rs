@@ -42,6 +42,13 @@ fn vms_are_made_used_listed_and_removed() {
     running.stdin().write_all(b"hello\n").unwrap();
     assert!(running.finish().expect_code(0).text().starts_with("5891b5b522d5"));
     host.dev_box(["exec", "work", "--", "no-such-command"]).expect_code(127);
+    // What is wrong with the way it is run is no fault of the command's.
+    for (option, wrong) in [("--user", "nosuch"), ("--cwd", "/missing"), ("--cwd", "/etc/passwd")] {
+        let refused = host.dev_box(["exec", "work", option, wrong, "--", "true"]).expect_code(125);
+        assert!(refused.stderr.contains(wrong), "{}", refused.stderr);
+    }
+    let closed = ["exec", "work", "--user", "nobody", "--cwd", "/root", "--", "true"];
+    assert!(host.dev_box(closed).expect_code(125).stderr.contains("/root"));
     host.dev_box(["exec", "work", "--timeout", "1s", "--", "sleep", "60"]).expect_code(124);
     let many: Vec<_> = (0..8)
         .map(|n| host.start(["exec", "work", "--", "sh", "-c", &format!("sleep 1; echo {n}")]))

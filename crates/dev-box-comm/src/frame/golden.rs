@@ -256,6 +256,17 @@ fn additions_are_as_frozen_and_read_back() {
     }
 }
 
+/// Kinds of failure that later versions have added: an older side reads them as `other`.
+#[test]
+fn added_kinds_are_as_frozen_and_read_back() {
+    use GuestErrorKind::{UnknownUser, WorkingDirectory};
+    let added = [UnknownUser, WorkingDirectory].map(|kind| Message::Failed(GuestError::new(kind, "")));
+    frozen("messages-0.4.jsonl", &lines(&added));
+    for (message, line) in added.iter().zip(lines(&added).lines()) {
+        assert_eq!(message::decode::<Message>(line.as_bytes()).as_ref(), Ok(message), "{line}");
+    }
+}
+
 #[test]
 fn messages_are_as_frozen_and_read_back() {
     frozen("messages.jsonl", &lines(&messages()));

@@ -25,7 +25,7 @@ pub struct GuestError {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum GuestErrorKind {
-    /// No such file, command (exit 127), user, job.
+    /// No such file, command (exit 127), job.
     NotFound,
     /// Not executable (exit 126), not readable, not allowed.
     PermissionDenied,
@@ -53,6 +53,11 @@ pub enum GuestErrorKind {
     TimedOut,
     /// Cancelled before it ended.
     Cancelled,
+    /// There is no such user, or group, to run as. Older agents say `NotFound`.
+    UnknownUser,
+    /// The directory to run in cannot be entered: it is missing, is none, or is closed to the user. Older agents say what
+    /// the system says, as of a command.
+    WorkingDirectory,
     /// Anything else, and kinds this side does not know.
     #[serde(other)]
     Other,

@@ -144,7 +144,10 @@ mod tests {
     fn commands_that_cannot_be_run() {
         assert_eq!(guest(GuestErrorKind::NotFound).exit_code(), Some(127));
         assert_eq!(guest(GuestErrorKind::PermissionDenied).exit_code(), Some(126));
-        assert_eq!(guest(GuestErrorKind::NoSpace).exit_code(), None);
+        for other in [GuestErrorKind::NoSpace, GuestErrorKind::UnknownUser, GuestErrorKind::WorkingDirectory]
+        {
+            assert_eq!(guest(other).exit_code(), None, "{other:?}");
+        }
         assert_eq!(Cause::Cancelled.exit_code(), None);
     }
 

@@ -200,7 +200,7 @@ fn identity(root: &Path, user: Option<&str>) -> Result<Identity, GuestError> {
     let Some(user) = user else { return Ok(Identity::root()) };
     Accounts::read(root)
         .resolve(user)
-        .map_err(|error| GuestError::new(GuestErrorKind::NotFound, error.to_string()))
+        .map_err(|error| GuestError::new(GuestErrorKind::UnknownUser, error.to_string()))
 }
 
 fn plan(request: &ExecRequest, identity: Identity, containment: &Containment) -> Result<Plan, GuestError> {
@@ -279,7 +279,8 @@ fn limits_of(containment: &Containment, request: &ExecRequest) -> Result<GroupLi
     Ok(limits)
 }
 
-/// Why a command did not start, in the host's terms: `NotFound` is a shell's 127, `PermissionDenied` its 126.
+/// Why a command did not start, in the host's terms: `NotFound` is a shell's 127, `PermissionDenied` its 126; what is no fault of the
+/// command's has another kind.
 fn refusal(error: &SpawnError, request: &ExecRequest) -> GuestError {
     let SpawnError::Step { step, error: reason } = error else {
         return GuestError::new(GuestErrorKind::Other, error.to_string());
@@ -302,7 +303,8 @@ fn refusal(error: &SpawnError, request: &ExecRequest) -> GuestError {
         (Step::WorkingDirectory, _) => {
             let directory = request.cwd.as_ref().map(|cwd| cwd.as_bytes().escape_ascii().to_string());
             let directory = directory.unwrap_or_default();
-            (GuestErrorKind::from(reason.kind()), format!("working directory {directory}: {reason}"))
+            // Of its own kind, whatever was wrong with it: it is not the command that cannot be run.
+            (GuestErrorKind::WorkingDirectory, format!("working directory {directory}: {reason}"))
         }
         // The process limit, or memory.
         (Step::Fork, Some(libc::EAGAIN)) => (GuestErrorKind::TooMany, error.to_string()),

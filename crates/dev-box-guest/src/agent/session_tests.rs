@@ -179,13 +179,17 @@ async fn what_cannot_start_is_refused_with_its_reason() {
     let file = host.root.path().join("no-program");
     std::fs::write(&file, "x").unwrap();
     let path = |path: &Path| ExecRequest { cwd: Some("/".into()), ..ExecRequest::new([path]) };
+    let within = |cwd: &str| ExecRequest { cwd: Some(cwd.into()), ..shell("true") };
+    let as_user = |user: &str| ExecRequest { user: Some(user.into()), ..shell("true") };
     let cases = [
         (path(Path::new("no-such-command")), GuestErrorKind::NotFound),
         (path(Path::new("/no/such/command")), GuestErrorKind::NotFound),
         (path(&file), GuestErrorKind::PermissionDenied),
         (ExecRequest::new(Vec::<WireBytes>::new()), GuestErrorKind::InvalidRequest),
-        (ExecRequest { cwd: Some("/no/such/place".into()), ..shell("true") }, GuestErrorKind::NotFound),
-        (ExecRequest { user: Some("no-such-user".into()), ..shell("true") }, GuestErrorKind::NotFound),
+        (within("/no/such/place"), GuestErrorKind::WorkingDirectory),
+        (within("/etc/passwd"), GuestErrorKind::WorkingDirectory),
+        (as_user("no-such-user"), GuestErrorKind::UnknownUser),
+        (as_user("root:no-such-group"), GuestErrorKind::UnknownUser),
         (
             ExecRequest { limits: Limits { pids: Some(9), ..Limits::default() }, ..shell("true") },
             GuestErrorKind::Unsupported,

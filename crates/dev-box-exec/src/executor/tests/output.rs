@@ -52,6 +52,8 @@ async fn a_command_that_cannot_be_run() {
         (GuestErrorKind::NotFound, 127),
         (GuestErrorKind::PermissionDenied, 126),
         (GuestErrorKind::NoSpace, 125),
+        (GuestErrorKind::UnknownUser, 125),
+        (GuestErrorKind::WorkingDirectory, 125),
     ] {
         let script = Script::new().refuses(["job"], kind, "job: what is this \x1b[31m");
         let result = bench.execute(script, job()).await;
@@ -65,7 +67,7 @@ async fn a_command_that_cannot_be_run() {
     }
     bench.clean();
     let failed = bench.audit.recorded().iter().filter(|one| one.entry.outcome.status() == "failed").count();
-    assert_eq!(failed, 3);
+    assert_eq!(failed, 5);
 }
 
 #[tokio::test(start_paused = true)]
