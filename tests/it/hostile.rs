@@ -198,7 +198,8 @@ fn a_workspace_made_to_hurt() {
     let done = host.run(&["--net", "isolated", "--output", output.to_str().unwrap(), "--", "sh", "-c", job]);
     let done = done.expect_code(0);
     for (name, why) in [("fifo", "FIFO"), ("device", "device"), ("sock", "socket")] {
-        assert!(done.stderr.contains(&format!("\"{name}\"")) && done.stderr.contains(why), "{}", done.stderr);
+        let said = |line: &str| line.contains(&format!("{name}: ")) && line.contains(why);
+        assert_eq!(done.stderr.lines().filter(|line| said(line)).count(), 1, "{name}: {}", done.stderr);
         assert!(!output.join(name).exists(), "{name}");
     }
     assert_eq!(fs::read_link(output.join("shadow")).unwrap(), std::path::Path::new("/etc/shadow"));

@@ -225,12 +225,15 @@ fn files(host: &Host) {
     host.dev_box(["cp", "--owner", "nobody", tree.to_str().unwrap(), "work:/tmp/"]).expect_code(0);
     let seen = host.dev_box(["exec", "work", "--", "sh", "-c", "/tmp/tree/link; stat -c %U /tmp/tree/tool"]);
     assert_eq!(seen.expect_code(0).text(), "ran\nnobody\n");
-    // A tree made to hurt: links out, set-id, a hole. (FIFOs and devices: an agent leaves them out, and a hostile one's are
-    // refused, which dev-box-exec tests.)
+    // A tree made to hurt: links out, set-id, a hole, and what is no file.
     let hostile = "cd /tmp/tree; ln -s /etc/shadow out; cp /bin/true suid; \
-                   chmod 4755 suid; truncate -s 100M hole; ln tool hard; mkdir empty";
+                   chmod 4755 suid; truncate -s 100M hole; ln tool hard; mkdir empty; mkfifo deep/fifo; mknod device c 1 3";
     host.dev_box(["exec", "work", "--", "sh", "-c", hostile]).expect_code(0);
-    host.dev_box(["cp", "work:/tmp/tree/.", back.to_str().unwrap()]).expect_code(0);
+    let left = host.dev_box(["cp", "work:/tmp/tree/.", back.to_str().unwrap()]).expect_code(1);
+    for (name, why) in [("deep/fifo", "FIFO"), ("device", "device")] {
+        let said = left.stderr.lines().any(|line| line.contains(name) && line.contains(why));
+        assert!(said && fs::symlink_metadata(back.join(name)).is_err(), "{name}: {}", left.stderr);
+    }
     assert_eq!(fs::read(back.join("deep/er").join(odd)).unwrap(), b"odd");
     assert_eq!(fs::read_link(back.join("out")).unwrap(), Path::new("/etc/shadow"));
     assert_eq!(fs::metadata(back.join("suid")).unwrap().mode() & 0o7777, 0o755);

@@ -23,9 +23,9 @@ use crate::{interrupt, output};
 const EXAMPLES: &str = "\
 A directory is copied with all that is in it. Where the destination is a directory, the copy goes \
 into it under its own name; `DIR/.` copies what is in DIR. Files are there whole or not at all. \
-What comes out of a VM is yours, without set-id bits. FIFOs, devices and sockets stay behind, those \
-of a VM without a word, and what a VM should not have sent is left out with a warning. Symbolic \
-links come as they are: where they lead is the VM's choice.
+What comes out of a VM is yours, without set-id bits. FIFOs, devices and sockets stay behind, and \
+so does what a VM should not have sent; each is named on stderr, of many the first hundred and how \
+many more there were. Symbolic links come as they are: where they lead is the VM's choice.
 
 Interrupted, it leaves whole files only. Exit code: 0; 1 when it failed or something was left behind.
 

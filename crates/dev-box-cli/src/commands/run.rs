@@ -157,11 +157,6 @@ fn report(args: &RunArgs, result: &ExecutionResult, pool: &FromPool) -> Result<(
         return Ok(());
     }
     output::remarks(result, args.json);
-    if let Some(files) = &result.files {
-        for refused in &files.refused {
-            output::note(format_args!("not brought back: {:?}: {}", refused.path, refused.why));
-        }
-    }
     let timings: Vec<String> = [
         ("acquire", result.timings.acquire),
         ("inject", result.timings.inject),

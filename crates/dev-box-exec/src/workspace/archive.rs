@@ -177,6 +177,8 @@ impl<R: Read> Unpacker<'_, R> {
             }
             EntryType::Directory => Ok(Content::Directory),
             EntryType::Symlink => Ok(Content::Link(link())),
+            // A socket, which tar has no type for, is a FIFO whose mode says so.
+            EntryType::Fifo if is_socket(&header) => Err(Refusal::Socket),
             EntryType::Fifo => Err(Refusal::Fifo),
             EntryType::Char | EntryType::Block => Err(Refusal::Device),
             EntryType::Link => Err(Refusal::HardLink),
@@ -462,6 +464,10 @@ impl<R: Read> Blocks<R> {
             io::copy(&mut self.from.by_ref().take(wanted), &mut io::sink()).map_err(ArchiveError::Read)?;
         if skipped == wanted { Ok(()) } else { Err(ArchiveError::Read(io::ErrorKind::UnexpectedEof.into())) }
     }
+}
+
+fn is_socket(header: &Header) -> bool {
+    header.mode().is_ok_and(|mode| FileType::from_raw_mode(mode) == FileType::Socket)
 }
 
 fn size(header: &Header) -> Result<u64, ArchiveError> {

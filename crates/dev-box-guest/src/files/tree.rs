@@ -3,7 +3,9 @@
 //! An archive that is unpacked comes from the host, but may have been made from anything: entries that climb out of the
 //! directory are refused, counts and sizes are bounded.
 
+use std::fs::Metadata;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Component, Path};
 
 use dev_box_comm::message::{GuestError, GuestErrorKind, Tree};
@@ -42,7 +44,8 @@ impl Budget {
     }
 }
 
-/// Writes the content of a directory as an archive: symlinks as such; sockets, FIFOs and devices left out.
+/// Writes the content of a directory as an archive: symlinks as such; of sockets, FIFOs and devices an entry without content, so that the
+/// host can name what it leaves out.
 ///
 /// # Errors
 /// What the file system said, or the writer.
@@ -76,17 +79,38 @@ fn pack_directory(
         // One that vanishes meanwhile is no error: the tree may be in use.
         let Ok(metadata) = std::fs::symlink_metadata(&path) else { continue };
         let kind = metadata.file_type();
-        // Nobody takes them on the host, and a FIFO would end the archive.
-        if !(kind.is_file() || kind.is_dir() || kind.is_symlink()) {
-            continue;
-        }
         budget.take(if metadata.is_file() { metadata.len() } else { 0 })?;
-        archive.append_path_with_name(&path, &inside).map_err(|error| failed("pack", &path, &error))?;
+        let appended = if kind.is_file() || kind.is_dir() || kind.is_symlink() {
+            archive.append_path_with_name(&path, &inside)
+        } else {
+            append_special(archive, &metadata, &inside)
+        };
+        appended.map_err(|error| failed("pack", &path, &error))?;
         if metadata.is_dir() {
             pack_directory(archive, root, &inside, budget)?;
         }
     }
     Ok(())
+}
+
+/// tar knows no sockets: one is a FIFO whose mode says what it is. The library's own way with FIFOs and devices has their paths wrong.
+fn append_special(
+    archive: &mut tar::Builder<impl Write>,
+    metadata: &Metadata,
+    inside: &Path,
+) -> io::Result<()> {
+    let kind = metadata.file_type();
+    let mut header = tar::Header::new_gnu();
+    header.set_metadata(metadata);
+    header.set_size(0);
+    header.set_entry_type(if kind.is_char_device() {
+        tar::EntryType::Char
+    } else if kind.is_block_device() {
+        tar::EntryType::Block
+    } else {
+        tar::EntryType::Fifo
+    });
+    archive.append_data(&mut header, inside, io::empty())
 }
 
 /// Unpacks an archive into a directory, which is made when it is not there.
@@ -115,7 +139,7 @@ pub fn unpack(request: &Tree, from: impl Read) -> Result<(), GuestError> {
         }
         budget.take(entry.size())?;
         let kind = entry.header().entry_type();
-        if kind.is_character_special() || kind.is_block_special() {
+        if kind.is_character_special() || kind.is_block_special() || kind.is_fifo() {
             continue;
         }
         unpack_entry(&mut entry, &root, &inside)?;
@@ -184,6 +208,36 @@ mod tests {
     }
 
     #[test]
+    fn special_files_are_entries_without_content() {
+        let from = tempfile::tempdir().unwrap();
+        let deep = from.path().join("n".repeat(200));
+        std::fs::create_dir(&deep).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(from.path().join("socket")).unwrap();
+        nix::unistd::mkfifo(&deep.join("fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+        std::fs::write(from.path().join("then"), "x").unwrap();
+        let archive = packed(from.path());
+        let mut archive = tar::Archive::new(archive.as_slice());
+        let found: Vec<_> = archive
+            .entries()
+            .unwrap()
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let header = entry.header();
+                let name = entry.path().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+                (name, header.entry_type(), header.mode().unwrap() & libc::S_IFMT, entry.size())
+            })
+            .skip(1)
+            .collect();
+        let fifo = tar::EntryType::Fifo;
+        let wanted = [
+            ("fifo", fifo, libc::S_IFIFO, 0),
+            ("socket", fifo, libc::S_IFSOCK, 0),
+            ("then", tar::EntryType::Regular, libc::S_IFREG, 1),
+        ];
+        assert_eq!(found, wanted.map(|(name, kind, mode, size)| (name.to_owned(), kind, mode, size)));
+    }
+
+    #[test]
     fn holes_stay_holes() {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let file = std::fs::File::create(from.path().join("sparse")).unwrap();
@@ -217,7 +271,9 @@ mod tests {
             let refused = unpack(&tree(&inner), archive.as_slice()).unwrap_err();
             assert_eq!(refused.kind, GuestErrorKind::InvalidRequest, "{name}");
         }
-        unpack(&tree(&inner), hostile("device", tar::EntryType::Char).as_slice()).unwrap();
+        for special in [tar::EntryType::Char, tar::EntryType::Block, tar::EntryType::Fifo] {
+            unpack(&tree(&inner), hostile("special", special).as_slice()).unwrap();
+        }
         assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 0);
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
     }

@@ -166,6 +166,44 @@ fn special_files_are_left_out_and_named() {
     assert_eq!((done.directories, done.files, done.refusals), (1, 1, 0));
 }
 
+/// As an agent sends them, and as none does: however many there are, a hundred have names, and all count.
+#[test]
+fn special_entries_are_named_and_counted() {
+    let name = |n: usize| format!("dir/{n}").into_bytes();
+    let names: Vec<_> = (0..150).map(name).collect();
+    let kinds = [EntryType::Fifo, EntryType::Char, EntryType::Block];
+    let mut entries: Vec<Entry<'_>> = names
+        .iter()
+        .zip(kinds.iter().cycle())
+        .map(|(name, kind)| (&**name, *kind, &b""[..], &b""[..]))
+        .collect();
+    // One that claims to have content, which is skipped.
+    entries.insert(1, (b"fat", EntryType::Fifo, b"", &[7; 700]));
+    entries.push((b"last", EntryType::Regular, b"", b"x"));
+    let mut bytes = archive(&entries);
+    let socket = Header::from_byte_slice(&bytes[..BLOCK]).clone();
+    let mut socket = socket;
+    socket.set_mode(0o140_755);
+    socket.set_cksum();
+    bytes[..BLOCK].copy_from_slice(socket.as_bytes());
+    let to = tempfile::tempdir().unwrap();
+    let done = unpacked(&bytes, to.path()).unwrap();
+    assert_eq!((done.files, done.directories, done.refusals, done.refused.len()), (1, 0, 151, 100));
+    let first: Vec<_> =
+        done.refused.iter().take(4).map(|one| (one.path.to_str().unwrap(), &one.why)).collect();
+    let wanted = [
+        ("dir/0", &Refusal::Socket),
+        ("fat", &Refusal::Fifo),
+        ("dir/1", &Refusal::Device),
+        ("dir/2", &Refusal::Device),
+    ];
+    assert_eq!(first, wanted);
+    assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 1, "nothing is made of them");
+    let few = Limits { entries: 151, ..Limits::default() };
+    let refused = unpack(&*bytes, to.path(), &few, None, &Stop::default());
+    assert!(matches!(refused, Err(ArchiveError::Limit(LimitReached::Entries(151)))), "{refused:?}");
+}
+
 #[test]
 fn what_is_no_archive_is_said_so() {
     let to = tempfile::tempdir().unwrap();
