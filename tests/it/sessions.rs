@@ -278,6 +278,8 @@ fn limits(host: &Host) {
     };
     assert_eq!(exec(&["--umask", "077"], "touch /tmp/m; stat -c %a /tmp/m").expect_code(0).text(), "600\n");
     assert_eq!(exec(&["--limit-files", "17"], "ulimit -n").expect_code(0).text(), "17\n");
+    assert_eq!(exec(&["--limit-pids", "1"], "echo alone; exec true").expect_code(0).text(), "alone\n");
+    assert_ne!(exec(&["--limit-pids", "1"], "true & wait; ls /").code(), 0);
     let bomb = exec(&["--limit-pids", "20", "--json"], "for i in $(seq 60); do sleep 3 & done; wait");
     assert!(bomb.text().contains("fork") || bomb.code() != 0, "{}", bomb.text());
     let eats = "import time\nx = bytearray(200 << 20)\nprint('kept')";

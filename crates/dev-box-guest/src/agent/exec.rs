@@ -269,7 +269,8 @@ fn size_of(size: PtySize) -> Size {
 fn limits_of(containment: &Containment, request: &ExecRequest) -> Result<GroupLimits, GuestError> {
     let limits = GroupLimits {
         memory_bytes: request.limits.memory_bytes,
-        pids: request.limits.pids,
+        // The job's init is in the group, too, and is none of the command's.
+        pids: request.limits.pids.map(|pids| pids.saturating_add(1)),
         cpu_millis: None,
     };
     if limits != GroupLimits::default() && !matches!(containment, Containment::Full(_)) {
