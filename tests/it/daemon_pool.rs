@@ -4,7 +4,8 @@ use std::fs;
 use std::time::Duration;
 
 use dev_box_tests::{Daemon, Host, wait_until};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -131,6 +132,25 @@ fn runs(host: &Host, wait: &impl Fn(&str, u64)) {
     assert_eq!(killed.finish().status.code(), None);
     wait("the VM of a holder that was killed is taken back", 2);
 
+    // Its QEMU is killed: its caller is told which VM that was, and has what it had written.
+    let lost = dir.path().join("lost");
+    let script = "echo kept > kept; echo on; exec sleep 1000";
+    let mut dies = host.start(["run", "--output", lost.to_str().unwrap(), "--", "sh", "-c", script]);
+    dies.wait_for_output("on");
+    let vms = json(&host.dev_box(["ps", "--json"]).expect_code(0).stdout);
+    let domain = vms[0]["domain"].as_str().unwrap();
+    let is_its = |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| names(&line, domain));
+    let qemu = host.qemu_pids().into_iter().find(is_its).unwrap();
+    kill(Pid::from_raw(qemu.try_into().unwrap()), Signal::SIGKILL).unwrap();
+    let told = dies.finish().expect_code(125).stderr;
+    for words in
+        [format!("VM {domain}, of the daemon's pool, is lost: its QEMU is gone"), format!("/{domain}.log")]
+    {
+        assert!(told.contains(&words), "{told}");
+    }
+    assert_eq!(fs::read_to_string(lost.join("kept")).unwrap(), "kept\n");
+    wait("another takes the place of one that is lost", 2);
+
     // What the pool does not have is made, and says why.
     let done = host.run(&["--json", "--net", "isolated", "--", "true"]).expect_code(0);
     let result = json(&done.stdout);
@@ -138,4 +158,8 @@ fn runs(host: &Host, wait: &impl Fn(&str, u64)) {
     let why = result["pool"]["why_not"].as_str().unwrap();
     assert!(why.contains("no pool of the daemon has such a VM"), "{why}");
     assert_eq!(result["vm"]["made"], "boot");
+}
+
+fn names(command: &[u8], domain: &str) -> bool {
+    String::from_utf8_lossy(command).contains(&format!("guest={domain},"))
 }

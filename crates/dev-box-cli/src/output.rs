@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 
+use dev_box::core::id::VmName;
 use dev_box::exec::{ExecutionResult, Outcome};
 use dev_box::observe::logging::{LogFormat, LogOptions};
 use serde::Serialize;
@@ -66,12 +67,13 @@ pub(crate) fn ending(result: &ExecutionResult) {
         Outcome::Cancelled => note("stopped"),
         Outcome::GuestLost | Outcome::Failed { .. } => {
             note(format_args!("error: {}", result.error.as_deref().unwrap_or("the VM was lost")));
-            if let (Outcome::GuestLost, Some(vm)) = (result.outcome, &result.vm) {
-                // libvirt's own place: what QEMU said before it died stands nowhere else.
-                note(format_args!("what QEMU said is in /var/log/libvirt/qemu/{}.log", vm.name));
-            }
         }
     }
+}
+
+/// Where to look when a VM was lost: libvirt's own place, since what QEMU said before it died stands nowhere else.
+pub(crate) fn last_words(domain: &VmName) {
+    note(format_args!("what QEMU said is in /var/log/libvirt/qemu/{domain}.log"));
 }
 
 /// What else there is to say of a job, in words; with `json` all of its output is told of there. That the output of one that

@@ -15,7 +15,7 @@
 use std::future::pending;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::message::{GuestError, GuestErrorKind, Message};
+use crate::message::{GuestError, Message};
 use crate::session::{GuestStream, LaneEnd, LaneReader, LaneWriter, Stream, StreamError};
 
 /// What a relayed stream carried, and how it ended.
@@ -72,9 +72,7 @@ pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(
                     }
                     // The client's own session goes on: a reset would look like a breach.
                     Err(StreamError::Closed(reason)) => {
-                        let text = format!("the VM is lost: {}", reason.fate());
-                        let told = Message::Failed(GuestError::new(GuestErrorKind::Other, text));
-                        return (Some(told), Ending::Lost);
+                        return (Some(Message::Failed(GuestError::lost(&reason))), Ending::Lost);
                     }
                     Ok(None) | Err(_) => return (None, Ending::Guest),
                 }
@@ -146,7 +144,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::message::{ExecRequest, ExitStatus, Exited, Request, Started};
+    use crate::message::{ExecRequest, ExitStatus, Exited, GuestErrorKind, Request, Started};
     use crate::session::{GuestStreamParts, Incoming, Session};
     use crate::{GuestHello, HostHello};
 
@@ -272,7 +270,7 @@ mod tests {
         client.recv().await.unwrap();
         line.vm.close();
         let Ok(Some(Message::Failed(error))) = client.recv().await else { panic!("not told") };
-        assert!(error.to_string().contains("the VM is lost"), "{error}");
+        assert_eq!(error.kind, GuestErrorKind::VmLost, "{error}");
     }
 
     #[tokio::test]

@@ -162,9 +162,7 @@ impl Gateway {
         let opened = timeout(OPEN_PATIENCE, self.session.open(request)).await;
         let refusal = match opened {
             Ok(Ok(stream)) => return Ok((act, stream)),
-            Ok(Err(StreamError::Closed(reason))) => {
-                GuestError::new(GuestErrorKind::Other, format!("the VM is lost: {}", reason.fate()))
-            }
+            Ok(Err(StreamError::Closed(reason))) => GuestError::lost(&reason),
             Ok(Err(error)) => GuestError::new(GuestErrorKind::Other, error.to_string()),
             Err(_) => {
                 GuestError::new(GuestErrorKind::TooMany, "the VM has too much to do at once: try again")

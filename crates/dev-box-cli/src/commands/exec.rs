@@ -12,7 +12,7 @@ use dev_box::exec::{AgentExecutor, CancelSource, DiscardSink, Job, Outcome, Outp
 use dev_box::observe::NullSink;
 
 use crate::args::JobOptions;
-use crate::daemon::client::Client;
+use crate::daemon::client::{Client, Fate};
 use crate::exit::Failure;
 use crate::live::Live;
 use crate::tty::Lent;
@@ -86,9 +86,14 @@ pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Fail
     let sink = if args.json { Arc::new(DiscardSink) } else { console.sink() };
     let mut result = executor.execute_on(&args.vm, &session, job, sink, cancel.token()).await;
     drop(console);
-    if let (Outcome::GuestLost | Outcome::Failed { .. }, Some(error)) = (result.outcome, &result.error) {
-        result.error =
-            Some(client.explain(&args.vm, &session, Failure::new(error.clone())).await.to_string());
+    let mut lost = None;
+    if let Outcome::GuestLost | Outcome::Failed { .. } = result.outcome
+        && let Some(fate) = client.fate(&args.vm, &session).await
+    {
+        result.error = Some(fate.of(&args.vm));
+        if let Fate::Lost { domain, .. } = fate {
+            lost = domain;
+        }
     }
     session.close();
     session.closed().await;
@@ -96,6 +101,9 @@ pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Fail
         output::json(&result)?;
     }
     output::ending(&result);
+    if let Some(domain) = lost {
+        output::last_words(&domain);
+    }
     output::remarks(&result, args.json);
     Ok(ExitCode::from(result.process_exit_code()))
 }

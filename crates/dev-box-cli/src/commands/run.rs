@@ -7,7 +7,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dev_box::core::accel::{self, Accelerator};
-use dev_box::exec::{Cancel, CollectTo, DiscardSink, ExecutionResult, Job, OutputSink, Owner, WorkspaceIn};
+use dev_box::core::id::VmName;
+use dev_box::exec::{
+    Cancel, CollectTo, DiscardSink, ExecutionResult, Job, Outcome, OutputSink, Owner, WorkspaceIn,
+};
 use dev_box::provision::sweep::Orphans;
 use dev_box::{Config, DevBox};
 use serde::Serialize;
@@ -33,20 +36,22 @@ pub(crate) async fn run(config: Config, mut args: RunArgs) -> Result<ExitCode, F
     }
     let console = Console::open(&mut job, args.tty, args.interactive, &cancel)?;
     let sink: Arc<dyn OutputSink> = if args.json { Arc::new(DiscardSink) } else { console.sink() };
-    let (result, pool) = match Lent::take(&config, &args.vm, cancel.token()).await {
+    let (result, pool, lost) = match Lent::take(&config, &args.vm, cancel.token()).await {
         Ok(lent) => {
             tracing::info!(vm = %lent.name(), "the VM is one of the daemon's pool");
-            (lent.run(job, sink, cancel.token()).await, FromPool { used: true, why_not: None })
+            let (result, lost) = lent.run(job, sink, cancel.token()).await;
+            (result, FromPool { used: true, why_not: None }, lost)
         }
         Err(missed) => {
             let why_not = Failure::new(missed).to_string();
             tracing::info!(why_not, "the VM is not one of a daemon's pool: it is made here");
             let result = by_itself(config, &args, job, sink, cancel.token()).await?;
-            (result, FromPool { used: false, why_not: Some(why_not) })
+            let lost = result.vm.clone().filter(|_| result.outcome == Outcome::GuestLost);
+            (result, FromPool { used: false, why_not: Some(why_not) }, lost.map(|vm| vm.name))
         }
     };
     drop(console);
-    report(&args, &result, &pool)?;
+    report(&args, &result, &pool, lost.as_ref())?;
     Ok(ExitCode::from(result.process_exit_code()))
 }
 
@@ -148,11 +153,19 @@ fn warn_of_emulation(config: &Config, args: &RunArgs) {
     }
 }
 
-fn report(args: &RunArgs, result: &ExecutionResult, pool: &FromPool) -> Result<(), Failure> {
+fn report(
+    args: &RunArgs,
+    result: &ExecutionResult,
+    pool: &FromPool,
+    lost: Option<&VmName>,
+) -> Result<(), Failure> {
     if args.json {
         output::json(&Told { result, pool })?;
     }
     output::ending(result);
+    if let Some(domain) = lost {
+        output::last_words(domain);
+    }
     if args.quiet {
         return Ok(());
     }

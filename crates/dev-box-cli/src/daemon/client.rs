@@ -67,6 +67,35 @@ pub(crate) async fn domain_of(config: &Config, name: VmName) -> VmName {
     vms.into_iter().find(|vm| vm.name == name).and_then(|vm| vm.domain).unwrap_or(name)
 }
 
+/// What became of a VM.
+#[derive(Debug)]
+pub(crate) enum Fate {
+    /// The daemon that owned it ended, which was here.
+    DaemonEnded(PathBuf),
+    Removed,
+    /// As the daemon saw it. Its domain where it had one.
+    Lost {
+        domain: Option<VmName>,
+        reason: String,
+    },
+    /// Nothing: the daemon ended the connection.
+    BrokenOff(VmState),
+}
+
+impl Fate {
+    /// In words.
+    pub(crate) fn of(&self, name: &VmName) -> String {
+        match self {
+            Self::DaemonEnded(at) => format!("the daemon at {} has ended meanwhile", at.display()),
+            Self::Removed => format!("VM {name} was removed meanwhile"),
+            Self::Lost { reason, .. } => {
+                VmsError::Lost { name: name.clone(), reason: reason.clone() }.to_string()
+            }
+            Self::BrokenOff(state) => format!("the daemon broke off; VM {name} is {state}: try again"),
+        }
+    }
+}
+
 /// The way to the daemon: a connection for each request.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
@@ -108,6 +137,11 @@ impl Client {
 
     /// What became of the VM that a command failed on, where that says more than how it failed.
     pub(crate) async fn explain(&self, name: &VmName, session: &Session, failure: Failure) -> Failure {
+        self.fate(name, session).await.map_or(failure, |fate| Failure::new(fate.of(name)))
+    }
+
+    /// What became of a VM that failed; `None` where it runs on, or nobody can tell.
+    pub(crate) async fn fate(&self, name: &VmName, session: &Session) -> Option<Fate> {
         let until = Instant::now() + ASKED_IN_PASSING;
         loop {
             let closed = session.close_reason().is_some();
@@ -118,24 +152,17 @@ impl Client {
                     sleep(ASKED_AGAIN).await;
                     continue;
                 }
-                Ok(Err(ClientError::NotRunning(at))) => {
-                    return Failure::new(format!("the daemon at {} has ended meanwhile", at.display()));
-                }
-                _ => return failure,
+                Ok(Err(ClientError::NotRunning(at))) => return Some(Fate::DaemonEnded(at)),
+                _ => return None,
             };
-            match vms.into_iter().find(|vm| vm.name == *name).map(|vm| vm.state) {
-                None | Some(VmState::Removing) => {
-                    return Failure::new(format!("VM {name} was removed meanwhile"));
-                }
-                Some(VmState::Lost { reason }) => {
-                    return Failure::new(VmsError::Lost { name: name.clone(), reason });
-                }
-                Some(_) if !closed => return failure,
+            let Some(vm) = vms.into_iter().find(|vm| vm.name == *name) else { return Some(Fate::Removed) };
+            match vm.state {
+                VmState::Removing => return Some(Fate::Removed),
+                VmState::Lost { reason } => return Some(Fate::Lost { domain: vm.domain, reason }),
+                _ if !closed => return None,
                 // The daemon hears of it when we do.
-                Some(_) if Instant::now() < until => sleep(ASKED_AGAIN).await,
-                Some(state) => {
-                    return Failure::new(format!("the daemon broke off; VM {name} is {state}: try again"));
-                }
+                _ if Instant::now() < until => sleep(ASKED_AGAIN).await,
+                state => return Some(Fate::BrokenOff(state)),
             }
         }
     }

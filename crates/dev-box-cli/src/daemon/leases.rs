@@ -80,8 +80,10 @@ impl Lent {
         let gateway = self.daemon.gateway(domain.clone(), self.session.clone()).for_holder();
         self.daemon.serve_channel(gateway, io, peer).await;
         if let Some(reason) = self.session.close_reason() {
-            tracing::warn!(vm = %name, reason = reason.fate(), "a VM that was lent is lost");
-            self.daemon.events.say(Happening::VmLost { vm: name.clone(), reason: reason.fate() });
+            let reason = reason.fate();
+            self.daemon.vms.lose_lent(name, &reason);
+            tracing::warn!(vm = %name, reason, "a VM that was lent is lost");
+            self.daemon.events.say(Happening::VmLost { vm: name.clone(), reason });
             tokio::select! {
                 () = self.daemon.vms.gone(name) => {}
                 () = sleep(COLLECT) => {}

@@ -167,7 +167,8 @@ impl Vms {
         }
         entry.info.state = VmState::Lost { reason: reason.to_owned() };
         let machine = entry.machine.take();
-        let lost = |entry: &Entry| matches!(entry.info.state, VmState::Lost { .. });
+        let lost =
+            |entry: &Entry| matches!(entry.info.state, VmState::Lost { .. }) && entry.machine.is_none();
         if entries.values().filter(|entry| lost(entry)).count() > LOST
             && let Some(oldest) = entries
                 .values()
@@ -178,6 +179,15 @@ impl Vms {
             entries.remove(&oldest);
         }
         machine
+    }
+
+    /// Marks a VM as lost that its holder looks after, and takes down.
+    pub(crate) fn lose_lent(&self, name: &VmName, reason: &str) {
+        if let Some(entry) = self.entries().get_mut(name)
+            && matches!(entry.info.state, VmState::Ready | VmState::Paused)
+        {
+            entry.info.state = VmState::Lost { reason: reason.to_owned() };
+        }
     }
 
     /// A VM is gone, and its name free.

@@ -259,11 +259,15 @@ fn additions_are_as_frozen_and_read_back() {
 /// Kinds of failure that later versions have added: an older side reads them as `other`.
 #[test]
 fn added_kinds_are_as_frozen_and_read_back() {
-    use GuestErrorKind::{UnknownUser, WorkingDirectory};
-    let added = [UnknownUser, WorkingDirectory].map(|kind| Message::Failed(GuestError::new(kind, "")));
-    frozen("messages-0.4.jsonl", &lines(&added));
-    for (message, line) in added.iter().zip(lines(&added).lines()) {
-        assert_eq!(message::decode::<Message>(line.as_bytes()).as_ref(), Ok(message), "{line}");
+    use GuestErrorKind::{UnknownUser, VmLost, WorkingDirectory};
+    for (file, kinds) in
+        [("messages-0.4.jsonl", &[UnknownUser, WorkingDirectory][..]), ("messages-0.5.jsonl", &[VmLost])]
+    {
+        let added: Vec<_> = kinds.iter().map(|kind| Message::Failed(GuestError::new(*kind, ""))).collect();
+        frozen(file, &lines(&added));
+        for (message, line) in added.iter().zip(lines(&added).lines()) {
+            assert_eq!(message::decode::<Message>(line.as_bytes()).as_ref(), Ok(message), "{line}");
+        }
     }
 }
 

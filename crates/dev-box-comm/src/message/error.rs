@@ -5,6 +5,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use super::GuestText;
+use crate::session::CloseReason;
 
 /// Why a request failed in the guest. It is the guest's claim, nothing the host observed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -58,6 +59,8 @@ pub enum GuestErrorKind {
     /// The directory to run in cannot be entered: it is missing, is none, or is closed to the user. Older agents say what
     /// the system says, as of a command.
     WorkingDirectory,
+    /// The VM is gone: the word of the daemon between, which has seen it.
+    VmLost,
     /// Anything else, and kinds this side does not know.
     #[serde(other)]
     Other,
@@ -67,6 +70,12 @@ impl GuestError {
     /// An error of `kind` with text for people.
     pub fn new(kind: GuestErrorKind, text: impl Into<GuestText>) -> Self {
         Self { kind, text: text.into(), errno: None }
+    }
+
+    /// What a daemon tells its client of a VM whose session closed.
+    #[must_use]
+    pub fn lost(reason: &CloseReason) -> Self {
+        Self::new(GuestErrorKind::VmLost, reason.fate())
     }
 
     /// From an IO error, saying what was being done to what: `"open /etc/x"`.

@@ -40,7 +40,7 @@ async fn read(session: &Session) -> Result<Vec<u8>, Cause> {
     }
     match stream.recv().await? {
         Some(Message::Done) => Ok(contents.to_vec()),
-        Some(Message::Failed(source)) => Err(Cause::Guest { what: WHAT, source }),
+        Some(Message::Failed(source)) => Err(Cause::guest(WHAT, source)),
         _ => Err(Cause::Violation("it answered a request with something else")),
     }
 }

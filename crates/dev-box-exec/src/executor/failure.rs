@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::time::Duration;
 
-use dev_box_comm::message::{GuestError, GuestErrorKind};
+use dev_box_comm::message::{GuestError, GuestErrorKind, GuestText};
 use dev_box_comm::session::{CallError, CloseReason, StreamError};
 use dev_box_observe::AuditError;
 
@@ -22,6 +22,9 @@ pub(super) enum Cause {
     Cancelled,
     #[error("the VM was lost: {}", .0.fate())]
     Lost(CloseReason),
+    /// The word of a daemon between. A guest that says it of itself loses its VM as well.
+    #[error("the VM was lost: {0}")]
+    Gone(GuestText),
     #[error("the guest broke the protocol: {0}")]
     Violation(&'static str),
     #[error("no VM could be had")]
@@ -68,9 +71,16 @@ impl From<StreamError> for Cause {
 impl Cause {
     pub(super) fn call(what: &'static str) -> impl FnOnce(CallError) -> Self {
         move |error| match error {
-            CallError::Guest(source) => Self::Guest { what, source },
+            CallError::Guest(source) => Self::guest(what, source),
             CallError::Stream(error) => error.into(),
             _ => Self::Violation("it answered a request with something else"),
+        }
+    }
+
+    pub(super) fn guest(what: &'static str, source: GuestError) -> Self {
+        match source.kind {
+            GuestErrorKind::VmLost => Self::Gone(source.text),
+            _ => Self::Guest { what, source },
         }
     }
 
@@ -78,7 +88,7 @@ impl Cause {
     pub(super) fn outcome(&self, phase: Phase) -> Outcome {
         match self {
             Self::Cancelled => Outcome::Cancelled,
-            Self::Lost(_) | Self::Violation(_) => Outcome::GuestLost,
+            Self::Lost(_) | Self::Gone(_) | Self::Violation(_) => Outcome::GuestLost,
             _ => Outcome::Failed { phase },
         }
     }
@@ -133,6 +143,7 @@ mod tests {
             (Cause::call("x")(CallError::TooMany), Outcome::GuestLost),
             (Cause::call("x")(CallError::Stream(StreamError::Reset)), Outcome::GuestLost),
             (Cause::call("x")(CallError::Guest(GuestError::new(GuestErrorKind::Busy, ""))), failed),
+            (Cause::guest("x", GuestError::lost(&CloseReason::Eof)), Outcome::GuestLost),
             (Cause::Silent(Duration::from_secs(3)), failed),
             (guest(GuestErrorKind::Other), failed),
         ] {

@@ -25,7 +25,7 @@ pub(super) fn refused() {
 pub(super) fn failed(cause: &Cause) {
     let layer = match cause {
         Cause::Cancelled | Cause::Provision(_) => return,
-        Cause::Lost(_) => "channel",
+        Cause::Lost(_) | Cause::Gone(_) => "channel",
         Cause::Violation(_) | Cause::Guest { .. } | Cause::Silent(_) => "guest",
         Cause::Stage(_) | Cause::Collect(_) | Cause::NoShare => "workspace",
         Cause::Audit(_) => "audit",

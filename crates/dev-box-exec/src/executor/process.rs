@@ -91,7 +91,7 @@ pub(super) async fn start(session: &Session, plan: &mut Plan<'_>) -> Result<Proc
             match stream.recv().await? {
                 Some(Message::Started(_)) => return Ok(stream.split()),
                 Some(Message::Failed(source)) => {
-                    return Err(Cause::Guest { what: "the command could not be started", source });
+                    return Err(Cause::guest("the command could not be started", source));
                 }
                 Some(Message::Unknown) => {}
                 Some(_) => {
@@ -249,7 +249,7 @@ impl Control<'_> {
             Some(Message::Exited(_)) => {
                 Err(Cause::Violation("it reported an exit status that does not exist"))
             }
-            Some(Message::Failed(source)) => Err(Cause::Guest { what: "the guest lost the process", source }),
+            Some(Message::Failed(source)) => Err(Cause::guest("the guest lost the process", source)),
             Some(Message::Unknown) => Ok(None),
             Some(_) => {
                 Err(Cause::Violation("it said something that has no place in a running process's stream"))

@@ -15,7 +15,7 @@ use nix::unistd::Uid;
 
 use crate::args::VmOptions;
 use crate::daemon::api::NewLease;
-use crate::daemon::client::{Client, ClientError};
+use crate::daemon::client::{Client, ClientError, Fate};
 use crate::exit::Failure;
 
 /// Why a run makes its VM itself.
@@ -70,16 +70,24 @@ impl Lent {
         &self.name
     }
 
-    /// Runs the job, and gives the VM back.
-    pub(super) async fn run(self, job: Job, sink: Arc<dyn OutputSink>, cancel: Cancel) -> ExecutionResult {
+    /// Runs the job, and gives the VM back; names it where it was lost.
+    pub(super) async fn run(
+        self,
+        job: Job,
+        sink: Arc<dyn OutputSink>,
+        cancel: Cancel,
+    ) -> (ExecutionResult, Option<VmName>) {
         let Self { name, vm, client, audit, took } = self;
         let files = Arc::new(FilesOnly(Arc::clone(&audit)));
         let executor = AgentExecutor::new(Arc::new(SystemClock), files).on_behalf_of(dev_box::actor());
         let mut result = executor.execute(&vm, job, sink, cancel).await;
         result.timings.acquire += took;
+        let mut lost = None;
         if result.outcome == Outcome::GuestLost {
-            let error = result.error.get_or_insert_default();
-            error.push_str(" (the daemon's log and `dev-box events` say how)");
+            // The connection that ended is the daemon's: what became of the VM, the daemon knows.
+            let fate = client.fate(&name, &vm.session).await;
+            result.error = fate.as_ref().map(|fate| told(fate, &vm.name)).or(result.error);
+            lost = matches!(fate, Some(Fate::Lost { .. }) | None).then(|| vm.name.clone());
         }
         let giving_back = Instant::now();
         // Of one that is lost there were files to collect. One that is not in order goes with the connection.
@@ -94,7 +102,21 @@ impl Lent {
         drop(executor);
         // Its writer ends with the last handle; a panic there is logged by the runtime.
         let _ = tokio::task::spawn_blocking(move || drop(audit)).await;
-        result
+        (result, lost)
+    }
+}
+
+/// What became of a VM of the pool, in words for who ran something in it.
+fn told(fate: &Fate, domain: &VmName) -> String {
+    match fate {
+        Fate::DaemonEnded(_) => {
+            let words = fate.of(domain);
+            format!(
+                "{words}: {domain}, a VM of its pool, is left to the next `dev-box serve` or `dev-box gc`"
+            )
+        }
+        Fate::Lost { reason, .. } => format!("VM {domain}, of the daemon's pool, is lost: {reason}"),
+        _ => fate.of(domain),
     }
 }
 
