@@ -140,7 +140,7 @@ Examples:
   dev-box run --workspace . --write-back -- cargo fmt
   dev-box run --workspace . --output /tmp/out --timeout 10m -- sh ./job.sh
   dev-box run --policy only-github.toml --workspace . -- git fetch
-  dev-box run --profile claude -w . --write-back -- claude -p 'fix the tests'
+  dev-box run --profile claude -w . --write-back -it -- claude
   dev-box run --mount ~/src:/src:rw --cwd /src -- make
   dev-box run --net isolated --memory 512MiB --cpus 1 -- python3 untrusted.py";
 
