@@ -13,9 +13,9 @@ use dev_box::comm::{Message, Request, Session};
 use dev_box::exec::{Limits, NetworkMode, Provisioner, ReadyVm, background, transfer};
 use dev_box::{Config, DevBox};
 
-use self::baseline::Port;
 use crate::end_to_end::{block_on, milliseconds};
 use crate::figure::{Figure, Unit};
+use crate::port::Port;
 use crate::registry::NotRun;
 
 const ECHOES: usize = 1000;

@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool speaks on its terminal")]
 
 mod channel;
+mod command;
 mod end_to_end;
 mod environment;
 mod figure;
@@ -12,6 +13,7 @@ mod interrupt;
 mod micro;
 mod network;
 mod pool;
+mod port;
 mod registry;
 mod sampling;
 mod snapshots;

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use crate::figure::Figure;
-use crate::{channel, end_to_end, micro, network, pool, snapshots};
+use crate::{channel, command, end_to_end, micro, network, pool, snapshots};
 
 /// Why a benchmark could not run.
 pub(crate) type NotRun = Box<dyn Error>;
@@ -116,9 +116,9 @@ const ALL: &[Benchmark] = &[
     },
     Benchmark {
         name: "exec.true",
-        about: "/bin/true in a VM, from the request to its exit; beside it a ping, and the guest alone",
-        figures: &[],
-        run: |_, report| report.take(end_to_end::exec_true()),
+        about: "/bin/true in a VM, from the request to its exit; beside it a ping, the guest alone, and by a plain port",
+        figures: &["baseline.spawn"],
+        run: |_, report| command::run(report),
     },
     Benchmark {
         name: "wait.started",

@@ -8,16 +8,22 @@ use std::time::{Duration, Instant};
 use dev_box_tests::{Host, wait_until};
 use serde_json::Value;
 
-/// How many minutes each VM works, where `DEV_BOX_HONEST_MINUTES` does not say.
-const MINUTES: u64 = 12;
-/// How many work at a time: as many as the smallest machine has processors.
-const VMS: usize = 2;
+/// How many minutes each VM works, where `DEV_BOX_HONEST_MINUTES` does not say: twice what a VM's own detector needs before it judges.
+const MINUTES: u64 = 60;
+/// How many work at a time, where `DEV_BOX_HONEST_VMS` does not say: a day of VM-hours in all.
+const VMS: u64 = 24;
+/// Seconds between what a VM does, for each VM that a processor has: a model thinks longer than its tools run, and VMs that waited for a
+/// processor all day would be no honest day.
+const PAUSE: f64 = 15.0;
+/// One VM begins so long after the other: they do not all boot at once.
+const APART: Duration = Duration::from_secs(8);
 
 /// What agents do all day: look around, edit, build, test, commit, fetch; with pauses in which a model thinks.
 const GUEST: &str = r#"
 import compileall, os, random, shutil, socket, subprocess, sys, time
 random.seed(int(sys.argv[2]))
 end = time.time() + float(sys.argv[1])
+pause = float(sys.argv[3])
 def sh(line): subprocess.run(['sh', '-c', line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 def edit():
     for _ in range(random.randint(1, 12)):
@@ -40,22 +46,30 @@ for n in range(200):
 subprocess.run(['sh', '-c', 'git init -q . && git config user.email a@example.org && git config user.name a'], check=True)
 while time.time() < end:
     random.choice([edit, edit, build, test, look, commit, pack, fetch, think, think, think, say])()
+    time.sleep(min(random.expovariate(1 / pause), max(0, end - time.time())))
 # That somebody looks at it at all: this is odd.
 try: socket.create_connection(('169.254.169.254', 80), timeout=10)
 except OSError: pass
 "#;
 
-fn minutes() -> u64 {
-    std::env::var("DEV_BOX_HONEST_MINUTES").ok().and_then(|text| text.parse().ok()).unwrap_or(MINUTES)
+fn asked(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-fn worker(host: &Host, number: usize, time: Duration) -> Command {
+/// A quarter of them hardly pause, another pauses long.
+fn pause(number: u64, vms: u64) -> f64 {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    PAUSE * vms as f64 / processors as f64 * (0.25 + 0.5 * (number % 4) as f64)
+}
+
+fn worker(host: &Host, number: u64, vms: u64, time: Duration) -> Command {
     let work = host.root().join(format!("work{number}"));
     fs::create_dir(&work).expect("a new directory");
     let mut command = host.command();
     command.args(["run", "--workspace", &work.to_string_lossy(), "--timeout"]);
     command.arg(format!("{}s", time.as_secs() + 600));
-    command.args(["--", "python3", "-c", GUEST, &time.as_secs().to_string(), &number.to_string()]);
+    command.args(["--memory", "384MiB", "--cpus", "1", "--", "python3", "-c", GUEST]);
+    command.args([time.as_secs().to_string(), number.to_string(), pause(number, vms).to_string()]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
     command
 }
@@ -64,27 +78,29 @@ fn worker(host: &Host, number: usize, time: Duration) -> Command {
 #[ignore = "long: cargo xtask ci --full"]
 fn hours_of_honest_work_raise_nothing() {
     let Some(host) = Host::new("hours_of_honest_work_raise_nothing") else { return };
-    let time = Duration::from_secs(minutes() * 60);
+    let time = Duration::from_secs(asked("DEV_BOX_HONEST_MINUTES", MINUTES) * 60);
+    let vms = asked("DEV_BOX_HONEST_VMS", VMS);
     let begun = Instant::now();
-    let mut workers: Vec<Command> = (0..VMS).map(|number| worker(&host, number, time)).collect();
+    let mut workers: Vec<Command> = (0..vms).map(|number| worker(&host, number, vms, time)).collect();
     thread::scope(|scope| {
-        for worker in &mut workers {
-            scope.spawn(|| {
+        for (worker, number) in workers.iter_mut().zip(0..) {
+            scope.spawn(move || {
+                thread::sleep(APART * number);
                 let ended = worker.status().expect("dev-box runs");
                 assert!(ended.success(), "it did not work to the end: {ended}");
             });
         }
     });
-    let hours = time.as_secs_f64() / 3600.0 * VMS as f64;
+    let hours = time.as_secs_f64() / 3600.0 * vms as f64;
     let found = host.dev_box(["audit", "query", "--action", "anomaly.finding"]).expect_code(0).text();
     let found = found.lines().map(|line| serde_json::from_str::<Value>(line).expect("a record"));
     let (control, found): (Vec<Value>, Vec<Value>) =
         found.partition(|record| record["details"]["rule"] == "metadata_contact");
-    assert_eq!(control.len(), VMS, "each VM was watched to its end: {control:?}");
+    assert_eq!(control.len() as u64, vms, "each VM was watched to its end: {control:?}");
     let why = |record: &Value| format!("{}: {}", record["details"]["rule"], record["details"]["why"]);
     let found: Vec<String> = found.iter().map(why).collect();
     eprintln!("honest work: {hours:.2} VM-hours ({:.0?}), {} findings", begun.elapsed(), found.len());
-    // At most one in 24 VM-hours: none in fewer.
+    // At most one in a day of VM-hours: none in fewer.
     assert!(found.len() as f64 <= hours / 24.0, "{hours:.2} VM-hours: {found:#?}");
 }
 

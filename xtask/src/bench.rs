@@ -34,12 +34,19 @@ pub(crate) enum BenchError {
     Directory(#[source] std::io::Error),
 }
 
+/// Tells the benchmarks where the program is that spawns commands in a guest without an agent.
+const SPAWNS: &str = "DEV_BOX_BENCH_SPAWNS";
+
 /// Builds the benchmarks with optimisation and runs them on this terminal.
 pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<(), BenchError> {
     let mut command = workspace.cargo();
     command.args(["run", "--release", "--locked", "--package", "dev-box-benches", "--"]);
     if args.list {
         command.arg("--list");
+    } else {
+        let mut build = workspace.build_for_guests("dev-box-guest");
+        process::run(build.args(["--example", "spawn_baseline"]))?;
+        command.env(SPAWNS, workspace.guest_programs().join("examples/spawn_baseline"));
     }
     if let Some(file) = &args.json {
         // The benchmarks run in the workspace's root; the file is meant from here.

@@ -20,6 +20,9 @@ pub(crate) const LIBRARIES: &[&str] = &[
 /// The package of whole-system tests; its tests run real VMs.
 pub(crate) const VM_TESTS: &str = "dev-box-tests";
 
+/// The platform of guests, named explicitly, or static linking would reach procedural macros.
+pub(crate) const GUEST_PLATFORM: &str = "x86_64-unknown-linux-gnu";
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WorkspaceError {
     #[error("xtask's own directory {0} has no parent: it must lie in the workspace")]
@@ -59,6 +62,19 @@ impl Workspace {
     /// Where the gate keeps the log of each step, coverage and the list of skipped tests.
     pub(crate) fn reports(&self) -> PathBuf {
         self.target().join("ci")
+    }
+
+    /// Where programs that run in guests are built.
+    pub(crate) fn guest_programs(&self) -> PathBuf {
+        self.target().join(GUEST_PLATFORM).join("agent")
+    }
+
+    /// `cargo build` of a package for guests: static, and small, whatever flags are set for other builds.
+    pub(crate) fn build_for_guests(&self, package: &str) -> Command {
+        let mut command = self.cargo();
+        command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+        command.args(["build", "--locked", "--profile", "agent", "--target", GUEST_PLATFORM, "-p", package]);
+        command
     }
 
     /// `cargo`, in the workspace's root, as the toolchain file pins it.

@@ -18,27 +18,12 @@ const SKIP_LOG: &str = "DEV_BOX_SKIP_LOG";
 
 /// The programs that try vsock inside a guest: where there is a loopback for it, and to a guest within.
 const VSOCK_PROBES: [&str; 2] = ["vsock_loopback", "vsock_run"];
-/// Which variable tells the tests where what is, beneath [`STATIC`].
+/// Which variable tells the tests where what is, beneath [`Workspace::guest_programs`].
 const IN_GUESTS: [(&str, &str); 2] =
     [("DEV_BOX_VSOCK_PROBE", "examples/vsock_loopback"), ("DEV_BOX_VSOCK_RUN", "examples/vsock_run")];
-/// Where programs that run in guests are built.
-const STATIC: &str = "target/x86_64-unknown-linux-gnu/agent";
-
-/// Static, as the agent is: it runs in a guest.
 fn build_vsock_probes(workspace: &Workspace) -> Command {
-    let mut command = workspace.cargo();
-    command.env("RUSTFLAGS", "-C target-feature=+crt-static").args([
-        "build",
-        "--locked",
-        "--profile",
-        "agent",
-        "--target",
-        "x86_64-unknown-linux-gnu",
-        "-p",
-        "dev-box-comm",
-        "--features",
-        "vsock,testing",
-    ]);
+    let mut command = workspace.build_for_guests("dev-box-comm");
+    command.args(["--features", "vsock,testing"]);
     command.args(VSOCK_PROBES.into_iter().flat_map(|name| ["--example", name]));
     command
 }
@@ -47,7 +32,7 @@ fn build_vsock_probes(workspace: &Workspace) -> Command {
 pub(super) fn all(scope: &mut Scope<'_>) -> Result<Outcome, StepError> {
     let skipped = scope.workspace.reports().join("skipped.txt");
     std::fs::write(&skipped, "").map_err(|source| StepError::File { path: skipped.clone(), source })?;
-    let built = scope.workspace.root().join(STATIC);
+    let built = scope.workspace.guest_programs();
     scope.attempt(&mut build_vsock_probes(scope.workspace));
     let mut command = coverage::nextest(scope.workspace);
     command.env(SKIP_LOG, &skipped).envs(IN_GUESTS.map(|(variable, name)| (variable, built.join(name))));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::apt::BACKPORTS_FILE;
 use super::facts::{self, STATE_ROOT};
-use super::plan::{Action, PLATFORM, Plan};
+use super::plan::{Action, Plan};
 use super::render;
 use crate::process::{self, ProcessError};
 use crate::report;
@@ -17,8 +17,6 @@ use crate::workspace::Workspace;
 
 /// How long libvirt may take to answer: at its first start it looks at every QEMU.
 const LIBVIRT_PATIENCE: Duration = Duration::from_secs(90);
-/// What the agent is compiled with.
-const STATIC: &str = "-C target-feature=+crt-static";
 
 /// A step failed.
 #[derive(Debug, thiserror::Error)]
@@ -123,22 +121,7 @@ pub(super) fn commands(workspace: &Workspace, plan: &Plan, action: &Action) -> V
             command.args(["install", "--locked", "--root", &plan.tools_root, "--version", version, name]);
             command
         }
-        Action::BuildAgent => {
-            let mut command = workspace.cargo();
-            // Whatever flags are set for other builds: the same agent comes out, or the image would be built again.
-            command.env("RUSTFLAGS", STATIC);
-            command.args([
-                "build",
-                "--locked",
-                "--profile",
-                "agent",
-                "--target",
-                PLATFORM,
-                "-p",
-                "dev-box-guest",
-            ]);
-            command
-        }
+        Action::BuildAgent => workspace.build_for_guests("dev-box-guest"),
         Action::BuildProgram => {
             let mut command = workspace.cargo();
             command.args(["build", "--locked", "-p", "dev-box-cli"]);

@@ -7,14 +7,13 @@ use super::apt::{self, BACKPORTS};
 use super::facts::{Facts, STATE_ROOT, Services};
 use super::os_release::Distribution;
 use super::packages::{self, LLVM, Package};
+use crate::workspace::GUEST_PLATFORM;
 
 /// Tools of the gate, built by cargo, with their pinned versions.
 pub(super) const TOOLS: [(&str, &str); 4] =
     [("cargo-deny", "0.20.2"), ("cargo-llvm-cov", "0.9.1"), ("cargo-fuzz", "0.13.2"), (NEXTEST, "0.9.143")];
 /// The test runner. People have it installed, and its version does not change what a test says: any will do.
 const NEXTEST: &str = "cargo-nextest";
-/// The platform the agent is built for: named explicitly, or static linking would reach procedural macros.
-pub(super) const PLATFORM: &str = "x86_64-unknown-linux-gnu";
 
 /// What was asked for.
 #[derive(Debug, Clone, Copy)]
@@ -100,7 +99,7 @@ impl Plan {
             there: Vec::new(),
             notes: Vec::new(),
             obstacle: obstacle(facts),
-            agent: place(&format!("{PLATFORM}/agent/dev-box-guest")),
+            agent: place(&format!("{GUEST_PLATFORM}/agent/dev-box-guest")),
             program: place("debug/dev-box"),
             tools_root: facts.tools_root.display().to_string(),
         };

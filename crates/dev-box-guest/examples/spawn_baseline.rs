@@ -1,8 +1,10 @@
-//! What `/bin/true` costs in a guest with the separation of a job and nothing else: no agent, no host, no reports.
+//! What `/bin/true` costs in a guest without an agent, without frames, checks or reports.
 //!
-//! Run as root inside a VM: `spawn_isolated [ROUNDS]`. Two figures by turns: spawned and waited for by this process; and by the first process
-//! of PID, mount and IPC namespaces in a control group of its own, with two pipes for its outputs that are read to their ends here. That
-//! process waits for the next each time, as a job's init does.
+//! Run as root inside a VM: `spawn_baseline` prints figures of its own; `spawn_baseline serve` answers at its input and output, which `cargo xtask
+//! bench` makes a virtio-serial port. A byte asks: `p` for the program spawned and waited for by this process; `i` for the same by the
+//! first process of PID, mount and IPC namespaces in a control group of its own, with two pipes for its outputs that are read to their ends
+//! here. That process waits for the next each time, as a job's init does. The answer is how many nanoseconds it took, in eight bytes, the
+//! least significant first.
 
 use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -14,28 +16,61 @@ use nix::sys::socket::{
     socketpair,
 };
 
-const GROUP: &str = "/sys/fs/cgroup/spawn-isolated";
+const GROUP: &str = "/sys/fs/cgroup/spawn-baseline";
+const ROUNDS: usize = 300;
 
 fn main() -> std::io::Result<()> {
-    let rounds: usize = std::env::args().nth(1).and_then(|word| word.parse().ok()).unwrap_or(300);
+    let asked = std::env::args().nth(1).is_some_and(|word| word == "serve");
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     std::fs::create_dir_all(GROUP)?;
     if helper()? == 0 {
         drop(ours);
-        return serve(&theirs);
+        return spawn_for(&theirs);
     }
     drop(theirs);
-    let (mut plain, mut isolated) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        let began = Instant::now();
-        Command::new("/bin/true").env_clear().status()?;
-        plain.push(began.elapsed());
-        let began = Instant::now();
-        once(&ours)?;
-        isolated.push(began.elapsed());
+    if asked { serve(&ours) } else { by_turns(&ours) }
+}
+
+/// Answers until nobody can ask any more.
+fn serve(helper: &OwnedFd) -> std::io::Result<()> {
+    let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
+    let mut asked = [0];
+    while input.read(&mut asked)? == 1 {
+        let took = if &asked == b"i" { isolated(helper)? } else { plain()? };
+        output.write_all(&u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).to_le_bytes())?;
+        output.flush()?;
     }
-    show("spawn and wait", &mut plain)?;
-    show("isolated spawn and wait", &mut isolated)
+    Ok(())
+}
+
+fn by_turns(helper: &OwnedFd) -> std::io::Result<()> {
+    let (mut of_plain, mut of_isolated) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        of_plain.push(plain()?);
+        of_isolated.push(isolated(helper)?);
+    }
+    show("spawn and wait", &mut of_plain)?;
+    show("isolated spawn and wait", &mut of_isolated)
+}
+
+fn plain() -> std::io::Result<Duration> {
+    let began = Instant::now();
+    Command::new("/bin/true").env_clear().stdin(Stdio::null()).stdout(Stdio::null()).status()?;
+    Ok(began.elapsed())
+}
+
+fn isolated(helper: &OwnedFd) -> std::io::Result<Duration> {
+    let began = Instant::now();
+    let (mut output, their_output) = std::io::pipe()?;
+    let (mut errors, their_errors) = std::io::pipe()?;
+    let streams = [their_output.as_raw_fd(), their_errors.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&streams)];
+    sendmsg::<()>(helper.as_raw_fd(), &[IoSlice::new(b"!")], &rights, MsgFlags::empty(), None)?;
+    drop((their_output, their_errors));
+    nix::unistd::read(helper, &mut [0; 1])?;
+    output.read_to_end(&mut Vec::new())?;
+    errors.read_to_end(&mut Vec::new())?;
+    Ok(began.elapsed())
 }
 
 /// Splits off the first process of the namespaces; 0 in it.
@@ -59,7 +94,7 @@ fn helper() -> std::io::Result<libc::pid_t> {
 }
 
 /// Spawns and waits for whoever asks, until nobody can.
-fn serve(socket: &OwnedFd) -> std::io::Result<()> {
+fn spawn_for(socket: &OwnedFd) -> std::io::Result<()> {
     loop {
         let mut byte = [0; 1];
         let mut space = nix::cmsg_space!([i32; 2]);
@@ -75,19 +110,6 @@ fn serve(socket: &OwnedFd) -> std::io::Result<()> {
         Command::new("/bin/true").env_clear().stdin(Stdio::null()).stdout(output).stderr(errors).status()?;
         nix::unistd::write(socket, b".")?;
     }
-}
-
-fn once(socket: &OwnedFd) -> std::io::Result<()> {
-    let (mut output, their_output) = std::io::pipe()?;
-    let (mut errors, their_errors) = std::io::pipe()?;
-    let streams = [their_output.as_raw_fd(), their_errors.as_raw_fd()];
-    let rights = [ControlMessage::ScmRights(&streams)];
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(b"!")], &rights, MsgFlags::empty(), None)?;
-    drop((their_output, their_errors));
-    nix::unistd::read(socket, &mut [0; 1])?;
-    output.read_to_end(&mut Vec::new())?;
-    errors.read_to_end(&mut Vec::new())?;
-    Ok(())
 }
 
 fn show(name: &str, times: &mut [Duration]) -> std::io::Result<()> {
