@@ -355,11 +355,20 @@ impl Mux {
 
     /// The next message received.
     pub fn receive_message(&mut self, id: u32) -> Read<Message> {
+        match self.receive_costed(id) {
+            Read::Item((message, _)) => Read::Item(message),
+            Read::End(end) => Read::End(end),
+            Read::Empty => Read::Empty,
+        }
+    }
+
+    /// The next message received, and the credit that it took: its length on the wire and [`MESSAGE_COST`].
+    pub(crate) fn receive_costed(&mut self, id: u32) -> Read<(Message, u32)> {
         let Some(stream) = self.streams.get_mut(&id) else { return Read::End(End::Local) };
         if let Some((message, cost)) = stream.received.pop_front() {
             stream.message_spent += cost;
             self.schedule(id);
-            return Read::Item(message);
+            return Read::Item((message, cost));
         }
         stream
             .ended()

@@ -163,14 +163,19 @@ impl Session {
     pub async fn call(&self, request: Request) -> Result<Vec<Message>, CallError> {
         let mut stream = self.open(request).await?;
         let mut messages = Vec::new();
+        let mut left = MAX_CALL_BYTES;
         loop {
-            match stream.recv().await? {
-                Some(Message::Done) => return Ok(messages),
-                Some(Message::Failed(error)) => return Err(error.into()),
-                Some(Message::Exited(_)) => return Err(CallError::Unexpected("exited")),
-                Some(_) if messages.len() >= MAX_CALL_MESSAGES => return Err(CallError::TooMany),
-                Some(message) => messages.push(message),
-                None => return Err(CallError::Unexpected("an unknown one")),
+            let Some((message, cost)) = stream.parts().receiver.receive_costed().await? else {
+                return Err(CallError::Unexpected("an unknown one"));
+            };
+            match message {
+                Message::Done => return Ok(messages),
+                Message::Failed(error) => return Err(error.into()),
+                Message::Exited(_) => return Err(CallError::Unexpected("exited")),
+                message => {
+                    left = left.checked_sub(cost).ok_or(CallError::TooMuch)?;
+                    messages.push(message);
+                }
             }
         }
     }
@@ -420,13 +425,14 @@ pub enum CallError {
     /// The stream or the session ended first.
     #[error(transparent)]
     Stream(#[from] StreamError),
-    /// More messages than a call may have ([`MAX_CALL_MESSAGES`]).
-    #[error("more than {MAX_CALL_MESSAGES} messages in answer to one call")]
-    TooMany,
+    /// More than the answer to a call may be ([`MAX_CALL_BYTES`]).
+    #[error("more than {MAX_CALL_BYTES} bytes in answer to one call")]
+    TooMuch,
     /// The last message was not `Done`.
     #[error("the guest ended the call with another message than it should: {0}")]
     Unexpected(&'static str),
 }
 
-/// Most messages [`Session::call`] collects.
-pub const MAX_CALL_MESSAGES: usize = 4096;
+/// Most that [`Session::call`] collects, in bytes on the wire with [`MESSAGE_COST`] for each message. In memory an answer can be eight times
+/// as large (many empty words), and still is not much for a host.
+pub const MAX_CALL_BYTES: u32 = 4 << 20;

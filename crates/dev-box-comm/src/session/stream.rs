@@ -235,9 +235,14 @@ impl MessageReceiver {
     /// # Errors
     /// [`StreamError::Reset`] or [`StreamError::Closed`] after every message that came before that was handed out.
     pub async fn recv(&mut self) -> Result<Option<Message>, StreamError> {
+        Ok(self.receive_costed().await?.map(|(message, _)| message))
+    }
+
+    /// The same, with the credit that the message took.
+    pub(super) async fn receive_costed(&mut self) -> Result<Option<(Message, u32)>, StreamError> {
         poll_fn(|cx| {
-            self.life.core.with(|state, id| match state.mux.receive_message(id) {
-                Read::Item(message) => Poll::Ready(Ok(Some(message))),
+            self.life.core.with(|state, id| match state.mux.receive_costed(id) {
+                Read::Item(costed) => Poll::Ready(Ok(Some(costed))),
                 Read::End(End::Finished | End::Unfinished) => Poll::Ready(Ok(None)),
                 Read::End(End::Reset) => Poll::Ready(Err(StreamError::Reset)),
                 Read::End(End::Local) => Poll::Ready(Err(StreamError::Ended)),

@@ -140,7 +140,7 @@ mod tests {
             (Cause::from(StreamError::Closed(CloseReason::Eof)), Outcome::GuestLost),
             (Cause::from(StreamError::Reset), Outcome::GuestLost),
             (Cause::from(StreamError::Ended), Outcome::GuestLost),
-            (Cause::call("x")(CallError::TooMany), Outcome::GuestLost),
+            (Cause::call("x")(CallError::TooMuch), Outcome::GuestLost),
             (Cause::call("x")(CallError::Stream(StreamError::Reset)), Outcome::GuestLost),
             (Cause::call("x")(CallError::Guest(GuestError::new(GuestErrorKind::Busy, ""))), failed),
             (Cause::guest("x", GuestError::lost(&CloseReason::Eof)), Outcome::GuestLost),

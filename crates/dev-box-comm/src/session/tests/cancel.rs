@@ -173,6 +173,7 @@ async fn what_does_not_fit_is_refused_here_and_closes_nothing() {
 async fn calls_that_get_another_answer_than_they_should() {
     let (host, _guest, mut incoming) = pair().await;
     tokio::spawn(async move {
+        let mut calls = 0;
         while let Some((_, mut stream)) = incoming.next().await {
             let exited = crate::message::Exited {
                 status: crate::message::ExitStatus::Code(0),
@@ -180,20 +181,24 @@ async fn calls_that_get_another_answer_than_they_should() {
                 timed_out: false,
                 oom_killed: false,
             };
-            if stream.id() == 1 {
-                stream.send(Message::Exited(exited)).await.unwrap();
-            } else {
-                for number in 0..=MAX_CALL_MESSAGES {
-                    if stream.send(Message::Signal { number: i32::try_from(number).unwrap() }).await.is_err()
-                    {
-                        break;
-                    }
-                }
-                // Dropped now, what is queued would go with it.
-                while stream.recv().await.is_ok() {}
+            calls += 1;
+            let job = |length| crate::message::JobEntry {
+                job: "x".repeat(length),
+                pid: None,
+                argv: Vec::new(),
+                background: false,
+                exited: None,
+                age_ms: 0,
+            };
+            match calls {
+                1 => stream.send(Message::Exited(exited)).await.unwrap(),
+                // A few that are long, and many that are short.
+                2 => while stream.send(Message::Jobs { jobs: vec![job(60_000)] }).await.is_ok() {},
+                _ => while stream.send(Message::Signal { number: 0 }).await.is_ok() {},
             }
         }
     });
     assert_eq!(host.call(Request::Info).await, Err(CallError::Unexpected("exited")));
-    assert_eq!(host.call(Request::Info).await, Err(CallError::TooMany));
+    assert_eq!(host.call(Request::Info).await, Err(CallError::TooMuch));
+    assert_eq!(host.call(Request::Info).await, Err(CallError::TooMuch));
 }
