@@ -103,7 +103,7 @@ pub struct Remove {
     pub missing_ok: bool,
 }
 
-/// Watch a directory: `Changed` messages until the stream is reset.
+/// Watch a directory: `Changed` messages until the stream is reset. The first has no changes: what changes from now on is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watch {
     /// Which.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dev_box_comm::message::{GuestError, GuestErrorKind, Message, Request, Shutdown};
+use dev_box_comm::frame::MAX_MESSAGE;
+use dev_box_comm::message::{GuestError, GuestErrorKind, JsonError, Message, Request, Shutdown, encode};
 use dev_box_comm::session::GuestStream;
 
 use super::{Agent, Surroundings, configure, info, share};
@@ -12,6 +13,8 @@ use crate::job::run::Command;
 
 /// Between the answer to a power-off and the power-off, so that the answer gets out.
 const LAST_WORDS: Duration = Duration::from_millis(30);
+/// Of a list in one message, on the wire: what is around it is shorter than the rest.
+const LIST_BYTES: usize = MAX_MESSAGE - 64;
 /// How long jobs are held at most.
 const HOLD: Duration = Duration::from_secs(60);
 
@@ -81,10 +84,7 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
             blocking(sync).await.map(none)
         }
         Request::Info => Ok(vec![Message::Info(info::info(&surroundings, agent.jobs.running()))]),
-        Request::Jobs => {
-            let jobs = agent.jobs.list();
-            Ok(jobs.chunks(16).map(|jobs| Message::Jobs { jobs: jobs.to_vec() }).collect())
-        }
+        Request::Jobs => Ok(in_messages(agent.jobs.list(), encode, |jobs| Message::Jobs { jobs })),
         Request::Kill(request) => {
             let job = agent.jobs.find(&request.job)?;
             job.command(Command::Signal(request.signal)).map(none)
@@ -92,8 +92,7 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
         Request::Stat(request) => Ok(vec![Message::Stat(blocking(move || files::stat(&request)).await?)]),
         Request::List(request) => {
             let entries = blocking(move || files::list(&request)).await?;
-            let parts = entries.chunks(files::ENTRIES_PER_MESSAGE);
-            Ok(parts.map(|entries| Message::Entries { entries: entries.to_vec() }).collect())
+            Ok(in_messages(entries, encode, |entries| Message::Entries { entries }))
         }
         Request::MakeDir(request) => blocking(move || files::make_directory(&request)).await.map(none),
         Request::Rename(request) => blocking(move || files::rename(&request)).await.map(none),
@@ -103,6 +102,28 @@ async fn messages(agent: &Agent, request: Request) -> Result<Vec<Message>, Guest
             Err(GuestError::new(GuestErrorKind::Unsupported, text))
         }
     }
+}
+
+/// A list in as many messages as it needs: each fits a frame, whatever its entries' names look like on the wire.
+fn in_messages<T>(
+    entries: Vec<T>,
+    encode: impl Fn(&T) -> Result<Vec<u8>, JsonError>,
+    message: impl Fn(Vec<T>) -> Message,
+) -> Vec<Message> {
+    let (mut messages, mut part, mut size) = (Vec::new(), Vec::new(), 0);
+    for entry in entries {
+        let length = encode(&entry).map_or(0, |text| text.len() + 1);
+        if size + length > LIST_BYTES && !part.is_empty() {
+            messages.push(message(std::mem::take(&mut part)));
+            size = 0;
+        }
+        part.push(entry);
+        size += length;
+    }
+    if !part.is_empty() {
+        messages.push(message(part));
+    }
+    messages
 }
 
 /// A host that has gone away lets nothing stand for good.

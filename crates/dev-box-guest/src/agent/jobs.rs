@@ -16,6 +16,8 @@ use crate::job::run::Command;
 pub const MAX_RUNNING: usize = 256;
 /// Background jobs that are remembered after their end.
 pub const MAX_REMEMBERED: usize = 64;
+/// Bytes of a command line in a list of jobs: all of them together fit into one answer.
+const MAX_LISTED_ARGV: usize = 1024;
 /// Commands that may wait for one job.
 pub const COMMANDS: usize = 16;
 
@@ -72,12 +74,30 @@ impl Job {
         JobEntry {
             job: self.id.clone(),
             pid: exited.is_none().then_some(self.pid),
-            argv: self.argv.clone(),
+            argv: brief(&self.argv),
             background: self.background,
             exited,
             age_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
         }
     }
+}
+
+/// The beginning of a command line, which ends with `...` where more was left out.
+fn brief(argv: &[WireBytes]) -> Vec<WireBytes> {
+    let mut left = MAX_LISTED_ARGV;
+    let mut kept = Vec::new();
+    for word in argv {
+        // Empty words count as well.
+        if word.len() < left {
+            left -= word.len() + 1;
+            kept.push(word.clone());
+            continue;
+        }
+        let text = String::from_utf8_lossy(word.as_bytes().get(..left).unwrap_or_default());
+        kept.push(WireBytes::from(format!("{}...", text.trim_end_matches('\u{fffd}')).as_str()));
+        break;
+    }
+    kept
 }
 
 /// All of them.

@@ -20,7 +20,7 @@ pub const MAX_DIRECTORIES: usize = 4096;
 /// Changes in one message.
 const CHANGES: usize = 64;
 
-/// Sends what changes until the host resets the stream.
+/// Says that it watches, by a message of no changes, then sends what changes until the host resets the stream.
 pub(super) async fn watch(request: &Watch, mut stream: GuestStream) {
     let outcome = tell(request, &mut stream).await;
     conclude(&mut stream, outcome).await;
@@ -33,6 +33,9 @@ async fn tell(request: &Watch, stream: &mut GuestStream) -> Result<(), GuestErro
         watches.inotify.as_fd().try_clone_to_owned().map_err(|error| failed("watch", &root, &error))?;
     let ready =
         watch_descriptor(descriptor, Interest::READABLE).map_err(|error| failed("watch", &root, &error))?;
+    if stream.send(Message::Changed { changes: Vec::new() }).await.is_err() {
+        return Ok(());
+    }
     loop {
         tokio::select! {
             readable = ready.readable() => {

@@ -15,8 +15,6 @@ use crate::passwd::{Accounts, Identity};
 
 /// Entries of one directory that are listed at most; more is an error, since a part would be taken for the whole.
 pub const MAX_ENTRIES: usize = 1_000_000;
-/// Entries in one message.
-pub const ENTRIES_PER_MESSAGE: usize = 64;
 
 /// The path of a request: absolute, and without a NUL byte.
 ///
