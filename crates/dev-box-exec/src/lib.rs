@@ -12,6 +12,7 @@
 //! | [`sink`], [`cancel`] | live output, bounded; stopping a job, gracefully or at once | none |
 //! | [`terminal`] | what of a guest's output a person may see | none |
 //! | [`background`] | jobs that go on without their client: start, attach, list, kill | the VM's session |
+//! | [`files`] | files where they lie: list, make, move, remove, watch | the VM's session |
 //! | [`transfer`] | files and trees along the channel | the VM's session, files |
 //! | `testing` | doubles: a provisioner without VMs, a guest that follows a script (feature `testing`) | |
 //! | [`watched`] | [`WatchedProvisioner`]: VMs' lives audited, counted, and told to a `Watcher` | the audit |
@@ -22,6 +23,7 @@
 pub mod background;
 pub mod cancel;
 pub mod executor;
+pub mod files;
 pub mod forward;
 pub mod gateway;
 pub mod job;

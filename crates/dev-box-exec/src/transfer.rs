@@ -4,9 +4,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use bytes::{Buf, Bytes};
-use dev_box_comm::message::{
-    FileStat, GuestError, Message, PathRequest, ReadFile, Request, Tree, WireBytes, WriteFile,
-};
+use dev_box_comm::message::{GuestError, Message, ReadFile, Request, Tree, WireBytes, WriteFile};
 use dev_box_comm::session::{
     CallError, LaneEnd, LaneReader, LaneWriter, MessageReceiver, Session, StreamError,
 };
@@ -38,6 +36,9 @@ pub enum TransferError {
     /// The guest sent more than it may.
     #[error("the file has more than {0} bytes")]
     TooLarge(u64),
+    /// The guest listed more than may be kept, in bytes.
+    #[error("the list takes more than {0} bytes")]
+    TooLong(usize),
     /// Something of the host's could not be read or written.
     #[error("the host's file failed")]
     Host(#[source] io::Error),
@@ -56,18 +57,6 @@ impl From<CallError> for TransferError {
             CallError::Stream(error) => error.into(),
             _ => Self::Violation("it answered a request with something else"),
         }
-    }
-}
-
-/// What is at a path of the guest; links are followed.
-///
-/// # Errors
-/// [`TransferError`]; `NotFound` of the guest's where nothing is.
-pub async fn stat(session: &Session, path: &Path) -> Result<FileStat, TransferError> {
-    let request = Request::Stat(PathRequest { path: path.into(), follow: true });
-    match session.call(request).await?.into_iter().next() {
-        Some(Message::Stat(stat)) => Ok(stat),
-        _ => Err(TransferError::Violation("it did not say what is there")),
     }
 }
 
@@ -310,4 +299,4 @@ impl Read for ChunkReader {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -12,6 +12,7 @@ use dev_box::Config;
 use dev_box::comm::Session;
 use dev_box::comm::message::{FileKind, GuestErrorKind, WriteFile, WriteMode};
 use dev_box::core::id::VmName;
+use dev_box::exec::files;
 use dev_box::exec::transfer::{self, TransferError};
 use dev_box::exec::workspace::Refused;
 use dev_box::exec::{Limits, Owner};
@@ -118,7 +119,7 @@ async fn into_vm(
 ) -> Result<ExitCode, Failure> {
     let fail = |error: std::io::Error| Failure::new(format!("{}: {error}", from.display()));
     let meta = from.metadata().map_err(fail)?;
-    let there = match transfer::stat(session, &to).await {
+    let there = match files::stat(session, &to).await {
         Ok(stat) => Some(stat.kind),
         Err(TransferError::Guest(error)) if error.kind == GuestErrorKind::NotFound => None,
         Err(error) => return Err(Failure::new(error)),
@@ -162,7 +163,7 @@ async fn out_of_vm(
     mut to: PathBuf,
     limits: Limits,
 ) -> Result<ExitCode, Failure> {
-    let stat = transfer::stat(session, from).await.map_err(Failure::new)?;
+    let stat = files::stat(session, from).await.map_err(Failure::new)?;
     if !contents_only(from) && (to.is_dir() || ends_with_slash(&to)) {
         to.push(own_name(from)?);
     }

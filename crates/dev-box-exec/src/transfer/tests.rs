@@ -6,7 +6,7 @@ use tokio::io::duplex;
 use super::*;
 
 /// A host's session, and a guest that does as `serve` says with its one stream.
-async fn guest<F>(serve: impl FnOnce(Request, GuestStreamParts) -> F + Send + 'static) -> Session
+pub(crate) async fn guest<F>(serve: impl FnOnce(Request, GuestStreamParts) -> F + Send + 'static) -> Session
 where
     F: Future<Output = ()> + Send,
 {
@@ -156,29 +156,4 @@ async fn trees_that_fail_say_why() {
     .await;
     let error = get_tree(&session, Path::new("/t"), to, None, Limits::default()).await.unwrap_err();
     assert!(matches!(&error, TransferError::Guest(why) if why.kind == GuestErrorKind::NotFound), "{error}");
-}
-
-#[tokio::test]
-async fn what_is_there_is_asked() {
-    let stat = FileStat {
-        kind: dev_box_comm::message::FileKind::File,
-        size: 3,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        modified_ns: 0,
-        link: None,
-    };
-    let answer = stat.clone();
-    let session = guest(|_, mut parts| async move {
-        parts.sender.send(Message::Stat(answer)).await.unwrap();
-        parts.sender.send(Message::Done).await.unwrap();
-    })
-    .await;
-    assert_eq!(super::stat(&session, Path::new("/f")).await.unwrap(), stat);
-    let session = guest(|_, mut parts| async move {
-        parts.sender.send(Message::Done).await.unwrap();
-    })
-    .await;
-    assert!(matches!(super::stat(&session, Path::new("/f")).await, Err(TransferError::Violation(_))));
 }
