@@ -220,7 +220,7 @@ async fn run(shared: Arc<Shared>, every: Duration) {
         looks += 1;
         let traffic =
             if vms.values().any(|vm| vm.address.is_some()) { drops(&shared).await } else { BTreeMap::new() };
-        let claims = ask(&vms).await;
+        let claims = ask(&shared, &vms).await;
         for (name, vm) in &vms {
             let memory = memories.entry(name.clone()).or_default();
             look(&shared, name, vm, memory, began, looks).await;
@@ -230,8 +230,8 @@ async fn run(shared: Arc<Shared>, every: Duration) {
             // One that was stopped meanwhile says what was true before, or by a clock that stood.
             let ran =
                 whole(&shared.vms).get(name).is_some_and(|now| !now.stands_still() && now.stops == vm.stops);
-            if let Some(info) = claims.get(name).filter(|_| ran) {
-                report_claims(&shared, name, memory, info, looks, every);
+            if let Some(claims) = claims.get(name).filter(|_| ran) {
+                report_claims(&shared, name, memory, claims, looks, every);
             }
             if !whole(&shared.vms).contains_key(name) {
                 // It went while it was looked at: its series go after it.
@@ -249,21 +249,36 @@ async fn drops(shared: &Shared) -> BTreeMap<Ipv4Addr, Traffic> {
     })
 }
 
+/// What a guest says, and how far its clock is off by that, in ms.
+type Claims = (GuestInfo, Option<i64>);
+
 /// How the guests say they do; those that do not answer say nothing.
-async fn ask(vms: &HashMap<VmName, Watched>) -> HashMap<VmName, GuestInfo> {
+async fn ask(shared: &Shared, vms: &HashMap<VmName, Watched>) -> HashMap<VmName, Claims> {
     let mut asked = tokio::task::JoinSet::new();
     for (name, vm) in vms.iter().filter(|(_, vm)| !vm.stands_still()) {
-        let (name, session) = (name.clone(), vm.session.clone());
+        let (name, session, clock) = (name.clone(), vm.session.clone(), Arc::clone(&shared.parts.clock));
         asked.spawn(async move {
+            let before = clock.now().unix_nanos();
             let answers = timeout(PATIENCE, session.call(Request::Info)).await.ok()?.ok()?;
             let info = answers.into_iter().find_map(|answer| match answer {
                 Message::Info(info) => Some(info),
                 _ => None,
             });
-            info.map(|info| (name, info))
+            let after = clock.now().unix_nanos();
+            info.map(|info| {
+                let offset = info.unix_time_ns.map(|theirs| clock_offset(theirs, before, after));
+                (name, (info, offset))
+            })
         });
     }
     asked.join_all().await.into_iter().flatten().collect()
+}
+
+/// How far a clock was off, in ms, that was read between two of the host's moments: on a busy host they are seconds apart, and a time
+/// between them is right. All in ns.
+fn clock_offset(theirs: i64, before: i64, after: i64) -> i64 {
+    let nearest = theirs.clamp(before, after.max(before));
+    i64::try_from((i128::from(theirs) - i128::from(nearest)) / 1_000_000).unwrap_or(i64::MAX)
 }
 
 async fn look(
@@ -324,7 +339,7 @@ fn report_claims(
     shared: &Shared,
     name: &VmName,
     memory: &mut Memory,
-    info: &GuestInfo,
+    (info, clock_offset): &Claims,
     looks: u64,
     every: Duration,
 ) {
@@ -338,9 +353,7 @@ fn report_claims(
         let started = memory.forks.replace(forks).map_or(0, |before| forks.saturating_sub(before));
         see(Observation::Processes { started, running });
     }
-    if let Some(theirs) = info.unix_time_ns {
-        let offset = i128::from(theirs) - i128::from(shared.parts.clock.now().unix_nanos());
-        let offset_ms = i64::try_from(offset / 1_000_000).unwrap_or(i64::MAX);
+    if let Some(offset_ms) = *clock_offset {
         see(Observation::ClockOffset { offset_ms });
     }
 }
@@ -363,6 +376,18 @@ fn pss(rollup: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_is_off_by_no_more_than_the_wait_for_it_can_explain() {
+        const SECOND: i64 = 1_000_000_000;
+        let (asked, heard) = (100 * SECOND, 107 * SECOND);
+        for (theirs, off_ms) in [(100, 0), (103, 0), (107, 0), (95, -5_000), (113, 6_000)] {
+            assert_eq!(clock_offset(theirs * SECOND, asked, heard), off_ms, "{theirs}");
+        }
+        // The host's own clock was set back meanwhile.
+        assert_eq!(clock_offset(103 * SECOND, heard, asked), -4_000);
+        assert_eq!(clock_offset(i64::MIN, i64::MAX, i64::MAX), -18_446_744_073_709);
+    }
 
     #[test]
     fn proportional_memory_is_read() {
