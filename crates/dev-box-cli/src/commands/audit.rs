@@ -103,7 +103,7 @@ pub(crate) struct FilterArgs {
     /// Only of this VM: its domain, or what its holder calls it or called it (`dev-box ps` shows both).
     #[arg(long, value_name = "NAME")]
     vm: Option<String>,
-    /// Only of this job.
+    /// Only of this job: its id, or the beginning of it.
     #[arg(long, value_name = "ID")]
     job: Option<String>,
     /// Only this action, such as `exec.run`, or what is before its dot.

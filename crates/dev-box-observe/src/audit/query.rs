@@ -35,7 +35,7 @@ pub struct Filter {
     pub name: Option<String>,
     /// The lease.
     pub lease: Option<String>,
-    /// The job.
+    /// The job's id begins so.
     pub job: Option<String>,
     /// An action (`exec.run`), or what is before its dot (`exec`).
     pub action: Option<String>,
@@ -60,10 +60,11 @@ impl Filter {
             let rest = record.action.strip_prefix(wanted.as_str());
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
+        let job = |begins: &str| record.job.as_deref().is_some_and(|job| job.starts_with(begins));
         let vm = || record.vm.as_ref().is_some_and(|vm| self.vms.contains(vm));
         (self.vms.is_empty() || vm())
             && is(self.lease.as_ref(), record.lease.as_ref())
-            && is(self.job.as_ref(), record.job.as_ref())
+            && self.job.as_deref().is_none_or(job)
             && self.action.as_ref().is_none_or(action)
             && self.status.as_ref().is_none_or(|wanted| wanted == record.outcome.status())
             && self.evidence.is_none_or(|wanted| wanted == record.evidence)

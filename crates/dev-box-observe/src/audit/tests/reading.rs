@@ -36,6 +36,8 @@ fn filters_pick_by_every_field() {
     assert_eq!(seqs(Filter::default()), [1, 2, 3, 4]);
     assert_eq!(seqs(Filter { vms: vec!["a".into(), "c".into()], ..Filter::default() }), [2, 4]);
     assert_eq!(seqs(Filter { job: some("j1"), ..Filter::default() }), [2]);
+    assert_eq!(seqs(Filter { job: some("j"), ..Filter::default() }), [2], "as much as tells it from others");
+    assert_eq!(seqs(Filter { job: some("j12"), ..Filter::default() }), [0_u64; 0]);
     assert_eq!(seqs(Filter { lease: some("l1"), ..Filter::default() }), [2]);
     assert_eq!(seqs(Filter { action: some("exec"), ..Filter::default() }), [2]);
     assert_eq!(seqs(Filter { action: some("exec.run"), ..Filter::default() }), [2]);
