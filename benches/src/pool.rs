@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use dev_box::core::size::ByteSize;
 use dev_box::exec::pool::{PoolSettings, ResetPolicy, VmPool};
-use dev_box::exec::{Cancel, DiscardSink, Job, Provisioner, ReadyVm, VmRequest};
+use dev_box::exec::{Cancel, DiscardSink, Job, NetworkMode, Provisioner, ReadyVm, VmRequest};
 use dev_box::provision::{LibvirtProvisioner, NewTemplate, TemplateUse};
 use dev_box::{Config, DevBox};
 
@@ -101,7 +101,8 @@ impl Bench {
         if wanted.has("clone.unprepared") {
             report.part("clone.unprepared", self.one_by_one(&self.clones, "clone.unprepared", CLONES).await);
         }
-        report.part("taps", self.keep_taps(TAPS).await.map(|()| Vec::new()));
+        let taps = keep_taps(&self.clones, &self.request.network, TAPS).await;
+        report.part("taps", taps.map(|()| Vec::new()));
         if wanted.has("clone.ready") {
             report.part("clone.ready", self.one_by_one(&self.clones, "clone.ready", CLONES).await);
         }
@@ -130,24 +131,12 @@ impl Bench {
             cycle::run(self, wanted, report).await;
         }
         if wanted.has("observe.cycle") {
-            report.part("observe.cycle", observed::run(self).await);
+            let run = observed::run(self, wanted, report).await;
+            report.part("observe.cycle", run.map(|()| Vec::new()));
         }
         if wanted.has("baseline") {
             baseline::run(self, wanted, report).await;
         }
-    }
-
-    /// As the daemon's pool has them, from here on.
-    async fn keep_taps(&self, count: usize) -> Result<(), NotRun> {
-        self.clones.keep_taps(&self.request.network, count).await?;
-        let began = Instant::now();
-        while self.clones.waiting_taps(&self.request.network)? < count {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            if began.elapsed() > PATIENCE {
-                return Err("no tap is prepared".into());
-            }
-        }
-        Ok(())
     }
 
     /// The first command in a VM that is ready, which answers with a word of its own.
@@ -297,6 +286,19 @@ impl Bench {
     fn settings(&self, size: usize) -> PoolSettings {
         PoolSettings { max_age: PATIENCE * 10, ..PoolSettings::new(size, size + 2) }
     }
+}
+
+/// As the daemon's pool has them, from here on.
+async fn keep_taps(clones: &LibvirtProvisioner, network: &NetworkMode, count: usize) -> Result<(), NotRun> {
+    clones.keep_taps(network, count).await?;
+    let began = Instant::now();
+    while clones.waiting_taps(network)? < count {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if began.elapsed() > PATIENCE {
+            return Err("no tap is prepared".into());
+        }
+    }
+    Ok(())
 }
 
 fn take(samples: &mut Samples, name: &str, took: Duration) {

@@ -171,7 +171,10 @@ pub(crate) fn choose(names: &[String]) -> Result<Vec<&'static Benchmark>, Unknow
     let fits = |benchmark: &Benchmark, name: &str| {
         benchmark.name.starts_with(name)
             || name.starts_with(&format!("{}.", benchmark.name))
-            || benchmark.figures.iter().any(|figure| figure.starts_with(name))
+            || benchmark
+                .figures
+                .iter()
+                .any(|figure| figure.starts_with(name) || name.starts_with(&format!("{figure}.")))
     };
     if let Some(name) = names.iter().find(|name| !ALL.iter().any(|benchmark| fits(benchmark, name))) {
         let known: Vec<_> = ALL.iter().map(|benchmark| benchmark.name).collect();
@@ -210,6 +213,7 @@ mod tests {
         assert_eq!(names(&["xml"]), ["xml.build"]);
         assert_eq!(names(&["codec.encode.64k"]), ["codec"]);
         assert_eq!(names(&["reset.rewind"]), ["pool"]);
+        assert_eq!(names(&["observe.cycle.rewind"]), ["pool"]);
         let pool = choose(&["pool".to_owned()]).unwrap()[0];
         let wants = |name: &str| Wanted::of(pool, &[name.to_owned()]);
         assert!(wants("pool").has("reset.rewind") && wants("reset").has("reset.rewind"));

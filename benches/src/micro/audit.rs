@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dev_box::observe::audit::{AuditLog, AuditOptions};
-use dev_box::observe::metrics::Exporter;
+use dev_box::observe::metrics::{AUDIT_GROUP_SECONDS, Exporter, Timing};
 use dev_box::observe::{AuditEvent, AuditSink, Entry};
 use dev_box_core::clock::SystemClock;
 use tokio::task::JoinSet;
@@ -25,6 +25,8 @@ use crate::registry::NotRun;
 
 /// A file system without a disk.
 const MEMORY: &str = "/dev/shm";
+/// The log's thread.
+pub(crate) const WRITER: &str = "dev-box-audit";
 /// Entries a second that the log is offered.
 const RATE: u32 = 1000;
 /// For how long.
@@ -65,15 +67,14 @@ fn appended(log: &Arc<dyn AuditSink>, exporter: &Exporter) -> Result<Vec<Figure>
     let (mut writer, mut processor, mut waits) = (Vec::new(), Vec::new(), Vec::new());
     // The first second fills the queue, the log's pace and the caches.
     for round in 0..(SECONDS + 1) * RATE / SAMPLE {
-        let before = (written_seconds(exporter), processor_seconds());
+        let now = || (recorded(exporter, &AUDIT_GROUP_SECONDS).0, processor_seconds(WRITER));
+        let before = now();
         let waited = runtime.block_on(sample(log))?;
-        let after = (written_seconds(exporter), processor_seconds());
+        let after = now();
         if round >= RATE / SAMPLE {
             let each = |from: f64, to: f64| (to - from) * 1e9 / f64::from(SAMPLE);
             writer.push(each(before.0, after.0));
-            if let (Some(from), Some(to)) = (before.1, after.1) {
-                processor.push(each(from, to));
-            }
+            processor.push(each(before.1, after.1));
             waits.extend(waited);
         }
     }
@@ -132,18 +133,24 @@ fn bare_sync(dir: &Path) -> Result<Figure, NotRun> {
     Ok(Figure::of("baseline.audit.sync", Unit::Nanoseconds, times))
 }
 
-/// The sum of what the log's groups took until now.
-pub(crate) fn written_seconds(exporter: &Exporter) -> f64 {
-    let text = exporter.render();
-    let sum = text.lines().find_map(|line| line.strip_prefix("dev_box_audit_group_seconds_sum "));
-    sum.and_then(|number| number.trim().parse().ok()).unwrap_or_default()
+/// The sum of a time's samples until now, in seconds, and how many there are.
+pub(crate) fn recorded(exporter: &Exporter, time: &Timing) -> (f64, f64) {
+    let (text, name) = (exporter.render(), time.description.name);
+    let of = |what: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}_{what} ")));
+        line.and_then(|number| number.trim().parse().ok()).unwrap_or_default()
+    };
+    (of("sum"), of("count"))
 }
 
-/// The processor time of the log's thread until now.
-fn processor_seconds() -> Option<f64> {
-    let task = fs::read_dir("/proc/self/task").ok()?.flatten().map(|entry| entry.path()).find(|task| {
-        fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == "dev-box-audit")
-    })?;
-    let times = fs::read_to_string(task.join("schedstat")).ok()?;
-    times.split_whitespace().next()?.parse::<f64>().ok().map(|nanos| nanos / 1e9)
+/// The processor time of this process's threads of that name until now, in seconds.
+pub(crate) fn processor_seconds(threads: &str) -> f64 {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|entry| entry.path());
+    let named = tasks
+        .filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == threads));
+    let nanos = |task: std::path::PathBuf| {
+        let times = fs::read_to_string(task.join("schedstat")).ok()?;
+        times.split_whitespace().next()?.parse::<f64>().ok()
+    };
+    named.filter_map(nanos).sum::<f64>() / 1e9
 }

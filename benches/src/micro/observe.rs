@@ -6,8 +6,9 @@ use dev_box::observe::anomaly::{
     Baseline, Change, Observation, RobustZ, RuleConfig, Seasonal, SeriesDetector, VmWatch,
 };
 use dev_box::observe::metrics::{
-    AUDIT_GROUP_SECONDS, AUDIT_LAG_SECONDS, EXEC_SECONDS, EXECS, Exporter, LEASE_ACQUIRE_SECONDS, Timing,
-    VM_BOOT_SECONDS, VM_CLONE_SECONDS, VM_DESTROY_SECONDS, VM_RESET_SECONDS, VM_SERIES, VmUsage,
+    AUDIT_GROUP_SECONDS, AUDIT_LAG_SECONDS, AUDIT_WAIT_SECONDS, EXEC_SECONDS, EXECS, Exporter,
+    LEASE_ACQUIRE_SECONDS, Timing, VM_BOOT_SECONDS, VM_CLONE_SECONDS, VM_DESTROY_SECONDS, VM_RESET_SECONDS,
+    VM_SERIES, VmUsage,
 };
 
 use crate::figure::{Figure, Unit};
@@ -23,7 +24,7 @@ pub(crate) fn exporter() -> Result<&'static Exporter, NotRun> {
 
 /// Once in every series of a time that there is: all that a daemon may have to render, the rest is there from the start.
 fn record_all_times() {
-    let times: [&Timing; 8] = [
+    let times: [&Timing; 9] = [
         &VM_BOOT_SECONDS,
         &VM_CLONE_SECONDS,
         &VM_RESET_SECONDS,
@@ -32,6 +33,7 @@ fn record_all_times() {
         &EXEC_SECONDS,
         &AUDIT_GROUP_SECONDS,
         &AUDIT_LAG_SECONDS,
+        &AUDIT_WAIT_SECONDS,
     ];
     for time in times {
         // None has more than one label.

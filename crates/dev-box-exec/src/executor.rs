@@ -190,7 +190,7 @@ impl AgentExecutor {
         match acquired {
             Ok(vm) => {
                 act.set_vm(&vm.name);
-                let written = act.finish(dev_box_observe::Outcome::Ok).await;
+                let written = act.settle(dev_box_observe::Outcome::Ok).await;
                 if let Err(error) = written {
                     drop(Leased { provisioner, vm: Some(vm) });
                     return Err(Cause::Audit(error));

@@ -201,7 +201,7 @@ impl WatchedProvisioner {
         count(&vm.facts, took);
         act.set_vm(&vm.name);
         let event = create(request, vm.facts.accelerator, Some(&vm.facts));
-        let written = act.finish_with(event, Outcome::Ok).await;
+        let written = act.settle_with(event, Outcome::Ok).await;
         written.map_err(|source| ProvisionError::Step {
             step: "auditing the VM".to_owned(),
             source: source.into(),
@@ -285,7 +285,7 @@ impl WatchedProvisioner {
                 Outcome::failed(error)
             }
         };
-        match (act.finish(outcome).await, renewed) {
+        match (act.settle(outcome).await, renewed) {
             (Ok(_), renewed) => renewed,
             (Err(_), Err(error)) => Err(error),
             (Err(unwritten), Ok(vm)) => {

@@ -63,7 +63,7 @@ pub(super) async fn ended(act: Act, end: &End, took: Duration) -> Result<(), Cau
         Some(Why::Failed(cause)) => Outcome::failed(cause),
         _ => Outcome::Ok,
     };
-    act.finish_with(event, outcome).await.map(drop).map_err(Cause::Audit)
+    act.settle_with(event, outcome).await.map_err(Cause::Audit)
 }
 
 /// An act that failed. That this cannot be written down either is logged: the failure is already on its way up.

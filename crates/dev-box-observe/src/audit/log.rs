@@ -2,14 +2,17 @@
 //!
 //! ```text
 //!  append ──permit──┐                      ┌─ awaited entry: at once; while the log is busy, when the window is over
-//!  note ──try───────┼─> queue ─> writer ───┤
-//!     └ full: counted                      └─ notes only: when the window is over
+//!  hand_in ─permit──┼─> queue ─> writer ───┤
+//!  note ──try───────┘                      └─ no awaited one: when the window is over
+//!     └ full: counted
 //! ```
 //!
 //! While the writer syncs one group, the next one gathers in the queue; a busy log waits for more of them ([`Pace`]).
 
 use std::{
     collections::VecDeque,
+    future::Future,
+    pin::Pin,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -190,12 +193,24 @@ impl Drop for AuditLog {
 impl AuditSink for AuditLog {
     fn append(&self, entry: Entry) -> AuditFuture<'_> {
         Box::pin(async move {
+            let began = Instant::now();
             let place = self.shared.places.acquire().await.map_err(|_| AuditError::Closed)?;
             let (done, receipt) = oneshot::channel();
             self.shared.push(entry, Some(done))?;
             // The writer gives it back when it takes the entry.
             place.forget();
-            receipt.await.map_err(|_| AuditError::Closed)?
+            let written = receipt.await.map_err(|_| AuditError::Closed)?;
+            metrics::AUDIT_WAIT_SECONDS.record(began.elapsed(), &[]);
+            written
+        })
+    }
+
+    fn hand_in(&self, entry: Entry) -> Pin<Box<dyn Future<Output = Result<(), AuditError>> + Send + '_>> {
+        Box::pin(async move {
+            let place = self.shared.places.acquire().await.map_err(|_| AuditError::Closed)?;
+            self.shared.push(entry, None)?;
+            place.forget();
+            Ok(())
         })
     }
 

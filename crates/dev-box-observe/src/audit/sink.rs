@@ -62,6 +62,16 @@ pub trait AuditSink: std::fmt::Debug + Send + Sync {
     /// the entry may not be on disk; for an intent: do not act.
     fn append(&self, entry: Entry) -> AuditFuture<'_>;
 
+    /// Queues an entry, and waits for a place in the queue, not for the disk: for results, which are on disk before any later intent that
+    /// somebody waits for. One that cannot be written is counted like a [`note`](Self::note) is. Where a sink knows no better, this appends.
+    ///
+    /// # Errors
+    /// [`AuditError::Closed`], and any other where the sink knows at once.
+    fn hand_in(&self, entry: Entry) -> Pin<Box<dyn Future<Output = Result<(), AuditError>> + Send + '_>> {
+        let appended = self.append(entry);
+        Box::pin(async move { appended.await.map(drop) })
+    }
+
     /// Queues an entry without waiting: for facts at a high rate, and for `Drop`. What does not fit is counted, and
     /// the count itself becomes a record ([`AuditEvent::AuditLost`]), so that a loss shows.
     fn note(&self, entry: Entry);
@@ -76,6 +86,10 @@ pub trait AuditSink: std::fmt::Debug + Send + Sync {
 impl<S: AuditSink + ?Sized> AuditSink for Arc<S> {
     fn append(&self, entry: Entry) -> AuditFuture<'_> {
         (**self).append(entry)
+    }
+
+    fn hand_in(&self, entry: Entry) -> Pin<Box<dyn Future<Output = Result<(), AuditError>> + Send + '_>> {
+        (**self).hand_in(entry)
     }
 
     fn note(&self, entry: Entry) {
@@ -167,7 +181,8 @@ impl Act {
     /// As [`AuditSink::append`]. The act has happened; the caller decides what an unaudited result means (a VM is
     /// destroyed, not handed out again).
     pub async fn finish(mut self, outcome: Outcome) -> Result<Receipt, AuditError> {
-        self.write(None, outcome).await
+        let entry = self.result(None, outcome)?;
+        self.sink.append(entry).await
     }
 
     /// Writes the result with an event of its own (an exec's end with its exit status and counts).
@@ -175,16 +190,36 @@ impl Act {
     /// # Errors
     /// As [`finish`](Self::finish).
     pub async fn finish_with(mut self, event: AuditEvent, outcome: Outcome) -> Result<Receipt, AuditError> {
-        self.write(Some(event), outcome).await
+        let entry = self.result(Some(event), outcome)?;
+        self.sink.append(entry).await
     }
 
-    async fn write(&mut self, event: Option<AuditEvent>, outcome: Outcome) -> Result<Receipt, AuditError> {
-        let Some(mut entry) = self.pending.take() else { return Err(AuditError::Closed) };
+    /// As [`finish`](Self::finish), without waiting for the disk ([`AuditSink::hand_in`]): where whatever comes of the act has an intent of
+    /// its own, which is on disk after this.
+    ///
+    /// # Errors
+    /// As [`AuditSink::hand_in`].
+    pub async fn settle(mut self, outcome: Outcome) -> Result<(), AuditError> {
+        let entry = self.result(None, outcome)?;
+        self.sink.hand_in(entry).await
+    }
+
+    /// As [`settle`](Self::settle), with an event of its own.
+    ///
+    /// # Errors
+    /// As [`AuditSink::hand_in`].
+    pub async fn settle_with(mut self, event: AuditEvent, outcome: Outcome) -> Result<(), AuditError> {
+        let entry = self.result(Some(event), outcome)?;
+        self.sink.hand_in(entry).await
+    }
+
+    fn result(&mut self, event: Option<AuditEvent>, outcome: Outcome) -> Result<Entry, AuditError> {
+        let mut entry = self.pending.take().ok_or(AuditError::Closed)?;
         entry.outcome = outcome;
         if let Some(event) = event {
             entry.event = event;
         }
-        self.sink.append(entry).await
+        Ok(entry)
     }
 }
 

@@ -80,6 +80,8 @@ catalogue! {
         "Time to write and sync a group of audit records.", {}
     AUDIT_LAG_SECONDS: Timing = "audit_lag_seconds", Histogram, Seconds,
         "Time the longest waiting entry of a group took to be on disk.", {}
+    AUDIT_WAIT_SECONDS: Timing = "audit_wait_seconds", Histogram, Seconds,
+        "Time somebody waited for an audit entry to be on disk.", {}
     AUDIT_REFUSING: Gauge = "audit_refusing", Gauge, Count,
         "Whether the audit log refuses new work, 1 or 0.", {}
     FINDINGS: Counter = "findings_total", Counter, Count, "Anomalies found, by rule.",

@@ -25,6 +25,25 @@ async fn appended_entries_are_on_disk_when_the_future_resolves() {
 }
 
 #[tokio::test]
+async fn a_settled_result_waits_for_no_disk_and_is_there_before_the_next_intent() {
+    let place = Place::new();
+    let mut options = place.options();
+    options.group_window = Duration::from_secs(600);
+    let log: Arc<dyn AuditSink> = Arc::new(AuditLog::open(options, place.clock.clone()).unwrap());
+    let act = Act::begin(&log, starting()).await.unwrap();
+    act.settle(Outcome::Ok).await.unwrap();
+    assert_eq!(place.actions(), ["audit.genesis", "vm.start"], "nothing else asked for the disk");
+    let next = Act::begin(&log, starting()).await.unwrap();
+    assert_eq!(next.intent_seq(), 4);
+    let status: Vec<_> = place.records().iter().map(|record| record.outcome.status()).collect();
+    assert_eq!(status, ["observed", "intent", "ok", "intent"]);
+    let died = AuditEvent::VmDied { how: "x".into() };
+    next.settle_with(died, Outcome::Ok).await.unwrap();
+    drop(log);
+    assert_eq!(place.actions().last().map(String::as_str), Some("vm.died"), "the end writes it");
+}
+
+#[tokio::test]
 async fn heads_grow_with_the_log_and_no_further() {
     let place = Place::new();
     let heads = place.log_dir().join("heads.jsonl");
