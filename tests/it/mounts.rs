@@ -100,7 +100,22 @@ fn a_kept_vm_has_its_mounts_for_as_long_as_it_lives() {
     let dir = host.root().join("dir");
     fs::create_dir(&dir).unwrap();
     chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
-    let daemon = Daemon::start(&host);
+    let many = dir.join("many");
+    fs::create_dir(&many).unwrap();
+    chown(&many, Some(NOBODY), Some(NOBODY)).unwrap();
+    for n in 1..=40 {
+        let file = many.join(n.to_string());
+        fs::write(&file, "a quiet line of text\n".repeat(150)).unwrap();
+        chown(&file, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let daemon = Daemon::start_with(
+        &host,
+        &[
+            ("DEV_BOX_OBSERVE__SAMPLE_MS", "500"),
+            ("DEV_BOX_OBSERVE__RULES__CHANGE_FILES", "30"),
+            ("DEV_BOX_OBSERVE__PLAN__ACTIONS__MASS_CHANGE", r#"["log"]"#),
+        ],
+    );
     let mount = format!("{}:/d:rw", dir.display());
     host.dev_box(["start", "--name", "m", "--net", "isolated", "--mount", &mount, "--mount-owner", "nobody"])
         .expect_code(0);
@@ -116,8 +131,25 @@ fn a_kept_vm_has_its_mounts_for_as_long_as_it_lives() {
     let records = host.dev_box(["audit", "query", "--action", "files.mount"]).expect_code(0).text();
     assert!(records.contains("\"uid\":65534") && records.contains("\"writable\":true"), "{records}");
     host.dev_box(["audit", "verify"]).expect_code(0);
+    rewritten_in_bulk(&host);
     daemon.stop().expect_code(0);
-    assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 3);
+}
+
+/// Files of the host's that are encrypted, as it looks, are noticed as those of a workspace are.
+fn rewritten_in_bulk(host: &Host) {
+    let sh = |commands: &str| host.dev_box(["exec", "m", "--", "sh", "-c", commands]).expect_code(0);
+    let found = || host.dev_box(["audit", "query", "--action", "anomaly.finding"]).expect_code(0).text();
+    sh("for n in $(seq 20); do echo more >> /d/many/$n; done");
+    assert_eq!(found(), "");
+    sh("for n in $(seq 40); do head -c 3000 /dev/urandom > /d/many/$n; done");
+    wait_until("that is found", SOON, || !found().is_empty());
+    let finding: serde_json::Value = serde_json::from_str(found().trim()).expect("one finding");
+    assert_eq!(
+        (&finding["details"]["rule"], &finding["evidence"]),
+        (&"mass_change".into(), &"host".into()),
+        "{finding}"
+    );
 }
 
 /// QEMU cannot write down a guest that has a share mounted: the error says so, and the guest goes on.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use dev_box::core::clock::{Clock as _, SystemClock};
-use dev_box_tests::{Collector, Host, Running, wait_until};
+use dev_box_tests::{Collector, Host, Running, Screen, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -302,6 +302,11 @@ fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
     let top: Value = serde_json::from_str(&host.dev_box(["top", "--json"]).expect_code(0).text()).unwrap();
     assert_eq!((&top["vms"][0]["name"], top["vms"].as_array().map(Vec::len)), (&vm.as_str().into(), Some(1)));
     assert!(top["vms"][0]["usage"]["cpu_seconds"].as_f64() > Some(0.0), "{top}");
+    let mut screen = Screen::open(&host, &["top", "--every", "500ms"], 24, 100);
+    screen.wait_for(&vm, patience);
+    screen.type_keys("q");
+    let (ended, ..) = screen.finish();
+    ended.expect_code(0);
     let archive = host.root().join("case.tar");
     let mut following = host.start(["audit", "tail", "-f", "-n", "1000"]);
     let made =

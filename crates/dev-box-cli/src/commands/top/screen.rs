@@ -104,7 +104,11 @@ fn table(view: &View) -> Table<'static> {
             rate(row.received),
             terminal::one_line(row.owner.as_bytes()),
         ];
-        let style = if row.state == "ready" { Style::default() } else { Style::default().fg(Color::Yellow) };
+        let style = if matches!(row.state.as_str(), "ready" | "running") {
+            Style::default()
+        } else {
+            Style::default().fg(Color::Yellow)
+        };
         TableRow::new(cells.map(Cell::from)).style(style)
     });
     let widths = [
