@@ -13,6 +13,7 @@ use dev_box::exec::{Cancel, DiscardSink, Job, Provisioner};
 use dev_box::observe::metrics::{AUDIT_WAIT_SECONDS, Exporter};
 use dev_box::provision::TemplateUse;
 use dev_box::{Config, DevBox};
+use tokio::runtime::Runtime;
 
 use super::{Bench, PATIENCE, TEMPLATE, keep_taps};
 use crate::figure::{Figure, Unit};
@@ -34,9 +35,11 @@ pub(super) async fn run(bench: &Bench, wanted: &Wanted, report: &mut Report) -> 
     let exporter = observe::exporter()?;
     let mut watching = tokio::runtime::Builder::new_multi_thread();
     watching.worker_threads(1).thread_name(WATCHING).thread_keep_alive(PATIENCE * 10).enable_all();
-    let watching = watching.build()?;
+    let runtime = watching.build()?;
+    let handle = runtime.handle().clone();
+    let _watching = Watching(Some(runtime));
     let config = Config::load(None)?;
-    let dev_box = watching.spawn(DevBox::open(config)).await??;
+    let dev_box = handle.spawn(DevBox::open(config)).await??;
     for (policy, reset) in [("rewind", ResetPolicy::Rewind), ("replace", ResetPolicy::Replace)] {
         let name = format!("observe.cycle.{policy}");
         if wanted.has(&name) {
@@ -44,8 +47,18 @@ pub(super) async fn run(bench: &Bench, wanted: &Wanted, report: &mut Report) -> 
         }
     }
     dev_box.close().await;
-    watching.shutdown_background();
     Ok(())
+}
+
+/// A runtime that is let go of without waiting, also where that is by an interruption: in async code it would panic otherwise.
+struct Watching(Option<Runtime>);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 async fn cycles(
