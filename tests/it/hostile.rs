@@ -215,3 +215,47 @@ fn a_workspace_made_to_hurt() {
     let done = host.spawn(&mut command).finish().expect_code(125);
     assert!(done.stderr.contains("more than 300 files"), "{}", done.stderr);
 }
+
+/// What a run may have in memory at once, in KiB, and its end; `args` after `dev-box run`.
+fn run_and_weigh(host: &Host, args: &[&str]) -> (u64, dev_box_tests::Finished) {
+    let mut command = host.command();
+    command.env("DEV_BOX_LIMITS__OUTPUT", "1MiB").args(["run", "--net", "isolated", "--timeout", "20m"]);
+    let running = host.spawn(command.args(args));
+    let (run, stop) = (running.id(), std::sync::atomic::AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let weighing = scope.spawn(|| {
+            let mut most = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                most = most.max(dev_box_tests::rss_kib(run).unwrap_or_default());
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            most
+        });
+        let done = running.finish_within(Duration::from_secs(1500));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        (weighing.join().expect("it only looks"), done)
+    })
+}
+
+#[test]
+#[ignore = "long: cargo xtask ci --full"]
+fn eight_gigabytes_of_output_and_a_hundred_thousand_files() {
+    let Some(host) = Host::new("eight_gigabytes_of_output_and_a_hundred_thousand_files") else { return };
+    let (quiet, done) = run_and_weigh(&host, &["--", "true"]);
+    done.expect_code(0);
+    let (flooded, done) = run_and_weigh(&host, &["--", "head", "-c", "8G", "/dev/zero"]);
+    let done = done.expect_code(0);
+    assert_eq!(done.stdout.len(), 1 << 20);
+    assert!(done.stderr.contains("truncated"), "{}", done.stderr);
+    assert!(flooded < quiet + GROWTH_KIB, "{quiet} KiB for `true`, {flooded} KiB for 8 GiB of output");
+    let (many, output) = (100_000, host.root().join("many"));
+    let job = format!("for n in range({many}): open(str(n), 'w').close()");
+    let (burdened, done) =
+        run_and_weigh(&host, &["--output", output.to_str().unwrap(), "--", "python3", "-c", &job]);
+    done.expect_code(0);
+    assert_eq!(fs::read_dir(&output).unwrap().count(), many);
+    assert!(burdened < quiet + GROWTH_KIB, "{quiet} KiB for `true`, {burdened} KiB for {many} files");
+    eprintln!(
+        "most in memory: {quiet} KiB for `true`, {flooded} KiB for 8 GiB, {burdened} KiB for {many} files"
+    );
+}
