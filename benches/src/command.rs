@@ -117,7 +117,7 @@ impl Alone {
         };
         transfer::put_file(&vm.session, file, &mut tokio::fs::File::open(program).await?).await?;
         let port = Port::plug_in(vm).await?;
-        let pipe = port.open(&vm.session, &format!("exec {IN_GUEST} serve <&3 >&3")).await?;
+        let pipe = port.open(&vm.session, &format!("exec {IN_GUEST} <&3 >&3")).await?;
         Ok(Self { pipe })
     }
 

@@ -1,10 +1,9 @@
 //! What `/bin/true` costs in a guest without an agent, without frames, checks or reports.
 //!
-//! Run as root inside a VM: `spawn_baseline` prints figures of its own; `spawn_baseline serve` answers at its input and output, which `cargo xtask
-//! bench` makes a virtio-serial port. A byte asks: `p` for the program spawned and waited for by this process; `i` for the same by the
-//! first process of PID, mount and IPC namespaces in a control group of its own, with two pipes for its outputs that are read to their ends
-//! here. That process waits for the next each time, as a job's init does. The answer is how many nanoseconds it took, in eight bytes, the
-//! least significant first.
+//! Run as root inside a VM, it answers at its input and output, which `cargo xtask bench exec.true` makes a virtio-serial port. A byte asks: `p`
+//! for the program spawned and waited for by this process; `i` for the same by the first process of PID, mount and IPC namespaces in a
+//! control group of its own, with two pipes for its outputs that are read to their ends here. That process waits for the next each time, as
+//! a job's init does. The answer is how many nanoseconds it took, in eight bytes, the least significant first.
 
 use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -17,10 +16,8 @@ use nix::sys::socket::{
 };
 
 const GROUP: &str = "/sys/fs/cgroup/spawn-baseline";
-const ROUNDS: usize = 300;
 
 fn main() -> std::io::Result<()> {
-    let asked = std::env::args().nth(1).is_some_and(|word| word == "serve");
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     std::fs::create_dir_all(GROUP)?;
     if helper()? == 0 {
@@ -28,11 +25,11 @@ fn main() -> std::io::Result<()> {
         return spawn_for(&theirs);
     }
     drop(theirs);
-    if asked { serve(&ours) } else { by_turns(&ours) }
+    answer(&ours)
 }
 
 /// Answers until nobody can ask any more.
-fn serve(helper: &OwnedFd) -> std::io::Result<()> {
+fn answer(helper: &OwnedFd) -> std::io::Result<()> {
     let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
     let mut asked = [0];
     while input.read(&mut asked)? == 1 {
@@ -41,16 +38,6 @@ fn serve(helper: &OwnedFd) -> std::io::Result<()> {
         output.flush()?;
     }
     Ok(())
-}
-
-fn by_turns(helper: &OwnedFd) -> std::io::Result<()> {
-    let (mut of_plain, mut of_isolated) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        of_plain.push(plain()?);
-        of_isolated.push(isolated(helper)?);
-    }
-    show("spawn and wait", &mut of_plain)?;
-    show("isolated spawn and wait", &mut of_isolated)
 }
 
 fn plain() -> std::io::Result<Duration> {
@@ -110,12 +97,4 @@ fn spawn_for(socket: &OwnedFd) -> std::io::Result<()> {
         Command::new("/bin/true").env_clear().stdin(Stdio::null()).stdout(output).stderr(errors).status()?;
         nix::unistd::write(socket, b".")?;
     }
-}
-
-fn show(name: &str, times: &mut [Duration]) -> std::io::Result<()> {
-    times.sort_unstable();
-    let at =
-        |part: usize| times.get(times.len() * part / 100).copied().unwrap_or_default().as_secs_f64() * 1e3;
-    let mut out = std::io::stdout();
-    writeln!(out, "{name:24} p10 {:6.2}  p50 {:6.2}  p99 {:6.2} ms", at(10), at(50), at(99))
 }
