@@ -3,9 +3,11 @@
 use std::fs;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use dev_box_tests::{Daemon, Host, wait_until};
+use dev_box_tests::{Daemon, Finished, Host, rss_kib, wait_until};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -46,7 +48,7 @@ fn floods_do_not_grow_the_daemon(host: &Host, daemon: &Daemon) {
     let until = Instant::now() + Duration::from_secs(4);
     while Instant::now() < until {
         most = most.max(daemon.rss_kib());
-        std::thread::sleep(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(100));
     }
     assert!(most < before + GROWTH_KIB, "{before} KiB before, {most} KiB while guests flood");
     // The host keeps the clock, whatever the guest sends.
@@ -217,22 +219,22 @@ fn a_workspace_made_to_hurt() {
 }
 
 /// What a run may have in memory at once, in KiB, and its end; `args` after `dev-box run`.
-fn run_and_weigh(host: &Host, args: &[&str]) -> (u64, dev_box_tests::Finished) {
+fn run_and_weigh(host: &Host, args: &[&str]) -> (u64, Finished) {
     let mut command = host.command();
     command.env("DEV_BOX_LIMITS__OUTPUT", "1MiB").args(["run", "--net", "isolated", "--timeout", "20m"]);
     let running = host.spawn(command.args(args));
-    let (run, stop) = (running.id(), std::sync::atomic::AtomicBool::new(false));
-    std::thread::scope(|scope| {
+    let (run, stop) = (running.id(), AtomicBool::new(false));
+    thread::scope(|scope| {
         let weighing = scope.spawn(|| {
             let mut most = 0;
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                most = most.max(dev_box_tests::rss_kib(run).unwrap_or_default());
-                std::thread::sleep(Duration::from_millis(100));
+            while !stop.load(Ordering::Relaxed) {
+                most = most.max(rss_kib(run).unwrap_or_default());
+                thread::sleep(Duration::from_millis(100));
             }
             most
         });
         let done = running.finish_within(Duration::from_secs(1500));
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        stop.store(true, Ordering::Relaxed);
         (weighing.join().expect("it only looks"), done)
     })
 }

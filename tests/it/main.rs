@@ -11,6 +11,7 @@ mod daemon;
 mod daemon_fork;
 mod daemon_pool;
 mod doctor;
+mod files;
 mod firewall;
 mod honest;
 mod hostile;
