@@ -101,7 +101,14 @@ impl Bench {
             .build(&images, &Build::packages("default".parse().unwrap(), agent), &Quiet)
             .unwrap();
         let firewall = Arc::new(FakeFirewall::new());
-        let host = HostPaths { interfaces: root.path().join("interfaces"), ..HostPaths::default() };
+        let forwards = root.path().join("forwards");
+        fs::write(&forwards, "1").unwrap();
+        let host = HostPaths {
+            interfaces: root.path().join("interfaces"),
+            ip_forward: forwards.clone(),
+            ipv6_forward: forwards,
+            ..HostPaths::default()
+        };
         let network = VmNetwork::new(
             NetSettings {
                 host,
