@@ -28,7 +28,6 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use dev_box_comm::hello::GuestHello;
-use dev_box_comm::message::Configure;
 use dev_box_comm::session::Session;
 use dev_box_comm::transport::{self, Dial, Preference, Probes, TransportKind};
 use dev_box_core::accel::{self, Accelerator};
@@ -53,7 +52,7 @@ use crate::admission::{HostMemory, MemoryLimits, Promises};
 use crate::blocking::{self, BlockingError};
 use crate::console;
 use crate::holds::Holds;
-use crate::identity::{self, EntropyError};
+use crate::identity;
 use crate::machine::Machine;
 use crate::mounts;
 use crate::network_watch::{self, NetworkNews};
@@ -257,11 +256,18 @@ impl LibvirtProvisioner {
         VmDir::overlay_in(&self.vms(), name)
     }
 
-    /// What a VM of ours was told of itself when it was made, to be told again.
-    pub(crate) fn identity_again(&self, name: &VmName) -> Result<Configure, EntropyError> {
-        let machines = self.0.machines();
-        let lease = machines.get(name).and_then(|machine| machine.lease.as_ref());
-        identity::identity(name, VmId::random(), &*self.0.clock, lease.map(identity::network_again))
+    /// Tells a VM of ours again what it was told of itself when it was made.
+    pub(crate) async fn tell_again(
+        &self,
+        vm: &ReadyVm,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let network = self
+            .0
+            .machines()
+            .get(&vm.name)
+            .and_then(|machine| machine.lease.as_ref().map(identity::network_again));
+        let identity = identity::identity(&vm.name, VmId::random(), network)?;
+        Ok(identity::tell(&vm.session, &*self.0.clock, identity).await?)
     }
 
     /// Boots a VM whose memory lies in `ram`.

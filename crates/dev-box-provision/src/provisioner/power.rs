@@ -1,12 +1,12 @@
 //! A VM stopped in the middle of what it does, and let run on.
 
-use dev_box_comm::message::{Configure, Request};
 use dev_box_comm::session::{CallError, DeadlineHold, Session};
 use dev_box_core::id::VmName;
 use dev_box_core::vm::{Vm, VmError};
 use tokio::time::timeout;
 
 use super::LibvirtProvisioner;
+use crate::identity;
 
 /// How long the agent of a VM that runs on may take to set its clock.
 const ANSWER: std::time::Duration = std::time::Duration::from_secs(10);
@@ -89,10 +89,8 @@ impl LibvirtProvisioner {
             return Err(ResumeError::Held);
         }
         Vm::find(&self.0.connection, vm.as_str()).await?.resume().await?;
-        let now = Configure { unix_time_ns: Some(self.0.clock.now().unix_nanos()), ..Configure::default() };
-        match timeout(ANSWER, session.call(Request::Configure(now))).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(ResumeError::Clock(error)),
+        match timeout(ANSWER, identity::set_clock(session, &*self.0.clock)).await {
+            Ok(set) => set.map_err(ResumeError::Clock),
             Err(_) => Err(ResumeError::Silent),
         }
     }

@@ -4,7 +4,6 @@ use std::os::unix::fs::chown;
 use std::time::Duration;
 
 use dev_box_comm::hello::GuestHello;
-use dev_box_comm::message::Request;
 use dev_box_comm::session::Session;
 use dev_box_comm::share;
 use dev_box_core::accel::Accelerator;
@@ -219,10 +218,10 @@ impl Inner {
     ) -> Result<(), ProvisionError> {
         let lease = machine.lease.as_ref();
         let network = lease.map(|lease| network_config(lease, agent)).transpose().map_err(unsatisfiable)?;
-        let identity =
-            identity::identity(name, id, &*self.clock, network).map_err(step("configuring the guest"))?;
-        let configured =
-            async { session.call(Request::Configure(identity)).await.map_err(step("configuring the guest")) };
+        let identity = identity::identity(name, id, network).map_err(step("configuring the guest"))?;
+        let configured = async {
+            identity::tell(session, &*self.clock, identity).await.map_err(step("configuring the guest"))
+        };
         let verified = async {
             match lease {
                 Some(lease) => self.verified(&lease.vm).await.map_err(step("verifying the VM's network")),

@@ -193,7 +193,7 @@ impl LibvirtProvisioner {
         executor: &AgentExecutor,
         cancel: &Cancel,
     ) -> Result<(), Box<dyn std::error::Error + Send + std::marker::Sync>> {
-        vm.session.call(Request::Configure(self.identity_again(&vm.name)?)).await?;
+        self.tell_again(vm).await?;
         let mut command = Job::new(["/bin/sh", "-c", REHEARSED]);
         command.timeout = Some(REHEARSAL / 2);
         executor.execute(vm, command, Arc::new(DiscardSink), cancel.clone()).await;

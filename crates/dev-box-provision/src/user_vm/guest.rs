@@ -89,10 +89,10 @@ impl UserVms {
         let (session, agent) = self.connect(held, patience).await?;
         let network = lease.map(|lease| network_config(lease, &agent)).transpose();
         let network = network.map_err(|error| UserVmError::OldAgent(error.to_string()))?;
-        let identity = identity::identity(name, held.record.id, &*self.clock, network)
+        let identity = identity::identity(name, held.record.id, network)
             .map_err(|error| UserVmError::Interrupted(Box::new(error)))?;
         let told = async {
-            let told = session.call(Request::Configure(identity)).await;
+            let told = identity::tell(&session, &*self.clock, identity).await;
             told.map_err(|source| UserVmError::Identity { name: name.clone(), source })?;
             if let Err(error) = offer_shell(&session).await {
                 tracing::warn!(vm = %name, error, "there is no shell on its console");

@@ -5,16 +5,19 @@
 
 use std::sync::Arc;
 
-use dev_box_comm::message::{Configure, Request};
 use dev_box_comm::session::{DeadlineHold, Session};
 use dev_box_core::connection::ConnectionEvent;
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::DomainEventKind;
 use dev_box_core::state::VmState;
 use tokio::sync::broadcast;
-use tokio::time::timeout;
+use tokio::time::{Duration, timeout};
 
-use super::{PATIENCE, Shared, whole};
+use super::{Shared, whole};
+use crate::identity;
+
+/// How long the agent of a VM that goes on may take to set its clock. Nothing else is asked of it meanwhile.
+const WAKING: Duration = Duration::from_secs(10);
 
 /// Whether a VM's CPUs stand.
 #[derive(Debug, Clone)]
@@ -63,16 +66,14 @@ pub(super) fn saw(shared: &Arc<Shared>, vm: &VmName, state: VmState) {
 }
 
 async fn wake(shared: Arc<Shared>, vm: VmName, session: Session, stops: u64) {
-    let now = shared.parts.clock.now().unix_nanos();
-    let now = Configure { unix_time_ns: Some(now), ..Configure::default() };
-    let answer = timeout(PATIENCE, session.call(Request::Configure(now))).await;
+    let answer = timeout(WAKING, identity::set_clock(&session, &*shared.parts.clock)).await;
     // Gone, or stopped again: then its clock is set another time.
     match whole(&shared.vms).get_mut(&vm).filter(|watched| watched.stops == stops) {
         Some(watched) => watched.still = Still::Runs,
         None => return,
     }
     match answer {
-        Ok(Ok(_)) => {}
+        Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::warn!(%vm, error = &error as &dyn std::error::Error, "its clock is late");
         }
