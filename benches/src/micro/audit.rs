@@ -53,7 +53,8 @@ pub(crate) fn run() -> Result<Vec<Figure>, NotRun> {
 }
 
 fn open(dir: &Path) -> Result<Arc<dyn AuditSink>, NotRun> {
-    let options = AuditOptions::new(dir.join("audit"), dir.join("first.key"));
+    let mut options = AuditOptions::new(dir.join("audit"), dir.join("first.key"));
+    options.real_time = true;
     Ok(Arc::new(AuditLog::open(options, Arc::new(SystemClock))?))
 }
 

@@ -256,7 +256,7 @@ impl Ending {
 
     async fn write(
         self,
-        act: Act,
+        mut act: Act,
         relayed: &Relayed,
         took: Duration,
     ) -> Result<(), dev_box_observe::AuditError> {
@@ -284,11 +284,10 @@ impl Ending {
                 Some(AuditEvent::FilesOut { root, totals: totals(relayed.output), digest: None })
             }
         };
-        match event {
-            Some(event) => act.finish_with(event, outcome).await,
-            None => act.finish(outcome).await,
+        if let Some(event) = event {
+            act.set_event(event);
         }
-        .map(drop)
+        act.finish(outcome).await.map(drop)
     }
 }
 

@@ -200,8 +200,8 @@ impl WatchedProvisioner {
     ) -> Result<(), ProvisionError> {
         count(&vm.facts, took);
         act.set_vm(&vm.name);
-        let event = create(request, vm.facts.accelerator, Some(&vm.facts));
-        let written = act.settle_with(event, Outcome::Ok).await;
+        act.set_event(create(request, vm.facts.accelerator, Some(&vm.facts)));
+        let written = act.settle(Outcome::Ok).await;
         written.map_err(|source| ProvisionError::Step {
             step: "auditing the VM".to_owned(),
             source: source.into(),

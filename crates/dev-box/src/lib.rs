@@ -402,7 +402,9 @@ pub fn actor() -> Actor {
 /// # Errors
 /// [`OpenError::Audit`].
 pub async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditLog, OpenError> {
-    let options = AuditOptions::new(config.audit_dir(), config.audit_key());
+    let mut options = AuditOptions::new(config.audit_dir(), config.audit_key());
+    // VMs take all the processors there are.
+    options.real_time = true;
     Ok(blocking::run(move || AuditLog::open(options, clock)).await?)
 }
 

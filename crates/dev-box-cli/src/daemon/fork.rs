@@ -107,7 +107,7 @@ impl Daemon {
         let (original, _) = self.vms.original(name)?;
         let domain = original.vm.clone();
         let event = |paused_ms| AuditEvent::VmFork { clones: count, paused_ms };
-        let act = self.begin(event(None), &domain, peer).await?;
+        let mut act = self.begin(event(None), &domain, peer).await?;
         let watched = self.dev_box.watched_provisioner();
         watched.paused(&domain, true);
         let clones = usize::try_from(count).unwrap_or(usize::MAX);
@@ -118,7 +118,8 @@ impl Daemon {
             Ok(fork) => {
                 let paused_ms = milliseconds(fork.paused());
                 self.events.say(Happening::VmForked { vm: name.clone(), clones: count, paused_ms });
-                act.finish_with(event(Some(paused_ms)), Outcome::Ok).await?;
+                act.set_event(event(Some(paused_ms)));
+                act.finish(Outcome::Ok).await?;
                 Ok(fork)
             }
             Err(error) => {

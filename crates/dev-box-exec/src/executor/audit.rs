@@ -42,7 +42,7 @@ impl Who<'_> {
 }
 
 /// The end of a command that had started.
-pub(super) async fn ended(act: Act, end: &End, took: Duration) -> Result<(), Cause> {
+pub(super) async fn ended(mut act: Act, end: &End, took: Duration) -> Result<(), Cause> {
     let exit = match (&end.why, &end.exited) {
         (Some(Why::TimedOut), _) => ExitStatus::TimedOut,
         (Some(Why::Cancelled), _) => ExitStatus::Cancelled,
@@ -52,18 +52,18 @@ pub(super) async fn ended(act: Act, end: &End, took: Duration) -> Result<(), Cau
         },
         (_, None) => ExitStatus::Lost,
     };
-    let event = AuditEvent::ExecEnd {
+    act.set_event(AuditEvent::ExecEnd {
         exit,
         stdout_bytes: end.stdout.total,
         stderr_bytes: end.stderr.total,
         truncated: end.stdout.truncated || end.stderr.truncated,
         took_ms: millis(took),
-    };
+    });
     let outcome = match &end.why {
         Some(Why::Failed(cause)) => Outcome::failed(cause),
         _ => Outcome::Ok,
     };
-    act.settle_with(event, outcome).await.map_err(Cause::Audit)
+    act.settle(outcome).await.map_err(Cause::Audit)
 }
 
 /// An act that failed. That this cannot be written down either is logged: the failure is already on its way up.

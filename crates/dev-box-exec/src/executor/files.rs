@@ -120,13 +120,13 @@ pub(super) async fn inject(
             return Err(cause);
         }
     };
-    if let Some(act) = act {
+    if let Some(mut act) = act {
         let files = staged.manifest.files();
         measure::brought_in(files, staged.bytes);
         let totals = FileTotals { files, bytes: staged.bytes, skipped: staged.skipped.len() as u64 };
         let digest = Some(staged.manifest.digest().into());
-        let event = AuditEvent::FilesIn { root, totals, digest };
-        act.finish_with(event, dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
+        act.set_event(AuditEvent::FilesIn { root, totals, digest });
+        act.finish(dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
     }
     warn_of(warnings, "not copied into the VM", &staged.skipped);
     let mount = Mount {
@@ -250,7 +250,7 @@ async fn bring_out(
     };
     let root = audit::path(root);
     let event = AuditEvent::FilesOut { root: root.clone(), totals: FileTotals::default(), digest: None };
-    let act = Act::begin(who.sink, who.entry(Entry::intent(event))).await.map_err(Cause::Audit)?;
+    let mut act = Act::begin(who.sink, who.entry(Entry::intent(event))).await.map_err(Cause::Audit)?;
     let (share, owner) = (injected.share.clone(), injected.share_owner);
     let (manifest, limits) = (Arc::clone(&injected.manifest), injected.workspace.limits_out);
     let tag: String = who.job.to_string().chars().take(8).collect();
@@ -272,8 +272,8 @@ async fn bring_out(
             };
             measure::brought_out(totals.files, totals.bytes, totals.skipped);
             let digest = files.digest.as_deref().map(Text::new);
-            let event = AuditEvent::FilesOut { root, totals, digest };
-            act.finish_with(event, dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
+            act.set_event(AuditEvent::FilesOut { root, totals, digest });
+            act.finish(dev_box_observe::Outcome::Ok).await.map_err(Cause::Audit)?;
             Ok(files)
         }
         Err(cause) => {

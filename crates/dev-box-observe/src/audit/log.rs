@@ -12,6 +12,7 @@
 use std::{
     collections::VecDeque,
     future::Future,
+    io,
     pin::Pin,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
@@ -136,6 +137,7 @@ impl AuditLog {
         clock: Arc<dyn Clock>,
         volume: Arc<dyn Volume>,
     ) -> Result<Self, OpenError> {
+        let real_time = options.real_time;
         let places = options.queue.clamp(1, Semaphore::MAX_PERMITS);
         let journal = Journal::open(options, clock, volume)?;
         let shared = Arc::new(Shared {
@@ -147,7 +149,12 @@ impl AuditLog {
         let theirs = Arc::clone(&shared);
         let writer = std::thread::Builder::new()
             .name("dev-box-audit".to_owned())
-            .spawn(move || write_groups(&theirs, journal))
+            .spawn(move || {
+                if real_time && let Err(error) = go_first() {
+                    tracing::debug!(%error, "the audit writer waits for its turn like others");
+                }
+                write_groups(&theirs, journal);
+            })
             .map_err(OpenError::Thread)?;
         Ok(Self { shared, writer: Some(writer) })
     }
@@ -180,7 +187,7 @@ pub fn prune(options: AuditOptions, clock: Arc<dyn Clock>, before: EasternTime) 
     let mut journal = Journal::open(options, clock, Arc::new(Disk))?;
     journal.prune(before.unix_nanos()).map_err(|error| match error {
         AuditError::Tampered { what } => OpenError::Tampered { what },
-        other => OpenError::Io { path: dir, source: std::io::Error::other(other) },
+        other => OpenError::Io { path: dir, source: io::Error::other(other) },
     })
 }
 
@@ -251,6 +258,16 @@ impl Drop for Ending<'_> {
         queue.closed = true;
         queue.waiting.clear();
     }
+}
+
+/// Has this thread, and what it starts not, run as soon as it can.
+pub(super) fn go_first() -> io::Result<()> {
+    let least = libc::sched_param { sched_priority: 1 };
+    #[expect(unsafe_code, reason = "sched_setscheduler has no safe wrapper")]
+    // SAFETY: plain numbers, of this thread.
+    let refused =
+        unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const least) };
+    if refused == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn write_groups(shared: &Shared, mut journal: Journal) {

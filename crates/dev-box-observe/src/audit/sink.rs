@@ -175,22 +175,20 @@ impl Act {
         }
     }
 
-    /// Writes the result, with the same event as the intent.
+    /// Says with another event how it came out: an exec's end has its exit status and counts.
+    pub fn set_event(&mut self, event: AuditEvent) {
+        if let Some(entry) = &mut self.pending {
+            entry.event = event;
+        }
+    }
+
+    /// Writes the result, with the event of the intent where nobody [set another](Self::set_event).
     ///
     /// # Errors
     /// As [`AuditSink::append`]. The act has happened; the caller decides what an unaudited result means (a VM is
     /// destroyed, not handed out again).
     pub async fn finish(mut self, outcome: Outcome) -> Result<Receipt, AuditError> {
-        let entry = self.result(None, outcome)?;
-        self.sink.append(entry).await
-    }
-
-    /// Writes the result with an event of its own (an exec's end with its exit status and counts).
-    ///
-    /// # Errors
-    /// As [`finish`](Self::finish).
-    pub async fn finish_with(mut self, event: AuditEvent, outcome: Outcome) -> Result<Receipt, AuditError> {
-        let entry = self.result(Some(event), outcome)?;
+        let entry = self.result(outcome)?;
         self.sink.append(entry).await
     }
 
@@ -200,26 +198,13 @@ impl Act {
     /// # Errors
     /// As [`AuditSink::hand_in`].
     pub async fn settle(mut self, outcome: Outcome) -> Result<(), AuditError> {
-        let entry = self.result(None, outcome)?;
+        let entry = self.result(outcome)?;
         self.sink.hand_in(entry).await
     }
 
-    /// As [`settle`](Self::settle), with an event of its own.
-    ///
-    /// # Errors
-    /// As [`AuditSink::hand_in`].
-    pub async fn settle_with(mut self, event: AuditEvent, outcome: Outcome) -> Result<(), AuditError> {
-        let entry = self.result(Some(event), outcome)?;
-        self.sink.hand_in(entry).await
-    }
-
-    fn result(&mut self, event: Option<AuditEvent>, outcome: Outcome) -> Result<Entry, AuditError> {
-        let mut entry = self.pending.take().ok_or(AuditError::Closed)?;
-        entry.outcome = outcome;
-        if let Some(event) = event {
-            entry.event = event;
-        }
-        Ok(entry)
+    fn result(&mut self, outcome: Outcome) -> Result<Entry, AuditError> {
+        let entry = self.pending.take().ok_or(AuditError::Closed)?;
+        Ok(Entry { outcome, ..entry })
     }
 }
 

@@ -41,9 +41,9 @@ async fn an_act_that_is_dropped_was_abandoned() {
 #[tokio::test]
 async fn an_act_may_end_with_another_event() {
     let (recording, sink) = recording();
-    let act = Act::begin(&sink, starting()).await.unwrap();
-    let failed = Outcome::failed(&std::io::Error::other("no"));
-    act.finish_with(AuditEvent::VmDied { how: "x".into() }, failed).await.unwrap();
+    let mut act = Act::begin(&sink, starting()).await.unwrap();
+    act.set_event(AuditEvent::VmDied { how: "x".into() });
+    act.finish(Outcome::failed(&std::io::Error::other("no"))).await.unwrap();
     assert_eq!(recording.actions(), ["vm.start:intent", "vm.died:failed"]);
 }
 

@@ -33,14 +33,39 @@ async fn a_settled_result_waits_for_no_disk_and_is_there_before_the_next_intent(
     let act = Act::begin(&log, starting()).await.unwrap();
     act.settle(Outcome::Ok).await.unwrap();
     assert_eq!(place.actions(), ["audit.genesis", "vm.start"], "nothing else asked for the disk");
-    let next = Act::begin(&log, starting()).await.unwrap();
+    let mut next = Act::begin(&log, starting()).await.unwrap();
     assert_eq!(next.intent_seq(), 4);
     let status: Vec<_> = place.records().iter().map(|record| record.outcome.status()).collect();
     assert_eq!(status, ["observed", "intent", "ok", "intent"]);
-    let died = AuditEvent::VmDied { how: "x".into() };
-    next.settle_with(died, Outcome::Ok).await.unwrap();
+    next.set_event(AuditEvent::VmDied { how: "x".into() });
+    next.settle(Outcome::Ok).await.unwrap();
     drop(log);
     assert_eq!(place.actions().last().map(String::as_str), Some("vm.died"), "the end writes it");
+}
+
+/// The scheduling policy of a thread of this process (proc_pid_stat(5), field 41).
+fn policy(thread: &str) -> Option<String> {
+    std::fs::read_dir("/proc/self/task").unwrap().flatten().find_map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        let (before, after) = stat.rsplit_once(')')?;
+        before.ends_with(thread).then(|| after.split_whitespace().nth(38).map(str::to_owned))?
+    })
+}
+
+#[tokio::test]
+async fn the_writer_goes_first_where_it_is_asked_to_and_may() {
+    let place = Place::new();
+    let writer = async |real_time| {
+        let options = AuditOptions { real_time, ..place.options() };
+        let log = AuditLog::open(options, place.clock.clone()).unwrap();
+        log.append(fact(2)).await.unwrap();
+        let policy = policy("dev-box-audit");
+        log.close();
+        policy
+    };
+    assert_eq!(writer(false).await.as_deref(), Some("0"), "SCHED_OTHER");
+    let may = std::thread::spawn(|| super::super::log::go_first().is_ok()).join().unwrap();
+    assert_eq!(writer(true).await.as_deref(), Some(if may { "2" } else { "0" }), "SCHED_RR");
 }
 
 #[tokio::test]
