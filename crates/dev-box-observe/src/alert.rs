@@ -58,7 +58,7 @@ pub enum AlertError {
     #[error("cannot encode the alert")]
     Encode(#[source] serde_json::Error),
     /// The receiver does not want it.
-    #[error("the webhook answered {status}: check alert.url and the secret at its end")]
+    #[error("the webhook answered {status}: check its URL, and the secret at its end")]
     Refused {
         /// Its answer.
         status: u16,
