@@ -35,7 +35,7 @@ pub struct AuditOptions {
     /// How long to wait for another process that writes (default 5 s).
     pub lock_timeout: Duration,
     /// Whether the writer's thread goes before all that is not real-time, as `SCHED_RR` of the least priority (sched(7); default no): on a host
-    /// whose processors are all taken, intents wait for the disk then, and not for a turn. It computes for some ten microseconds an entry. What
+    /// whose processors are all taken, intents wait for the disk then, and not for a turn. It computes for some tens of microseconds an entry. What
     /// the kernel refuses (it takes `CAP_SYS_NICE`) is logged, and not asked for again.
     pub real_time: bool,
 }
