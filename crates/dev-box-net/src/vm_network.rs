@@ -175,6 +175,19 @@ impl NetLease {
         }
     }
 
+    /// What is on record: another process may have changed the policy ([`VmNetwork::change_policy_of`]). Read while
+    /// changes are locked out.
+    fn record(&self) -> LeaseRecord {
+        self.lock.record().unwrap_or_else(|| LeaseRecord {
+            vm: self.vm.clone(),
+            policy: self.policy.clone(),
+            filter: self.filter.clone(),
+            filter_policy: (self.filter_policy != self.policy).then(|| self.filter_policy.clone()),
+            fingerprint: None,
+            tap: self.tap_use(),
+        })
+    }
+
     /// The network that it is in.
     pub fn shape(&self) -> &NetworkShape {
         &self.shape
@@ -372,40 +385,6 @@ impl VmNetwork {
             tracing::warn!(vm = %record.vm, %address, error = %undo, "what a failed attach left is for the next sweep");
         }
         error
-    }
-
-    /// Changes what a VM may do, at once and for established connections too. The nwfilter of its interface stays as
-    /// it was when the VM started, so that a policy can be narrowed by this, and widened only as far as that filter.
-    ///
-    /// # Errors
-    /// [`NetError`]; the old rules hold then, and of the names none are served if they were to change.
-    pub fn change_policy(&self, lease: &mut NetLease, policy: &EgressPolicy) -> Result<(), NetError> {
-        let record = LeaseRecord {
-            vm: lease.vm.clone(),
-            policy: lease.filter_policy.clone(),
-            filter: lease.filter.clone(),
-            filter_policy: None,
-            fingerprint: None,
-            tap: lease.tap_use(),
-        };
-        let record = record.under(policy.clone());
-        let other_names = policy.names() != lease.policy.names();
-        if other_names {
-            // Before the set is emptied: an answer in between would open an old name's address.
-            self.resolver.stop(lease.address)?;
-        }
-        self.apply(&lease.shape, record, &mut lease.lock, other_names)?;
-        lease.policy = policy.clone();
-        Ok(())
-    }
-
-    /// Puts a VM's rules back as they were, after [`VmNetwork::verify`] found them changed.
-    ///
-    /// # Errors
-    /// [`NetError`].
-    pub fn restore(&self, lease: &mut NetLease) -> Result<(), NetError> {
-        let policy = lease.policy.clone();
-        self.change_policy(lease, &policy)
     }
 
     /// Whether every layer of a VM's network stands, by what is on record of its lease. A look at the firewall and two
@@ -630,6 +609,12 @@ impl VmNetwork {
 
     /// Held while network, leases and filters are changed together. Freed when dropped.
     fn lock(&self) -> Result<File, NetError> {
+        let (file, path) = self.lock_file()?;
+        file.lock().map_err(|source| NetError::Host { path, what: "locked", source })?;
+        Ok(file)
+    }
+
+    fn lock_file(&self) -> Result<(File, PathBuf), NetError> {
         let failed = |path: &PathBuf, what| {
             let path = path.clone();
             move |source| NetError::Host { path, what, source }
@@ -638,9 +623,7 @@ impl VmNetwork {
         std::fs::create_dir_all(dir).map_err(failed(dir, "made"))?;
         let path = dir.join(format!("{}.lock", self.settings.name));
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(failed(&path, "opened"))?;
-        file.lock().map_err(failed(&path, "locked"))?;
-        Ok(file)
+        Ok((file.map_err(failed(&path, "opened"))?, path))
     }
 }
 

@@ -194,7 +194,10 @@ impl Site {
         self.shown(vm)["traffic"]["dropped"][reason]["packets"].as_u64().unwrap_or_default()
     }
 
+    /// Nobody has found a change of policy to be tampering.
     fn end(mut self, vms: &[&str]) {
+        let found = self.host.dev_box(["audit", "query", "--action", "net.guard_lost"]).expect_code(0).text();
+        assert_eq!(found, "");
         for vm in vms {
             self.host.dev_box(["rm", vm]).expect_code(0);
         }

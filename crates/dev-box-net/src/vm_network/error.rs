@@ -71,6 +71,12 @@ pub enum NetError {
         /// The VM.
         vm: VmName,
     },
+    /// its first rules are not there yet
+    #[error("the network of {vm} is just being made: try again when the VM runs")]
+    Starting {
+        /// The VM.
+        vm: VmName,
+    },
     /// the host does not tell
     #[error("{path} cannot be {what}")]
     Host {

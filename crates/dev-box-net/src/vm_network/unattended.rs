@@ -29,6 +29,7 @@ impl VmNetwork {
         let Some(mut lock) = named.map(|address| leases.adopt(address)).transpose()?.flatten() else {
             return Ok(None);
         };
+        let _lock = self.lock()?;
         // Somebody else may have had it, and gone, between the look and the lock.
         let Some(record) = lock.record().filter(|record| record.vm == *vm) else { return Ok(None) };
         if record.fingerprint.is_none() {

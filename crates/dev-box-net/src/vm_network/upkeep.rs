@@ -2,15 +2,18 @@
 //! on record of its lease, so that the process that owns the VM need not be asked.
 
 use std::collections::BTreeMap;
+use std::fs::TryLockError;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{Networks, NwFilters};
 
-use super::{GuardState, LeaseSummary, NetError, Verification, VmNetwork, ensure_filter, libvirt_failed};
+use super::{
+    GuardState, LeaseSummary, NetError, NetLease, Verification, VmNetwork, ensure_filter, libvirt_failed,
+};
 use crate::identity::{mac_of, tap_of};
 use crate::lease::{LeaseRecord, TapUse};
 use crate::network::NetworkShape;
@@ -22,14 +25,44 @@ use crate::xml::nwfilter::nwfilter;
 const LOOKS: u32 = 3;
 /// From one look to the next.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(150);
+/// How long whoever changes a VM's network has for it before what is missing meanwhile counts as gone.
+const CHANGED_WITHIN: Duration = Duration::from_secs(2);
+/// From one try for the lock to the next.
+const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 impl VmNetwork {
     /// Whether every layer stands, of every VM on record: one look at the firewall and two questions to libvirt,
-    /// however many there are.
+    /// however many there are. What is missing counts once nobody is just changing it: another look follows then,
+    /// after at most two seconds.
     ///
     /// # Errors
     /// [`NetError`] when that cannot be found out.
     pub fn verify_all<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+    ) -> Result<BTreeMap<VmName, Verification>, NetError> {
+        let found = self.look(libvirt)?;
+        if found.values().all(|found| found.finding().is_none()) {
+            return Ok(found);
+        }
+        let began = Instant::now();
+        let (lock, path) = self.lock_file()?;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => return self.look(libvirt),
+                Err(TryLockError::WouldBlock) if began.elapsed() < CHANGED_WITHIN => {
+                    thread::sleep(BETWEEN_TRIES);
+                }
+                // Who takes longer hides nothing.
+                Err(TryLockError::WouldBlock) => return Ok(found),
+                Err(TryLockError::Error(source)) => {
+                    return Err(NetError::Host { path, what: "locked", source });
+                }
+            }
+        }
+    }
+
+    fn look<L: Networks + NwFilters + ?Sized>(
         &self,
         libvirt: &L,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
@@ -114,8 +147,9 @@ impl VmNetwork {
         libvirt: &L,
         vm: &VmName,
     ) -> Result<bool, NetError> {
-        let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
+        // Before the record is read: it would be put back over whatever somebody else is just changing.
         let _lock = self.lock()?;
+        let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
         self.ensure_locked(libvirt)?;
         let filter = nwfilter(&shape, record.filter_policy());
         if filter.name == record.filter {
@@ -156,24 +190,48 @@ impl VmNetwork {
         Ok(restored)
     }
 
+    /// Changes what a VM may do, at once and for established connections too. The nwfilter of its interface stays as
+    /// it was when the VM started, so that a policy can be narrowed by this, and widened only as far as that filter.
+    ///
+    /// # Errors
+    /// [`NetError`]; the old rules hold then, and of the names none are served if they were to change.
+    pub fn change_policy(&self, lease: &mut NetLease, policy: &EgressPolicy) -> Result<(), NetError> {
+        let _lock = self.lock()?;
+        self.put_under(&lease.shape, lease.address, lease.record(), policy)?;
+        lease.policy = policy.clone();
+        Ok(())
+    }
+
+    /// Puts a VM's rules back as they are on record, after [`VmNetwork::verify`] found them changed.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn restore(&self, lease: &mut NetLease) -> Result<(), NetError> {
+        let _lock = self.lock()?;
+        let record = lease.record();
+        let policy = record.policy.clone();
+        self.put(&lease.shape, lease.address, record, false)?;
+        lease.policy = policy;
+        Ok(())
+    }
+
     /// As [`VmNetwork::change_policy`], for a VM that another process may own. `false` when there is no lease in its name.
     ///
     /// # Errors
-    /// [`NetError`]; `isolated` among them, since the VM has an interface.
+    /// [`NetError`]; `isolated` among them, since the VM has an interface, and [`NetError::Starting`].
     pub fn change_policy_of<L: Networks + ?Sized>(
         &self,
         libvirt: &L,
         vm: &VmName,
         policy: &EgressPolicy,
     ) -> Result<bool, NetError> {
-        let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
         let _lock = self.lock()?;
-        let other_names = policy.names() != record.policy.names();
-        if other_names {
-            // Before the set is emptied: an answer in between would open an old name's address.
-            self.resolver.stop(address)?;
+        let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
+        if record.fingerprint.is_none() {
+            // Whoever makes its first rules would put them, and its record, over these.
+            return Err(NetError::Starting { vm: vm.clone() });
         }
-        self.put(&shape, address, record.under(policy.clone()), other_names)?;
+        self.put_under(&shape, address, record, policy)?;
         Ok(true)
     }
 
@@ -216,7 +274,24 @@ impl VmNetwork {
         Ok(found.map(|(address, record)| (shape, address, record)))
     }
 
-    fn put(
+    /// Has a VM be under another policy than its record has it.
+    pub(super) fn put_under(
+        &self,
+        shape: &NetworkShape,
+        address: Ipv4Addr,
+        record: LeaseRecord,
+        policy: &EgressPolicy,
+    ) -> Result<(), NetError> {
+        let other_names = policy.names() != record.policy.names();
+        if other_names {
+            // Before the set is emptied: an answer in between would open an old name's address.
+            self.resolver.stop(address)?;
+        }
+        self.put(shape, address, record.under(policy.clone()), other_names)
+    }
+
+    /// Has a record hold: rules, names, and the record itself.
+    pub(super) fn put(
         &self,
         shape: &NetworkShape,
         address: Ipv4Addr,
@@ -228,3 +303,6 @@ impl VmNetwork {
         Ok(self.leases(shape)?.rewrite(address, &record)?)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,122 @@
+use std::fs;
+use std::sync::mpsc;
+use std::thread;
+
+use super::super::tests::{World, name};
+use super::*;
+use crate::lease::AddressLeases;
+use crate::resolver::Resolver as _;
+
+/// Time enough for a thread that does not wait to have come to its end.
+const A_WHILE: Duration = Duration::from_millis(200);
+
+fn names(domain: &str) -> EgressPolicy {
+    EgressPolicy::from_toml(&format!("mode='custom'\ndomains=['{domain}']")).unwrap()
+}
+
+fn world() -> (World, NetLease) {
+    let world = World::new();
+    fs::write(world.dir.path().join("ip_forward"), "1").unwrap();
+    let lease = world.network.attach(&world.libvirt, &name("a"), &names("old.example")).unwrap().unwrap();
+    (world, lease)
+}
+
+/// Does `meanwhile` while changes are locked out and `call` runs beside it; what `call` says, and whether it waited.
+fn beside<T: Send>(world: &World, call: impl FnOnce() -> T + Send, meanwhile: impl FnOnce()) -> (T, bool) {
+    let lock = world.network.lock().unwrap();
+    let (done, ended) = mpsc::sync_channel(1);
+    thread::scope(|scope| {
+        let called = scope.spawn(move || {
+            let result = call();
+            done.send(()).unwrap();
+            result
+        });
+        let waited = ended.recv_timeout(A_WHILE).is_err();
+        meanwhile();
+        drop(lock);
+        (called.join().unwrap(), waited)
+    })
+}
+
+fn policy_of(world: &World) -> EgressPolicy {
+    world.network.lease_of(&world.libvirt, &name("a")).unwrap().unwrap().record.unwrap().policy
+}
+
+/// As [`VmNetwork::change_policy_of`] does once it has the lock.
+fn change(world: &World, lease: &NetLease, policy: &EgressPolicy) {
+    world.network.put_under(lease.shape(), lease.address, lease.record(), policy).unwrap();
+}
+
+#[test]
+fn a_repair_leaves_the_policy_that_came_meanwhile() {
+    let (world, lease) = world();
+    let new = names("new.example");
+    let (repaired, waited) = beside(
+        &world,
+        || world.network.repair(&world.libvirt, &name("a")).unwrap(),
+        || change(&world, &lease, &new),
+    );
+    assert!(repaired && waited);
+    assert_eq!(policy_of(&world), new);
+    assert_eq!(world.firewall.rules_of(lease.address).unwrap().policy(), &new);
+    assert_eq!(world.resolver.served(lease.address).unwrap().domains(), new.domains());
+}
+
+#[test]
+fn of_two_changes_at_once_one_holds_as_a_whole() {
+    let (world, lease) = world();
+    let (first, second) = (names("first.example"), names("second.example"));
+    let (changed, waited) = beside(
+        &world,
+        || world.network.change_policy_of(&world.libvirt, &name("a"), &second).unwrap(),
+        || change(&world, &lease, &first),
+    );
+    assert!(changed && waited);
+    assert_eq!(policy_of(&world), second);
+    assert_eq!(world.resolver.served(lease.address).unwrap().domains(), second.domains());
+}
+
+#[test]
+fn an_owner_restores_what_another_process_has_changed() {
+    let (world, mut lease) = world();
+    let new = names("new.example");
+    assert!(world.network.change_policy_of(&world.libvirt, &name("a"), &new).unwrap());
+    world.firewall.flush();
+    world.network.restore(&mut lease).unwrap();
+    assert_eq!((&lease.policy, &policy_of(&world)), (&new, &new));
+    assert_eq!(world.firewall.rules_of(lease.address).unwrap().policy(), &new);
+    // What cannot be read is as the owner knows it.
+    let leases = AddressLeases::open(world.dir.path().join("net/dev-box"), lease.shape().subnet()).unwrap();
+    fs::write(world.dir.path().join(format!("net/dev-box/{}.lease", lease.address)), "{").unwrap();
+    assert!(leases.records().unwrap().is_empty(), "the control");
+    world.network.restore(&mut lease).unwrap();
+    assert_eq!(policy_of(&world), new);
+}
+
+#[test]
+fn what_is_just_being_changed_is_not_found_gone() {
+    let (world, lease) = world();
+    let verify = || world.network.verify_all(&world.libvirt).unwrap().remove(&name("a")).unwrap();
+    assert!(verify().is_sound());
+    world.network.resolver.stop(lease.address).unwrap();
+    let (found, waited) = beside(&world, verify, || change(&world, &lease, &names("new.example")));
+    assert!(found.is_sound() && waited, "{found:?}");
+
+    world.resolver.crash(lease.address);
+    assert_eq!(verify().names_served, Some(false), "nobody changes anything");
+    let lock = world.network.lock().unwrap();
+    assert_eq!(verify().names_served, Some(false), "nobody hides it for ever");
+    drop(lock);
+}
+
+#[test]
+fn a_vm_whose_first_rules_are_being_made_keeps_them() {
+    let (world, lease) = world();
+    let shape = world.network.ensure(&world.libvirt).unwrap();
+    let made = LeaseRecord { fingerprint: None, ..lease.record() };
+    world.network.leases(&shape).unwrap().rewrite(lease.address, &made).unwrap();
+    let error =
+        world.network.change_policy_of(&world.libvirt, &name("a"), &names("new.example")).unwrap_err();
+    assert!(matches!(error, NetError::Starting { .. }), "{error:?}");
+    assert_eq!(world.resolver.serving().unwrap().len(), 1, "nothing was touched");
+}
