@@ -82,6 +82,11 @@ impl LeaseRecord {
         Self { policy, filter_policy, fingerprint: None, ..self }
     }
 
+    /// Whether it is another policy than the one under which its VM started.
+    pub fn is_changed(&self) -> bool {
+        self.filter_policy.is_some()
+    }
+
     /// The policy that its filter is of.
     pub fn filter_policy(&self) -> &EgressPolicy {
         self.filter_policy.as_ref().unwrap_or(&self.policy)
@@ -201,8 +206,13 @@ impl AddressLeases {
     /// # Errors
     /// [`LeaseError::Io`].
     pub fn records(&self) -> Result<BTreeMap<Ipv4Addr, LeaseRecord>, LeaseError> {
-        let record = |address| Some((address, read(File::open(self.path(address)).ok()?)?));
+        let record = |address| Some((address, self.record(address)?));
         Ok(self.addresses()?.into_iter().filter_map(record).collect())
+    }
+
+    /// The record of an address, whoever owns it; `None` when there is none that can be read.
+    pub fn record(&self, address: Ipv4Addr) -> Option<LeaseRecord> {
+        read(File::open(self.path(address)).ok()?)
     }
 
     /// Replaces the record of a lease that somebody holds; to be called while whatever changes leases is locked out.

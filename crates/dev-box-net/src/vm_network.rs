@@ -410,7 +410,7 @@ impl VmNetwork {
         libvirt: &L,
         vm: &VmName,
     ) -> Result<Option<Verification>, NetError> {
-        Ok(self.verify_all(libvirt)?.remove(vm))
+        Ok(self.verify_those(libvirt, |other| other == vm)?.remove(vm))
     }
 
     /// What the VM's packets did so far.
@@ -445,6 +445,8 @@ impl VmNetwork {
     /// # Errors
     /// [`NetError`].
     pub fn list<L: Networks + ?Sized>(&self, libvirt: &L) -> Result<Vec<LeaseSummary>, NetError> {
+        // Whether an owner lives is found out by a try for its lease, which would look like an owner to somebody else's try.
+        let _lock = self.lock()?;
         let Some(shape) = self.find(libvirt)? else { return Ok(Vec::new()) };
         let mut traffic = self.firewall.traffic()?;
         let summary = |(address, (owner, record)): (_, (_, Option<LeaseRecord>))| LeaseSummary {
@@ -578,11 +580,14 @@ impl VmNetwork {
     fn end<L: NwFilters + ?Sized>(
         &self,
         libvirt: &L,
-        lease: AddressLease,
+        mut lease: AddressLease,
         shape: &NetworkShape,
         filter: &str,
         tap: TapUse,
     ) -> Result<(), NetError> {
+        if let Some(record) = lease.record() {
+            self.set_aside(&mut lease, &LeaseRecord { fingerprint: None, ..record })?;
+        }
         self.close(lease.address())?;
         if tap != TapUse::Libvirt {
             self.remove_tap(libvirt, lease.address())?;
@@ -594,6 +599,12 @@ impl VmNetwork {
             forget_filter(libvirt, filter)?;
         }
         Ok(())
+    }
+
+    /// Has a record stand without rules: nobody changes its policy or repairs it from here on, while they are taken away.
+    fn set_aside(&self, lease: &mut AddressLease, record: &LeaseRecord) -> Result<(), NetError> {
+        let _lock = self.lock()?;
+        Ok(lease.write(record)?)
     }
 
     /// What [`VmNetwork::open`] made, away.

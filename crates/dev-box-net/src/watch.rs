@@ -64,7 +64,7 @@ pub enum Action {
     Pause(VmName),
     /// Put its rules back.
     Restore(VmName),
-    /// Let it run again.
+    /// Let it run again, and say so once it does.
     Resume(VmName),
     /// Tell whoever keeps records.
     Report(VmName, NetEventKind),
@@ -125,7 +125,6 @@ impl Watch {
                     seen.state = State::Sound;
                     if matches!(state, State::Held | State::Doubted) {
                         actions.push(Action::Resume(vm.clone()));
-                        actions.push(Action::Report(vm.clone(), NetEventKind::Restored));
                     }
                     if seen.hindrance != hindrance {
                         let finding = hindrance.clone().unwrap_or_else(|| UNHINDERED.to_owned());
@@ -186,6 +185,14 @@ impl Watch {
         actions
     }
 
+    /// Takes that a VM could not be let run again: it is tried with the next finding.
+    pub fn not_resumed(&mut self, vm: &VmName) {
+        if let Some(seen) = self.vms.get_mut(vm) {
+            seen.state = State::Doubted;
+            seen.verified = None;
+        }
+    }
+
     /// Whether the VM was found sound by a verification that began at most `limit` before `now`.
     pub fn verified_within(&self, vm: &VmName, now: Instant, limit: Duration) -> bool {
         let verified = self.vms.get(vm).and_then(|seen| seen.verified);
@@ -212,7 +219,7 @@ pub trait Custody: Send + Sync {
     /// Puts every layer of its network back.
     fn restore<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>>;
 
-    /// Lets a VM run again that [`Custody::pause`] stopped.
+    /// Lets a VM run again that [`Custody::pause`] stopped; one that stands still by somebody else's will is left so.
     fn resume<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>>;
 
     /// Takes note of an event.
@@ -301,7 +308,7 @@ pub async fn round(custody: &dyn Custody, handle: &WatchHandle) {
 async fn look(custody: &dyn Custody, handle: &WatchHandle, passed_over: &BTreeSet<VmName>) -> Vec<VmName> {
     let bridged = custody.bridge_netfilter();
     let changed = handle.watch().bridged(bridged);
-    carry_out(custody, changed).await;
+    carry_out(custody, handle, changed).await;
     let begun = Instant::now();
     let mut findings = custody.verify().await;
     for (vm, finding) in &mut findings {
@@ -312,11 +319,11 @@ async fn look(custody: &dyn Custody, handle: &WatchHandle, passed_over: &BTreeSe
         }
     }
     let actions = handle.watch().round(begun, findings);
-    carry_out(custody, actions).await
+    carry_out(custody, handle, actions).await
 }
 
 /// Everybody who is to stand still does so before anything else is done, which may take long.
-async fn carry_out(custody: &dyn Custody, actions: Vec<Action>) -> Vec<VmName> {
+async fn carry_out(custody: &dyn Custody, handle: &WatchHandle, actions: Vec<Action>) -> Vec<VmName> {
     let is_pause = |action: &Action| matches!(action, Action::Pause(_));
     let (pauses, others): (Vec<Action>, Vec<Action>) = actions.into_iter().partition(is_pause);
     join_all(pauses.into_iter().map(|pause| perform(custody, pause))).await;
@@ -324,28 +331,42 @@ async fn carry_out(custody: &dyn Custody, actions: Vec<Action>) -> Vec<VmName> {
     for action in others {
         match action {
             Action::Restore(vm) => to_be_restored.push(vm),
-            other => perform(custody, other).await,
+            Action::Resume(vm) => match perform(custody, Action::Resume(vm.clone())).await {
+                true => custody.report(&vm, NetEventKind::Restored),
+                false => handle.watch().not_resumed(&vm),
+            },
+            other => {
+                perform(custody, other).await;
+            }
         }
     }
     to_be_restored
 }
 
-async fn perform(custody: &dyn Custody, action: Action) {
+/// Whether it could be done.
+async fn perform(custody: &dyn Custody, action: Action) -> bool {
     let (vm, what, done) = match &action {
         Action::Pause(vm) => (vm, "pause", custody.pause(vm).await),
         Action::Restore(vm) => (vm, "restore the network of", custody.restore(vm).await),
         Action::Resume(vm) => (vm, "resume", custody.resume(vm).await),
         Action::Report(vm, event) => {
             custody.report(vm, event.clone());
-            return;
+            return true;
         }
-        Action::Announce(event) => return custody.announce(event.clone()),
-        Action::Forget => return custody.forget(),
+        Action::Announce(event) => {
+            custody.announce(event.clone());
+            return true;
+        }
+        Action::Forget => {
+            custody.forget();
+            return true;
+        }
     };
-    if let Err(error) = done {
+    if let Err(error) = &done {
         // The next round finds it as it is, and tries again.
         tracing::error!(%vm, error, "could not {what} the VM");
     }
+    done.is_ok()
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ pub use class::{AddressClass, Overridable};
 pub use document::{LimitsDocument, PolicyDocument};
 pub use domain::{DomainPattern, InvalidDomain};
 pub use port::{InvalidPort, PortRule, Protocol};
-pub use store::{PolicyStore, PolicyStoreError};
+pub use store::{BROUGHT, PolicyStore, PolicyStoreError};
 pub use validate::{
     ListName, MAX_CIDRS, MAX_DOCUMENT_BYTES, MAX_DOMAINS, MAX_PORTS, PolicyError, PolicyProblem,
 };

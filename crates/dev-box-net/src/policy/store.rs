@@ -10,6 +10,8 @@ use dev_box_core::spec::NetworkMode;
 
 use super::{EgressPolicy, MAX_DOCUMENT_BYTES, PolicyError};
 
+/// How the names of policies begin that were brought along: no file of the administrator's is called so.
+pub const BROUGHT: &str = "custom:";
 /// Longest name of a policy.
 const MAX_NAME: usize = 64;
 /// Most policies that callers may have brought along.
@@ -108,7 +110,7 @@ impl PolicyStore {
             EgressPolicy::Isolated => return Ok(NetworkMode::Isolated),
             EgressPolicy::Custom(_) => {}
         }
-        let name = format!("custom:{}", policy.digest());
+        let name = format!("{BROUGHT}{}", policy.digest());
         let mut brought = self.brought.lock().unwrap_or_else(PoisonError::into_inner);
         if brought.len() >= MAX_BROUGHT && !brought.contains_key(&name) {
             return Err(PolicyStoreError::Full { dir: self.dir.clone() });

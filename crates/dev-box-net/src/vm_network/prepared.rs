@@ -16,6 +16,7 @@ use std::time::Duration;
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
 
+use super::upkeep::LOOKS;
 use super::{NetError, NetLease, VmNetwork, libvirt_failed};
 use crate::identity::{mac_of, tap_of};
 use crate::lease::{AddressLease, LeaseRecord, TapUse};
@@ -114,16 +115,16 @@ impl VmNetwork {
         };
         let in_force = || {
             let records = BTreeMap::from([(address, record.clone())]);
-            let in_force = self.filters_in_force(&lease.shape, &records)?;
+            let in_force = self.filters_in_force(&lease.shape, &records, LOOKS)?;
             Ok::<_, NetError>(in_force.get(&address) == Some(&true))
         };
         if !lease.is_prepared() || self.settings.host.has_open_tap(&tap_of(address)) || !in_force()? {
             self.detach(libvirt, lease)?;
             return Ok(None);
         }
-        self.close(address)?;
         let NetLease { shape, mut lock, .. } = lease;
-        lock.write(&record)?;
+        self.set_aside(&mut lock, &record)?;
+        self.close(address)?;
         Ok(Some(PreparedTap { shape, record, lock }))
     }
 

@@ -21,6 +21,7 @@ impl VmNetwork {
         libvirt: &L,
         vm: &VmName,
     ) -> Result<Option<NetLease>, NetError> {
+        let _lock = self.lock()?;
         let Some(shape) = self.find(libvirt)? else { return Ok(None) };
         let leases = self.leases(&shape)?;
         let named = leases.list()?.into_iter().find_map(|(address, (owner, record))| {
@@ -29,7 +30,6 @@ impl VmNetwork {
         let Some(mut lock) = named.map(|address| leases.adopt(address)).transpose()?.flatten() else {
             return Ok(None);
         };
-        let _lock = self.lock()?;
         // Somebody else may have had it, and gone, between the look and the lock.
         let Some(record) = lock.record().filter(|record| record.vm == *vm) else { return Ok(None) };
         if record.fingerprint.is_none() {

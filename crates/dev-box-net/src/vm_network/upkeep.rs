@@ -22,18 +22,16 @@ use crate::xml::nwfilter::nwfilter;
 
 /// How often libvirt's filters are looked at before they count as gone: a libvirtd that starts makes them anew, chain by
 /// chain.
-const LOOKS: u32 = 3;
+pub(super) const LOOKS: u32 = 3;
 /// From one look to the next.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(150);
 /// How long whoever changes a VM's network has for it before what is missing meanwhile counts as gone.
-const CHANGED_WITHIN: Duration = Duration::from_secs(2);
+const CHANGED_WITHIN: Duration = Duration::from_secs(4);
 /// From one try for the lock to the next.
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 impl VmNetwork {
-    /// Whether every layer stands, of every VM on record: one look at the firewall and two questions to libvirt,
-    /// however many there are. What is missing counts once nobody is just changing it: another look follows then,
-    /// after at most two seconds.
+    /// Whether every layer stands, of every VM on record. See [`VmNetwork::verify_those`].
     ///
     /// # Errors
     /// [`NetError`] when that cannot be found out.
@@ -41,7 +39,21 @@ impl VmNetwork {
         &self,
         libvirt: &L,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
-        let found = self.look(libvirt)?;
+        self.verify_those(libvirt, |_| true)
+    }
+
+    /// Whether every layer stands, of the VMs on record that are `wanted`: one look at the firewall and two questions to
+    /// libvirt, however many there are. What is missing counts once nobody is just changing it: another look follows
+    /// then, after at most four seconds.
+    ///
+    /// # Errors
+    /// [`NetError`] when that cannot be found out.
+    pub fn verify_those<L: Networks + NwFilters + ?Sized>(
+        &self,
+        libvirt: &L,
+        wanted: impl Fn(&VmName) -> bool,
+    ) -> Result<BTreeMap<VmName, Verification>, NetError> {
+        let found = self.look(libvirt, &wanted, LOOKS)?;
         if found.values().all(|found| found.finding().is_none()) {
             return Ok(found);
         }
@@ -49,7 +61,8 @@ impl VmNetwork {
         let (lock, path) = self.lock_file()?;
         loop {
             match lock.try_lock() {
-                Ok(()) => return self.look(libvirt),
+                // Libvirt had its time already.
+                Ok(()) => return self.look(libvirt, &wanted, 1),
                 Err(TryLockError::WouldBlock) if began.elapsed() < CHANGED_WITHIN => {
                     thread::sleep(BETWEEN_TRIES);
                 }
@@ -65,10 +78,12 @@ impl VmNetwork {
     fn look<L: Networks + NwFilters + ?Sized>(
         &self,
         libvirt: &L,
+        wanted: impl Fn(&VmName) -> bool,
+        looks: u32,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
         let Some((shape, network_active)) = self.find_active(libvirt)? else { return Ok(BTreeMap::new()) };
         let mut records = self.leases(&shape)?.records()?;
-        records.retain(|_, record| record.tap != TapUse::Waiting);
+        records.retain(|_, record| record.tap != TapUse::Waiting && wanted(&record.vm));
         if records.is_empty() {
             return Ok(BTreeMap::new());
         }
@@ -76,7 +91,7 @@ impl VmNetwork {
         let rules = self.firewall.inspect(&addresses)?;
         let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
         let serving = self.resolver.serving()?;
-        let in_force = self.filters_in_force(&shape, &records)?;
+        let in_force = self.filters_in_force(&shape, &records, looks)?;
         let network_rules = self.firewall.network_rules(&shape)?;
         let verification = |(address, record): (Ipv4Addr, LeaseRecord)| {
             let names = self.names_of(&record.vm, &shape, address, &record.policy);
@@ -107,6 +122,7 @@ impl VmNetwork {
         &self,
         shape: &NetworkShape,
         records: &BTreeMap<Ipv4Addr, LeaseRecord>,
+        looks: u32,
     ) -> Result<BTreeMap<Ipv4Addr, bool>, NetError> {
         let has_tap = |address: Ipv4Addr| self.settings.host.has_interface(&tap_of(address));
         let plugged: Vec<_> = records.iter().filter(|(address, _)| has_tap(**address)).collect();
@@ -129,7 +145,7 @@ impl VmNetwork {
             };
             let states: BTreeMap<Ipv4Addr, bool> =
                 plugged.iter().map(|(address, record)| (**address, in_force(**address, record))).collect();
-            if look == LOOKS || states.values().all(|in_force| *in_force) {
+            if look >= looks || states.values().all(|in_force| *in_force) {
                 return Ok(states);
             }
             thread::sleep(BETWEEN_LOOKS);
@@ -138,7 +154,7 @@ impl VmNetwork {
     }
 
     /// Puts a VM's network back as its record has it: libvirt's network and the definition of the filter, the guard's
-    /// rules, the resolver. `false` when there is no lease in its name.
+    /// rules, the resolver. `false` when there is no lease in its name, or its rules are just being made or taken away.
     ///
     /// # Errors
     /// [`NetError`].
@@ -150,6 +166,9 @@ impl VmNetwork {
         // Before the record is read: it would be put back over whatever somebody else is just changing.
         let _lock = self.lock()?;
         let Some((shape, address, record)) = self.on_record(libvirt, vm)? else { return Ok(false) };
+        if record.fingerprint.is_none() {
+            return Ok(false);
+        }
         self.ensure_locked(libvirt)?;
         let filter = nwfilter(&shape, record.filter_policy());
         if filter.name == record.filter {
@@ -233,6 +252,18 @@ impl VmNetwork {
         }
         self.put_under(&shape, address, record, policy)?;
         Ok(true)
+    }
+
+    /// What is on record of an address, whoever owns it; `None` when nothing is, or it cannot be read.
+    ///
+    /// # Errors
+    /// [`NetError::Lease`].
+    pub fn record_of(
+        &self,
+        shape: &NetworkShape,
+        address: Ipv4Addr,
+    ) -> Result<Option<LeaseRecord>, NetError> {
+        Ok(self.leases(shape)?.record(address))
     }
 
     /// The lease in a VM's name; `None` when it has none.

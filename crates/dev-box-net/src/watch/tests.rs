@@ -32,8 +32,14 @@ fn a_vm_without_rules_is_held_until_they_are_back() {
     assert!(watch.round(now, one(Finding::Unknown("no nft".to_owned()))).is_empty());
     assert!(watch.is_held(&a), "what is not known lets nobody go");
     let actions = watch.round(now, one(Finding::Sound));
-    assert_eq!(actions, [Action::Resume(a.clone()), Action::Report(a.clone(), NetEventKind::Restored)]);
+    assert_eq!(actions, [Action::Resume(a.clone())]);
     assert!(!watch.is_held(&a));
+
+    watch.not_resumed(&a);
+    assert!(watch.is_held(&a) && !watch.verified_within(&a, now, FRESH));
+    assert_eq!(watch.round(now, one(Finding::Sound)), [Action::Resume(a.clone())], "once more");
+    watch.not_resumed(&vm("dev-box-b"));
+    assert!(!watch.is_held(&vm("dev-box-b")), "nobody's");
 }
 
 #[test]
@@ -54,11 +60,7 @@ fn what_hinders_packets_is_told_once_and_holds_nobody() {
 
     // After a flush of everything: held until the layers stand, and the rest is told.
     watch.round(now, one(unsound()));
-    let back = [
-        Action::Resume(a.clone()),
-        Action::Report(a.clone(), NetEventKind::Restored),
-        told("libvirt's NAT is gone"),
-    ];
+    let back = [Action::Resume(a.clone()), told("libvirt's NAT is gone")];
     assert_eq!(watch.round(now, one(hindered())), back);
 }
 
@@ -93,15 +95,14 @@ fn a_sysctl_that_changes_is_told_once_and_holds_everybody_until_all_is_looked_at
     assert!(watch.is_held(&a) && watch.is_held(&b) && !watch.verified_within(&a, now, FRESH));
     assert!(watch.bridged(Some(false)).is_empty(), "once");
     assert_eq!(watch.round(now, both(&Finding::Unknown("no nft".to_owned()))), again, "nobody goes unseen");
-    let restored = |vm: &VmName| Action::Report(vm.clone(), NetEventKind::Restored);
-    let back = [Action::Resume(a.clone()), restored(&a), Action::Resume(b.clone()), restored(&b)];
+    let back = [Action::Resume(a.clone()), Action::Resume(b.clone())];
     assert_eq!(watch.round(now, both(&Finding::Sound)), back);
     assert!(!watch.is_held(&a) && watch.verified_within(&a, now, FRESH));
     assert!(watch.round(now, both(&Finding::Sound)).is_empty(), "that was it");
 
     assert!(announced(&watch.bridged(None)).contains("was 0 and is absent"));
     let hindered = Finding::Hindered("the host does not forward".to_owned());
-    assert_eq!(watch.round(now, both(&hindered)).iter().filter(|action| back.contains(action)).count(), 4);
+    assert_eq!(watch.round(now, both(&hindered)).iter().filter(|action| back.contains(action)).count(), 2);
     assert!(announced(&watch.bridged(Some(true))).contains("and is 1"));
 }
 
@@ -118,8 +119,7 @@ fn what_is_not_sound_under_the_other_value_is_held_as_any_other() {
     // It stands still already: another change stops nobody twice, and lets nobody go.
     let told = announced(&watch.bridged(Some(true)));
     assert!(told.contains("was 0 and is 1") && watch.is_held(&a), "{told}");
-    let back = [Action::Resume(a.clone()), Action::Report(a, NetEventKind::Restored)];
-    assert_eq!(watch.round(now, one(Finding::Sound)), back);
+    assert_eq!(watch.round(now, one(Finding::Sound)), [Action::Resume(a)]);
 }
 
 #[test]
@@ -157,6 +157,8 @@ struct HostState {
     /// How often it was stopped, and found to stand still when it was looked at.
     paused: usize,
     looked_at_paused: usize,
+    /// How often it will not be let run again.
+    stuck: usize,
 }
 
 impl Custody for Host {
@@ -188,6 +190,10 @@ impl Custody for Host {
     fn resume<'a>(&'a self, _: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
         let mut state = self.state.lock().unwrap();
         assert!(state.sound, "it runs only under its rules");
+        if state.stuck > 0 {
+            state.stuck -= 1;
+            return Box::pin(async { Err("libvirt is away".to_owned()) });
+        }
         state.running = true;
         Box::pin(async { Ok(()) })
     }
@@ -221,6 +227,29 @@ async fn the_driver_notices_within_two_seconds_and_heals() {
         assert!(!host.state.lock().unwrap().running && handle.is_held(&a) && !handle.is_fresh(&a));
         host.state.lock().unwrap().restorable = true;
         tokio::time::sleep(FRESH).await;
+        assert!(host.state.lock().unwrap().running && handle.is_fresh(&a));
+    };
+    tokio::select! {
+        () = run(&host, &handle) => {}
+        () = script => {}
+    }
+    let events = &host.state.lock().unwrap().events;
+    assert!(matches!(events[..], [NetEventKind::Tampered { .. }, NetEventKind::Restored]), "{events:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_could_not_be_let_run_again_is_tried_again_and_not_said_to_run() {
+    let host = Host::default();
+    {
+        let mut state = host.state.lock().unwrap();
+        (state.running, state.restorable, state.stuck) = (true, true, 2);
+    }
+    let (handle, a) = (WatchHandle::default(), vm("dev-box-a"));
+    let script = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(!host.state.lock().unwrap().running && handle.is_held(&a) && !handle.is_fresh(&a));
+        assert_eq!(host.state.lock().unwrap().events.len(), 1, "that it was tampered with");
+        tokio::time::sleep(FRESH * 2).await;
         assert!(host.state.lock().unwrap().running && handle.is_fresh(&a));
     };
     tokio::select! {

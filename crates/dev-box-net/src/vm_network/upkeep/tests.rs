@@ -118,5 +118,40 @@ fn a_vm_whose_first_rules_are_being_made_keeps_them() {
     let error =
         world.network.change_policy_of(&world.libvirt, &name("a"), &names("new.example")).unwrap_err();
     assert!(matches!(error, NetError::Starting { .. }), "{error:?}");
+    assert!(!world.network.repair(&world.libvirt, &name("a")).unwrap());
     assert_eq!(world.resolver.serving().unwrap().len(), 1, "nothing was touched");
+}
+
+#[test]
+fn what_is_put_back_while_a_vm_is_removed_goes_with_it() {
+    let (world, lease) = world();
+    let (shape, address, record) = (lease.shape().clone(), lease.address, lease.record());
+    let (removed, waited) = beside(
+        &world,
+        || world.network.detach(&world.libvirt, lease),
+        || world.network.put(&shape, address, record, false).unwrap(),
+    );
+    removed.unwrap();
+    assert!(waited && world.is_clean());
+}
+
+#[test]
+fn whether_a_policy_was_changed_is_known() {
+    let (world, mut lease) = world();
+    let record = |lease: &NetLease| world.network.record_of(lease.shape(), lease.address).unwrap().unwrap();
+    assert!(!record(&lease).is_changed());
+    let (old, new) = (lease.policy.clone(), names("new.example"));
+    world.network.change_policy(&mut lease, &new).unwrap();
+    assert!(record(&lease).is_changed() && record(&lease).policy == new);
+    world.network.change_policy(&mut lease, &old).unwrap();
+    assert!(!record(&lease).is_changed(), "and back");
+    let nobody = Ipv4Addr::new(10, 213, 1, 99);
+    assert_eq!(world.network.record_of(lease.shape(), nobody).unwrap(), None);
+}
+
+#[test]
+fn only_who_is_asked_for_is_looked_at() {
+    let (world, _lease) = world();
+    let found = |wanted| world.network.verify_those(&world.libvirt, |vm| *vm == name(wanted)).unwrap();
+    assert!(found("a")[&name("a")].is_sound() && found("b").is_empty());
 }
