@@ -75,7 +75,9 @@ impl ShareWatch {
                 }
             }
         }
-        let gone = self.known.keys().filter(|key| !found.contains_key(key)).count();
+        // Of more than are looked at, those that were passed over this time are there all the same.
+        let whole = entries <= MAX_ENTRIES;
+        let gone = if whole { self.known.keys().filter(|key| !found.contains_key(key)).count() } else { 0 };
         self.known = found;
         if !std::mem::replace(&mut self.begun, true) {
             return None;
@@ -214,6 +216,23 @@ mod tests {
         let (count, entropy) = changed(watch.look(&[dir.path()]));
         assert_eq!(count, 20, "what is new replaces nothing");
         assert!(entropy < 6.0, "{entropy}");
+    }
+
+    #[test]
+    fn what_is_new_among_more_than_are_looked_at_replaces_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("many")).unwrap();
+        for number in 0..MAX_ENTRIES {
+            File::create(dir.path().join(format!("many/{number}"))).unwrap();
+        }
+        let mut watch = ShareWatch::default();
+        watch.look(&[dir.path()]);
+        for number in 0..300 {
+            fs::write(dir.path().join(format!("wheel{number}")), noise(number, 2000)).unwrap();
+        }
+        assert_eq!(changed(watch.look(&[dir.path()])), (0, 0.0));
+        fs::write(dir.path().join("wheel0"), noise(7, 3000)).unwrap();
+        assert_eq!(changed(watch.look(&[dir.path()])).0, 1, "what is rewritten is seen all the same");
     }
 
     #[test]
