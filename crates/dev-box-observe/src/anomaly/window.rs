@@ -69,6 +69,11 @@ impl<K: PartialEq> Distinct<K> {
         }
         self.seen.len()
     }
+
+    /// Those that are there now, as they were when they were first seen.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &K> {
+        self.seen.iter().map(|(key, _)| key)
+    }
 }
 
 /// States by key, the least recently used of which goes when there are too many.

@@ -143,6 +143,7 @@ impl RuleConfig {
             )?;
         }
         for (field, value) in [
+            ("quiet_ms", self.quiet_ms as f64),
             ("dns_length", self.dns_length),
             ("beacon_min_ms", self.beacon_min_ms as f64),
             ("egress_bytes", self.egress_bytes as f64),

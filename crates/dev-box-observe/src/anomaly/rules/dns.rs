@@ -11,17 +11,25 @@ const DOMAINS: usize = 32;
 /// The longest name there is (RFC 1035, section 2.3.4); what is longer is cut before it costs anything.
 const MAX_NAME: usize = 255;
 
-#[derive(Debug, Clone)]
-struct Domain {
-    /// Hashes of the names seen.
-    names: Distinct<u64>,
-    /// Of distinct names: count, length, entropy.
-    fresh: Sums<3>,
+/// What a name below a domain is like, known by its hash: asked for again and again it counts once.
+#[derive(Debug, Clone, Copy)]
+struct Name {
+    hash: u64,
+    /// In characters, without the dots.
+    length: f64,
+    /// Bits a character.
+    entropy: f64,
+}
+
+impl PartialEq for Name {
+    fn eq(&self, other: &Self) -> bool {
+        self.hash == other.hash
+    }
 }
 
 #[derive(Debug, Clone)]
 pub(super) struct DnsRules {
-    domains: Recent<String, Domain>,
+    domains: Recent<String, Distinct<Name>>,
     /// Over all domains: queries, and those for names that do not exist. Generated names share no domain.
     answers: Sums<2>,
     missing: Distinct<u64>,
@@ -70,12 +78,14 @@ impl DnsRules {
             return;
         }
         let limit = config.dns_names.saturating_mul(2).min(2048);
-        let make = || Domain { names: Distinct::new(MINUTE, limit), fresh: Sums::new(MINUTE) };
-        let Some(state) = self.domains.entry(domain.to_owned(), make) else { return };
+        let Some(state) = self.domains.entry(domain.to_owned(), || Distinct::new(MINUTE, limit)) else {
+            return;
+        };
         let text = below.replace('.', "");
-        let [count, length, entropy] = state.fresh.add(now, [1.0, text.len() as f64, entropy_of(&text)]);
-        let names = state.names.see(now, hash) as f64;
-        let (length, entropy) = (length / count.max(1.0), entropy / count.max(1.0));
+        let name = Name { hash, length: text.len() as f64, entropy: entropy_of(&text) };
+        let names = state.see(now, name) as f64;
+        let mean = |of: fn(&Name) -> f64| state.keys().map(of).sum::<f64>() / names.max(1.0);
+        let (length, entropy) = (mean(|name| name.length), mean(|name| name.entropy));
         // Random text of few characters cannot have much entropy, hence two ways to be suspect.
         if length >= config.dns_length || (entropy >= config.dns_entropy && length >= config.dns_length / 2.0)
         {

@@ -39,6 +39,27 @@ fn query(name: String) -> Observation {
 }
 
 #[test]
+fn a_name_asked_for_again_and_again_counts_once() {
+    // Hex of 48 characters, no two alike.
+    let data = |number: u64| {
+        (0..3)
+            .map(|part| format!("{:016x}", (number * 3 + part + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
+            .collect::<String>()
+    };
+    let tunnel = (0..300).flat_map(|number| {
+        let short = (0..20).map(|_| query("a.evil.example".to_owned()));
+        [query(format!("{}.evil.example", data(number)))].into_iter().chain(short)
+    });
+    assert_eq!(found(5, tunnel), [Rule::DnsTunnel], "nobody hides behind a short name");
+    // One long name, polled often, among many that are short.
+    let honest = (0..60).flat_map(|number| {
+        let long = (0..20).map(move |_| query(format!("{}.cdn.example", data(1))));
+        [query(format!("img{number}.cdn.example"))].into_iter().chain(long)
+    });
+    assert_eq!(found(20, honest), []);
+}
+
+#[test]
 fn metadata_and_private_addresses_are_found_at_the_first_packet() {
     for address in
         ["169.254.169.254", "169.254.170.2", "100.100.100.200", "fd00:ec2::254", "::ffff:169.254.169.254"]
