@@ -1,10 +1,9 @@
 //! Odd behaviour, found in what the host sees: pure, streaming, constant memory.
 //!
 //! ```text
-//!  Observation ──> VmRules ─────────┐
-//!                                   ├──> Finding {rule, score, why} ──> Plan ──> Responder (pause, kill, ...)
-//!  numbers ─> RobustZ, Seasonal, ───┘                                     └──> AuditSink, before and after
-//!             Change, Joint
+//!  Observation ─> VmWatch: VmRules, ──> Finding {rule, score, why} ──> Plan ──> Responder (pause, kill, ...)
+//!                 Baseline, Joint                                       └──> AuditSink, before and after
+//!  numbers ─> SeriesDetector: RobustZ, Seasonal ──> score, and why; Change beside it, for levels
 //! ```
 //!
 //! But for the [`Observer`], which is the task around all this, nothing here reads a clock or does IO: the caller gives the time of every observation in milliseconds of a

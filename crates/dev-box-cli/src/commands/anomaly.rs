@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Subcommand, ValueHint};
+use dev_box::observe::anomaly::SeriesDetector;
 use dev_box::observe::anomaly::nab::{self, Benchmark, NabScore, Row, Windows};
 
 use crate::exit::Failure;
@@ -15,15 +16,19 @@ pub(crate) enum AnomalyCommand {
     /// Score each row of a series: how odd it is, 0 to 1, by what came before it.
     #[command(after_help = "\
 The file has the columns timestamp (YYYY-MM-DD HH:MM:SS, or seconds) and value; more may follow. On standard output the \
-same rows come with a third column, anomaly_score.
+same rows come with a third column, anomaly_score. The first fifty are only learnt from, and score 0.
 
 Examples:
   dev-box anomaly score --csv cpu.csv
+  dev-box anomaly score --csv cpu.csv --why | sort -t, -k3 -rn | head
   dev-box anomaly score --csv cpu.csv | awk -F, '$3 > 0.5'")]
     Score {
         /// The series.
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
         csv: PathBuf,
+        /// A fourth column, in quotation marks: what is oddest of the row itself. (A score is of the last few rows.)
+        #[arg(long)]
+        why: bool,
     },
     /// Judge the detector by the Numenta Anomaly Benchmark: its data, its windows, its standard profile.
     #[command(after_help = "\
@@ -44,7 +49,7 @@ Example, in a checkout of the benchmark:
 
 pub(crate) fn run(command: AnomalyCommand) -> Result<ExitCode, Failure> {
     match command {
-        AnomalyCommand::Score { csv } => score(&csv)?,
+        AnomalyCommand::Score { csv, why } => score(&csv, why)?,
         AnomalyCommand::Nab { data, windows, json } => judge(&data, &windows, json)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -59,13 +64,21 @@ fn series(path: &Path) -> Result<Vec<Row>, Failure> {
     nab::parse(&read(path)?).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
 }
 
-fn score(csv: &Path) -> Result<(), Failure> {
+fn score(csv: &Path, why: bool) -> Result<(), Failure> {
     let rows = series(csv)?;
     let mut out = BufWriter::new(io::stdout().lock());
-    writeln!(out, "timestamp,value,anomaly_score").map_err(Failure::new)?;
-    for (row, score) in rows.iter().zip(nab::score_rows(&rows)) {
+    let head = if why { "timestamp,value,anomaly_score,why" } else { "timestamp,value,anomaly_score" };
+    writeln!(out, "{head}").map_err(Failure::new)?;
+    let mut detector = SeriesDetector::new();
+    for row in &rows {
+        let score = detector.update(row.at_s, row.value);
         let value = row.value.map(|value| value.to_string()).unwrap_or_default();
-        writeln!(out, "{},{value},{score:.6}", row.timestamp).map_err(Failure::new)?;
+        write!(out, "{},{value},{score:.6}", row.timestamp).map_err(Failure::new)?;
+        match detector.why().filter(|_| why) {
+            Some(words) => writeln!(out, ",\"{words}\""),
+            None => writeln!(out, "{}", if why { "," } else { "" }),
+        }
+        .map_err(Failure::new)?;
     }
     out.flush().map_err(Failure::new)
 }

@@ -8,7 +8,7 @@
 //! A noisy series surprises all the time: what counts is whether it surprises more than it used to (the anomaly likelihood
 //! of Ahmad et al., "Unsupervised real-time anomaly detection for streaming data", 2017). Constant memory.
 
-use super::{RobustZ, Score, Seasonal};
+use super::{RobustZ, Score, Seasonal, Why};
 
 /// Numbers that are only learnt from.
 const WARM: u32 = 50;
@@ -48,6 +48,8 @@ pub struct SeriesDetector {
     value: RobustZ,
     step: RobustZ,
     last: Option<f64>,
+    /// What the last number was most surprising for, and whether that is its step.
+    why: Option<(bool, Why)>,
     usual: f64,
     spread: f64,
     now: f64,
@@ -69,6 +71,7 @@ impl SeriesDetector {
             value: RobustZ::new(288, 3.5),
             step: RobustZ::new(288, 3.5),
             last: None,
+            why: None,
             usual: 0.0,
             spread: 0.0,
             now: 0.0,
@@ -78,14 +81,19 @@ impl SeriesDetector {
     /// Takes the number of a moment (seconds, from any beginning) and says how odd it is, 0 to 1. What is missing, and what
     /// comes before enough was seen, is not odd.
     pub fn update(&mut self, at_s: i64, number: Option<f64>) -> f64 {
+        self.why = None;
         let Some(number) = number.filter(|number| number.is_finite()) else { return 0.0 };
         // In 0..SLOTS, whatever the sign.
         let slot = usize::try_from(at_s.div_euclid(SLOT_S).rem_euclid(SLOTS as i64)).unwrap_or_default();
         let size = |score: Option<Score>| score.map_or(0.0, |score| score.deviation.abs().min(MOST));
-        let of_season = size(self.seasonal.update(slot, Some(number)));
-        let of_value = size(self.value.update(Some(number)));
-        let of_step = size(self.step.update(self.last.map(|last| number - last)));
+        let season = self.seasonal.update(slot, Some(number));
+        let value = self.value.update(Some(number));
+        let step = self.step.update(self.last.map(|last| number - last));
+        let (of_season, of_value, of_step) = (size(season), size(value), size(step));
         self.last = Some(number);
+        let level = if of_season < of_value { season } else { value };
+        let is_step = 0.5 * of_step > of_value.min(of_season);
+        self.why = if is_step { step } else { level }.map(|score| (is_step, score.why));
         // What the season explains is no surprise; a jump is one even where the level is allowed.
         let surprise = of_value.min(of_season) + 0.5 * of_step;
         self.seen = self.seen.saturating_add(1);
@@ -99,6 +107,12 @@ impl SeriesDetector {
         self.usual += long * off;
         self.spread = (1.0 - long) * (self.spread + long * off * off);
         if self.seen <= WARM { 0.0 } else { unlikely(deviation) }
+    }
+
+    /// What was most surprising of the last number, in words; `None` where too little was seen. A score is of the last few.
+    #[must_use]
+    pub fn why(&self) -> Option<String> {
+        self.why.map(|(is_step, why)| if is_step { format!("a step: {why}") } else { why.to_string() })
     }
 }
 
@@ -177,5 +191,21 @@ mod tests {
             odd = odd.max(detector.update(step * 300, Some(300.0)));
         }
         assert!(odd > 5.0 * usual && odd > 0.4, "{odd} against {usual}");
+        let why = detector.why().unwrap();
+        assert!(why.contains("300") && !why.starts_with("a step"), "{why}");
+        assert_eq!(SeriesDetector::new().why(), None);
+    }
+
+    #[test]
+    fn a_jump_within_what_is_usual_is_said_to_be_one() {
+        let mut detector = SeriesDetector::new();
+        for row in 0..2000_i64 {
+            detector.update(row * 300, Some((row % 1000 - 500).abs() as f64));
+        }
+        detector.update(2000 * 300, Some(250.0));
+        let why = detector.why().unwrap();
+        assert!(why.starts_with("a step: -249"), "{why}");
+        detector.update(2001 * 300, None);
+        assert_eq!(detector.why(), None, "nothing is odd of what is missing");
     }
 }
