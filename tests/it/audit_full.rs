@@ -70,7 +70,7 @@ fn use_up(host: &Host) -> usize {
 #[track_caller]
 fn refused(done: Finished, code: i32) {
     let done = done.expect_code(code);
-    for word in ["the audit log takes no new work", "/audit", "make room"] {
+    for word in ["the audit log takes no new work", "/audit", "make room", "`dev-box audit prune`"] {
         assert!(done.stderr.contains(word), "{word}: {}", done.stderr);
     }
     assert!(done.elapsed < Duration::from_secs(10), "{done:?}");
@@ -118,6 +118,11 @@ fn a_full_audit_disk_refuses_new_jobs_and_lets_running_ones_end() {
     refused(host.dev_box(["start", "--name", "new", "--net", "isolated"]), 1);
     refused(host.dev_box(["exec", "work", "--", "true"]), 125);
     refused(host.run(&["--net", "isolated", "--", "true"]), 125);
+    refused(host.dev_box(["template", "create", "--net", "isolated"]), 1);
+    refused(host.dev_box(["image", "build", "--name", "none", "--agent", "/bin/true"]), 1);
+    // What makes room is not refused.
+    let none = host.dev_box(["image", "rm", "none"]).expect_code(1);
+    assert!(none.stderr.contains("there is no image `none`"), "{}", none.stderr);
     assert_eq!(host.vms().len(), 2, "nothing was made");
     assert!(host.dev_box(["ps"]).expect_code(0).text().contains("work"));
 
@@ -135,6 +140,7 @@ fn a_full_audit_disk_refuses_new_jobs_and_lets_running_ones_end() {
         found.text().lines().count()
     };
     assert_eq!(["exec.end", "files.out", "vm.destroy"].map(|action| query(action, "ok")), [2, 1, 2]);
+    assert_eq!((query("image.remove", "failed"), query("image.build", "intent")), (1, 0));
     verified(&host);
 
     // Room is all that it takes.

@@ -230,6 +230,15 @@ fn a_killed_daemons_vms_are_its_successors() {
     std::io::Write::write_all(&mut { stays }, b"go on\n").unwrap();
     assert!(beside.finish().expect_code(0).text().contains("still"));
     next.stop().expect_code(0);
+    let audit = host.dev_box(["audit", "query", "--action", "process"]).expect_code(0).text();
+    let records = audit.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let records: Vec<_> = records.collect();
+    let actions: Vec<_> = records.iter().map(|one| one["action"].as_str().unwrap()).collect();
+    assert_eq!(actions, ["process.start", "process.start", "process.stop"], "the killed one has no end");
+    let (first, second) = (&records[0]["details"], &records[1]["details"]);
+    assert!(first["role"] == "serve" && first["config"].is_string() && first == second, "{audit}");
+    let last = host.dev_box(["audit", "tail", "-n", "1"]).expect_code(0).text();
+    assert!(last.contains("process.stop"), "{last}");
     host.assert_clean();
 }
 

@@ -43,6 +43,12 @@ fn names(host: &Host) -> Vec<String> {
     listed.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect()
 }
 
+fn domain(host: &Host, vm: &str) -> String {
+    let listed: Value = serde_json::from_str(&host.dev_box(["ps", "--json"]).expect_code(0).text()).unwrap();
+    let found = listed.as_array().unwrap().iter().find(|one| one["name"] == vm).expect("a VM of that name");
+    found["domain"].as_str().unwrap().to_owned()
+}
+
 /// The moments that are kept, whole or not.
 fn moments(host: &Host) -> usize {
     let Ok(entries) = fs::read_dir(host.root().join("forks")) else { return 0 };
@@ -66,6 +72,12 @@ fn forks_run_on_from_where_the_original_is() {
 
     let mut client = host.start(["exec", "work", "--", "sh", "-c", "echo on; exec sleep 54321"]);
     client.wait_for_output("on");
+
+    // What it may reach from now on is what its forks may.
+    let narrow = host.root().join("narrow.toml");
+    fs::write(&narrow, "mode = 'custom'\nports = ['tcp/443']\n").unwrap();
+    host.dev_box(["net", "apply", &domain(&host, "work"), "--policy", narrow.to_str().unwrap()])
+        .expect_code(0);
 
     let before = counted(&host, "work");
     let asked = ["fork", "work", "-n", "2", "--name", "a", "--name", "b", "--json"];
@@ -101,6 +113,11 @@ fn forks_run_on_from_where_the_original_is() {
     // Both begin at the same moment: what ran on as the original, before it was told, would have noted that for a while.
     let as_the_original = |vm: &str| sh(&host, vm, &format!("grep -c {} /dev/shm/ids", who[0][1]));
     assert_eq!(as_the_original("a"), as_the_original("b"));
+    let policy = |vm: &str| {
+        let shown = host.dev_box(["net", "show", &domain(&host, vm), "--json"]).expect_code(0).text();
+        serde_json::from_str::<Value>(&shown).unwrap()["policy_digest"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((policy("a"), policy("b")), (policy("work"), policy("work")));
     for vm in all {
         let own = "test ! -e /root/own; test ! -e /dev/shm/own";
         sh(&host, vm, &format!("{own}; echo {vm} | tee /root/own > /dev/shm/own"));

@@ -68,6 +68,16 @@ fn the_daemon_keeps_vms_ready_and_start_and_run_take_them() {
     host.dev_box(["rm", "busy"]).expect_code(0);
     wait("another takes its place", 1);
 
+    // What it could reach was changed: the next does not get that.
+    host.dev_box(["start", "--name", "narrow"]).expect_code(0);
+    let listed = json(&host.dev_box(["ps", "--json"]).expect_code(0).stdout);
+    let domain = listed[0]["domain"].as_str().unwrap().to_owned();
+    let policy = host.root().join("narrow.toml");
+    fs::write(&policy, "mode = 'custom'\nports = ['tcp/443']\n").unwrap();
+    host.dev_box(["net", "apply", &domain, "--policy", policy.to_str().unwrap()]).expect_code(0);
+    host.dev_box(["rm", "narrow"]).expect_code(0);
+    wait("another takes its place", 1);
+
     runs(&host, &wait);
 
     let told = host.dev_box(["pool", "drain"]).expect_code(0).text();

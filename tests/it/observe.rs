@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use dev_box::core::clock::{Clock as _, SystemClock};
-use dev_box_tests::{Collector, Host, Running, Screen, wait_until};
+use dev_box_tests::{Collector, Host, Running, Screen, wait_until, write_private};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -156,7 +156,8 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
     let text = fs::read_to_string(&segment).unwrap();
     fs::write(&segment, text.replacen("cat in.txt", "cat no.txt", 1)).unwrap();
     let verified = host.dev_box(["audit", "verify", "--json"]).expect_code(1);
-    assert!(serde_json::from_str::<Value>(&verified.text()).unwrap()["problem"].is_string());
+    let verified: Value = serde_json::from_str(&verified.text()).unwrap();
+    assert!(verified["problem"].is_string() && verified["fault"] == "edited", "{verified}");
 }
 
 /// A guest that works honestly, close to each threshold, then not, a step for each line on its standard input.
@@ -221,7 +222,7 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
     ]);
     let told = Collector::start();
     let secret = host.root().join("secret");
-    fs::write(&secret, "0123456789abcdef").unwrap();
+    write_private(&secret, "0123456789abcdef");
     command.env("DEV_BOX_OBSERVE__WEBHOOK_URL", told.url()).env("DEV_BOX_OBSERVE__WEBHOOK_SECRET", &secret);
     // The flood goes there, and nobody reads it.
     command.args(["--", "sh", "guest.sh"]).stderr(std::process::Stdio::null());

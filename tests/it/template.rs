@@ -54,8 +54,19 @@ fn clones_are_their_own_machines_and_leave_no_trace_in_one_another() {
     }
     let after = host.dev_box(["template", "inspect", "t", "--verify"]).expect_code(0).text();
     assert_eq!(before, after, "nothing of the clones' reached the template");
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    let listed = json(&host.dev_box(["template", "ls", "--json"]).expect_code(0).text());
     host.dev_box(["template", "rm", "t"]).expect_code(0);
     assert_eq!(host.dev_box(["template", "ls", "--json"]).expect_code(0).text().trim(), "[]");
+    let audit = host.dev_box(["audit", "query", "--action", "template"]).expect_code(0).text();
+    let records: Vec<_> = audit.lines().map(json).collect();
+    let seen = records.iter().map(|one| format!("{} {}", one["action"], one["outcome"]["status"]));
+    let seen: Vec<_> = seen.map(|one| one.replace('"', "")).collect();
+    let expected =
+        ["template.create intent", "template.create ok", "template.remove intent", "template.remove ok"];
+    assert_eq!(seen, expected);
+    let digest = &records[1]["details"]["digest"];
+    assert!(digest.is_string() && *digest == listed[0]["digest"], "{audit}");
     host.assert_clean();
 }
 

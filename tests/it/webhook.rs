@@ -1,11 +1,10 @@
 //! Somebody is to be told of a finding, and does not listen.
 
-use std::fs;
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dev_box_tests::{Daemon, Host, wait_until};
+use dev_box_tests::{Daemon, Host, wait_until, write_private};
 use serde_json::Value;
 
 use crate::monitoring::{free_port, get};
@@ -71,7 +70,7 @@ fn a_webhook_that_hangs_holds_up_no_response_and_no_end() {
     let Some(host) = Host::new(name) else { return };
     let (silent, port) = (Silent::start(), free_port());
     let secret = host.root().join("secret");
-    fs::write(&secret, "0123456789abcdef").unwrap();
+    write_private(&secret, "0123456789abcdef");
     let daemon = Daemon::start_with(
         &host,
         &[

@@ -10,7 +10,7 @@ mod screen;
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +22,16 @@ pub use daemon::Daemon;
 pub use internet::{Internet, run};
 pub use lifecycle::Lifecycle;
 pub use screen::Screen;
+
+/// Makes a file that is its owner's alone: a secret.
+///
+/// # Panics
+/// Where it cannot.
+pub fn write_private(path: &Path, text: &str) {
+    let mut options = OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(path).expect("a new file");
+    file.write_all(text.as_bytes()).expect("a file that can be written");
+}
 
 /// Where `cargo xtask setup` puts the guest image that all tests share.
 const SHARED_IMAGES: &str = "/var/lib/dev-box/images";

@@ -8,6 +8,8 @@
 //! longer than [`FAREWELL`].
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::anomaly::Finding;
-use crate::audit::Evidence;
+use crate::audit::{Evidence, KeyFileError, check_private};
 
 /// How long one try may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -32,6 +34,8 @@ pub const FAREWELL: Duration = Duration::from_secs(10);
 const MAX_WAITING: usize = 64;
 /// The shortest secret that is taken, in bytes.
 const SECRET_MIN: usize = 16;
+/// How much of its file is read, in bytes.
+const SECRET_MAX: u64 = 4096;
 
 /// Why nobody was told.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +50,9 @@ pub enum AlertError {
         #[source]
         source: std::io::Error,
     },
+    /// It is not the secret of whoever runs this alone.
+    #[error("cannot use the webhook's secret")]
+    Exposed(#[from] KeyFileError),
     /// The secret is too short to keep anybody out.
     #[error("the webhook's secret in {} has {length} bytes: it must have {SECRET_MIN} at least (`openssl rand -hex 32` makes one)", path.display())]
     ShortSecret {
@@ -123,7 +130,7 @@ impl Webhook {
     /// Alerts go to `url`, signed with what `secret` contains (its last newline aside), in the name of `host`.
     ///
     /// # Errors
-    /// [`AlertError::Secret`], [`AlertError::ShortSecret`].
+    /// [`AlertError::Secret`], [`AlertError::Exposed`], [`AlertError::ShortSecret`].
     pub fn new(
         url: impl Into<String>,
         secret: &Path,
@@ -131,8 +138,11 @@ impl Webhook {
         clock: Arc<dyn Clock>,
     ) -> Result<Self, AlertError> {
         let path = || secret.to_owned();
-        let mut bytes =
-            std::fs::read(secret).map_err(|source| AlertError::Secret { path: path(), source })?;
+        let failed = |source| AlertError::Secret { path: path(), source };
+        let file = File::open(secret).map_err(failed)?;
+        check_private(secret, &file)?;
+        let mut bytes = Vec::new();
+        file.take(SECRET_MAX).read_to_end(&mut bytes).map_err(failed)?;
         while bytes.last().is_some_and(u8::is_ascii_whitespace) {
             bytes.pop();
         }
@@ -249,6 +259,8 @@ mod tests {
 
     use dev_box_core::clock::FakeClock;
 
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
     use crate::anomaly::Rule;
 
@@ -289,10 +301,15 @@ mod tests {
         (url, thread)
     }
 
+    fn write_secret(path: &Path, text: &str) {
+        std::fs::write(path, text).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    }
+
     fn webhook(url: &str) -> Webhook {
         let dir = tempfile::tempdir().unwrap();
         let secret = dir.path().join("secret");
-        std::fs::write(&secret, "0123456789abcdef\n").unwrap();
+        write_secret(&secret, "0123456789abcdef\n");
         Webhook::new(url, &secret, "host-1", Arc::new(FakeClock::default())).unwrap()
     }
 
@@ -375,9 +392,12 @@ mod tests {
         let secret = dir.path().join("secret");
         let new = || Webhook::new("http://127.0.0.1:9/", &secret, "h", Arc::new(FakeClock::default()));
         assert!(matches!(new(), Err(AlertError::Secret { .. })));
-        std::fs::write(&secret, "short\n").unwrap();
-        assert!(matches!(new(), Err(AlertError::ShortSecret { length: 5, .. })));
         std::fs::write(&secret, "long enough for this\n").unwrap();
+        std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(new(), Err(AlertError::Exposed(KeyFileError::Exposed { mode: 0o644, .. }))));
+        write_secret(&secret, "short\n");
+        assert!(matches!(new(), Err(AlertError::ShortSecret { length: 5, .. })));
+        write_secret(&secret, "long enough for this\n");
         assert!(!format!("{:?}", new().unwrap()).contains("long"));
     }
 

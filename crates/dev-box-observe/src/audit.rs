@@ -26,6 +26,7 @@ mod log;
 mod ocsf;
 mod options;
 mod pace;
+mod prune;
 mod query;
 mod record;
 #[cfg(any(test, feature = "testing"))]
@@ -44,11 +45,14 @@ pub use chain::{Hash, Key, NotHex};
 pub use entry::{Actor, Entry, Evidence, Outcome, Subject};
 pub use event::{Accel, AuditEvent, ExitStatus, FileTotals, ResetMethod, ResponseAction, Transport};
 pub use head::{Head, older as older_heads};
+#[cfg(feature = "webhook")]
+pub(crate) use keyfile::check_private;
 pub use keyfile::{FirstKey, KeyFileError};
-pub use log::{AuditLog, prune};
+pub use log::AuditLog;
 pub use ocsf::{OCSF_VERSION, ocsf};
 pub use options::{AuditOptions, OpenError};
-pub use query::{Filter, ReadError, Tail, called, export, query, tail};
+pub use prune::{Pruned, prunable, prune};
+pub use query::{Exported, Filter, ReadError, Skipped, Tail, called, export, query, tail};
 pub use record::{FORMAT, MAX_LINE, Record};
 #[cfg(any(test, feature = "testing"))]
 pub use recording::{Recorded, RecordingSink};

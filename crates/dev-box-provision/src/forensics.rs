@@ -9,21 +9,27 @@
 mod bundle;
 
 use std::fs::{self, OpenOptions};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
 use dev_box_core::clock::Clock;
 use dev_box_core::connection::LibvirtConnection;
+use dev_box_core::id::VmName;
 use dev_box_core::libvirt::XmlView;
+use dev_box_core::size::ByteSize;
 use dev_box_core::spec::VmSpec;
 use dev_box_core::state::VmState;
 use dev_box_core::vm::{Vm, VmError};
+use dev_box_image::Overlay;
+use dev_box_image::space::{self, SpaceError, SpaceLimits};
 use dev_box_net::VmNetwork;
 use dev_box_observe::audit::{self, AuditError, Filter};
 
 use self::bundle::Bundle;
 use crate::blocking::{self, BlockingError};
-use crate::template::monitor::{self, MonitorError};
+use crate::holds::Holds;
+use crate::template::monitor;
 
 pub use bundle::{BundleError, Manifest, Missing, Part};
 
@@ -55,6 +61,9 @@ pub enum ForensicsError {
     /// It could not be audited, so it was not done; or it was, and its end is not on record.
     #[error("it could not be audited")]
     Audit(#[from] AuditError),
+    /// It would leave too little for everything else on the disk, the audit log among it.
+    #[error("there is no room for the bundle: remove old ones, or make room")]
+    NoRoom(#[from] SpaceError),
     /// The archive could not be written.
     #[error(transparent)]
     Bundle(#[from] BlockingError<BundleError>),
@@ -67,7 +76,7 @@ struct Scene {
     xml: String,
 }
 
-/// Makes the bundle.
+/// Makes the bundle. What `holds` says of a VM of this process stays true; of another process's VM it says nothing.
 ///
 /// # Errors
 /// [`ForensicsError`]; the VM then runs on, and the half of an archive is removed.
@@ -75,21 +84,30 @@ pub async fn collect(
     connection: &LibvirtConnection,
     network: &VmNetwork,
     clock: &dyn Clock,
+    holds: &Holds,
     request: &ForensicsRequest,
 ) -> Result<Manifest, ForensicsError> {
+    let name = VmName::new(&request.vm).ok();
+    // Whoever else of this process would let it run waits, and what has stopped it meanwhile keeps it.
+    let moment = name.as_ref().map(|name| holds.moment(name));
     let vm = Vm::find(connection, &request.vm).await?;
     let spec = vm.template().await?.spec().clone();
     let xml = vm.xml(XmlView::Current).await?;
     let state = vm.state().await?.state;
     let scene = Scene { vm, spec, xml };
+    require_room(&scene.spec, &request.archive)?;
     let running = state == VmState::Running;
     if running {
         scene.vm.pause().await.map_err(ForensicsError::Pause)?;
     }
     let manifest =
         Manifest::new(&request.vm, clock.now(), &request.reason, &format!("{state:?}").to_lowercase());
-    let done = gather(network, &scene, manifest, request).await;
-    if running && !request.leave_paused {
+    let addresses = addresses(connection, network, &scene.spec, name.as_ref()).await;
+    let done = gather(network, &scene, addresses, manifest, request).await;
+    drop(moment);
+    let stays =
+        request.leave_paused || name.is_some_and(|name| holds.holds(&name) || holds.is_stopped(&name));
+    if running && !stays {
         // Somebody may have ended it meanwhile.
         if let Err(error) = scene.vm.resume().await {
             tracing::warn!(
@@ -102,9 +120,38 @@ pub async fn collect(
     Ok(done?)
 }
 
+/// The memory is there twice for a while: as QEMU writes it beside the disk, and in the archive.
+fn require_room(spec: &VmSpec, archive: &Path) -> Result<(), SpaceError> {
+    let memory = spec.resources.memory.as_bytes();
+    let overlay = spec.disks.first().map(|disk| disk.path.as_path());
+    let disk = overlay.and_then(|path| Overlay::allocated(path).ok()).map_or(0, ByteSize::as_bytes);
+    let needed = ByteSize::bytes(memory.saturating_mul(2).saturating_add(disk));
+    [archive.parent(), overlay.and_then(Path::parent)]
+        .into_iter()
+        .flatten()
+        // Beneath the working directory.
+        .map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir })
+        .try_for_each(|dir| space::require(dir, needed, &SpaceLimits::default()))
+}
+
+/// A VM's addresses. The IPv6 address is on record of its lease alone, and without one where that cannot be read.
+async fn addresses(
+    connection: &LibvirtConnection,
+    network: &VmNetwork,
+    spec: &VmSpec,
+    name: Option<&VmName>,
+) -> Option<(Ipv4Addr, Option<Ipv6Addr>)> {
+    let address = spec.interface.as_ref().and_then(|interface| interface.ip)?;
+    let Some(name) = name.cloned() else { return Some((address, None)) };
+    let network = network.clone();
+    let lease = blocking::with_libvirt(connection, move |libvirt| network.lease_of(libvirt, &name)).await;
+    Some((address, lease.ok().flatten().and_then(|lease| lease.ipv6).map(|ipv6| ipv6.address)))
+}
+
 async fn gather(
     network: &VmNetwork,
     scene: &Scene,
+    addresses: Option<(Ipv4Addr, Option<Ipv6Addr>)>,
     manifest: Manifest,
     request: &ForensicsRequest,
 ) -> Result<Manifest, BlockingError<BundleError>> {
@@ -113,8 +160,7 @@ async fn gather(
         Some(overlay) => dump(&scene.vm, overlay).await,
         None => Err("it has no disk beside which its memory could be put".to_owned()),
     };
-    let (network, address) =
-        (network.clone(), scene.spec.interface.as_ref().and_then(|interface| interface.ip));
+    let network = network.clone();
     let (console, xml, request) = (scene.spec.console_log.clone(), scene.xml.clone(), request.clone());
     let written = blocking::run(move || {
         let mut bundle = Bundle::create(&request.archive, manifest)?;
@@ -132,24 +178,33 @@ async fn gather(
             Some(console) => bundle.file("console.log", &console)?,
             None => bundle.missing("console.log", "its console is not logged"),
         }
-        match address {
-            Some(address) => {
+        match addresses {
+            Some((address, ipv6)) => {
                 match network.traffic_of_all().map(|mut all| all.remove(&address).unwrap_or_default()) {
                     Ok(traffic) => bundle.json("traffic.json", &traffic)?,
                     Err(error) => bundle.missing("traffic.json", &error.to_string()),
                 }
-                match flows(&address.to_string()) {
+                match flows(address, ipv6) {
                     Ok(flows) => bundle.text("flows.txt", &flows)?,
                     Err(error) => bundle.missing("flows.txt", &error.to_string()),
                 }
             }
-            None => bundle.missing("traffic.json", "it has no network"),
+            None => {
+                ["traffic.json", "flows.txt"]
+                    .iter()
+                    .for_each(|file| bundle.missing(file, "it has no network"));
+            }
         }
         // Names looked up, destinations and drops are in the audit.
         let mut records = Vec::new();
         let filter = Filter { vms: vec![request.vm.clone()], ..Filter::default() };
         match audit::export(&request.audit_dir, filter, &mut records) {
-            Ok(_) => bundle.bytes("audit.jsonl", &records)?,
+            Ok(exported) => {
+                bundle.bytes("audit.jsonl", &records)?;
+                if !exported.skipped.is_empty() {
+                    bundle.missing("some of audit.jsonl", &exported.skipped.to_string());
+                }
+            }
             Err(error) => bundle.missing("audit.jsonl", &error.to_string()),
         }
         bundle.finish()
@@ -172,11 +227,8 @@ impl Drop for Dumped {
 async fn dump(vm: &Vm, overlay: &Path) -> Result<Dumped, String> {
     let file = overlay.with_file_name("memory.kdump");
     let dumped = prepare(&file, overlay).map_err(|error| format!("{}: {error}", file.display()))?;
-    match monitor::dump_memory(vm, &dumped.0).await {
-        Ok(()) => Ok(dumped),
-        Err(error @ (MonitorError::Refused { .. } | MonitorError::Vm(_))) => Err(error.to_string()),
-        Err(error) => Err(error.to_string()),
-    }
+    monitor::dump_memory(vm, &dumped.0).await.map_err(|error| error.to_string())?;
+    Ok(dumped)
 }
 
 /// Makes the file: QEMU's user may write this one, and make none.
@@ -189,9 +241,38 @@ fn prepare(file: &Path, overlay: &Path) -> std::io::Result<Dumped> {
     Ok(dumped)
 }
 
-/// The kernel's connections of an address.
-fn flows(address: &str) -> std::io::Result<String> {
-    let all = fs::read_to_string("/proc/net/nf_conntrack")?;
-    let needle = format!("={address} ");
-    Ok(all.lines().filter(|line| line.contains(&needle)).map(|line| format!("{line}\n")).collect())
+/// The kernel's connections of a VM.
+fn flows(address: Ipv4Addr, ipv6: Option<Ipv6Addr>) -> std::io::Result<String> {
+    Ok(of_addresses(&fs::read_to_string("/proc/net/nf_conntrack")?, address, ipv6))
+}
+
+fn of_addresses(connections: &str, address: Ipv4Addr, ipv6: Option<Ipv6Addr>) -> String {
+    // The kernel writes out every digit.
+    let in_full = |address: Ipv6Addr| address.segments().map(|part| format!("{part:04x}")).join(":");
+    let needles: Vec<String> = [Some(address.to_string()), ipv6.map(in_full)]
+        .into_iter()
+        .flatten()
+        .map(|address| format!("={address} "))
+        .collect();
+    let is_its = |line: &&str| needles.iter().any(|needle| line.contains(needle));
+    connections.lines().filter(is_its).map(|line| format!("{line}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_told_by_both_addresses() {
+        let all = "ipv4 2 tcp 6 src=10.213.0.2 dst=1.1.1.1 sport=1\n\
+                   ipv4 2 tcp 6 src=10.213.0.22 dst=1.1.1.1 sport=2\n\
+                   ipv6 10 tcp 6 src=fd00:0db8:0000:0000:0000:0000:0000:0002 dst=2620:00fe:0000:0000:0000:0000:0000:00fe sport=3\n";
+        let found = |ipv6: Option<&str>| {
+            let lines =
+                of_addresses(all, Ipv4Addr::new(10, 213, 0, 2), ipv6.map(|text| text.parse().unwrap()));
+            lines.lines().map(|line| line.rsplit('=').next().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(found(None), ["1"]);
+        assert_eq!(found(Some("fd00:db8::2")), ["1", "3"]);
+    }
 }

@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dev_box_core::id::VmName;
 
-/// VMs of a provisioner that were paused to stay so, and those that stand still for a moment. Clones share it.
+/// VMs of a provisioner that were paused to stay so, those that stand still for a moment, and those that its network's watch has
+/// stopped. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Holds {
     held: Arc<Mutex<BTreeSet<VmName>>>,
     still: Arc<Mutex<BTreeSet<VmName>>>,
+    stopped: Arc<Mutex<BTreeSet<VmName>>>,
 }
 
 /// While something reads a VM that stands still for it: whoever does that lets the VM go on afterwards, and nobody before.
@@ -28,14 +30,38 @@ impl Drop for Moment {
     }
 }
 
+fn whole(names: &Mutex<BTreeSet<VmName>>) -> MutexGuard<'_, BTreeSet<VmName>> {
+    // A set of names is whole whatever panicked beside it.
+    names.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Holds {
     fn held(&self) -> MutexGuard<'_, BTreeSet<VmName>> {
-        // A set of names is whole whatever panicked beside it.
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        whole(&self.held)
     }
 
     fn still(&self) -> MutexGuard<'_, BTreeSet<VmName>> {
-        self.still.lock().unwrap_or_else(PoisonError::into_inner)
+        whole(&self.still)
+    }
+
+    /// The watch over its network has stopped it; or found it stopped for a moment, after which it leaves it to the watch.
+    pub(crate) fn stopped(&self, vm: &VmName) {
+        whole(&self.stopped).insert(vm.clone());
+    }
+
+    /// Somebody's moment is on: it stands still, and will not for long.
+    pub(crate) fn is_still(&self, vm: &VmName) -> bool {
+        self.still().contains(vm)
+    }
+
+    /// Whether the watch has stopped it, and not let it go.
+    pub(crate) fn is_stopped(&self, vm: &VmName) -> bool {
+        whole(&self.stopped).contains(vm)
+    }
+
+    /// The watch has nothing against it any more.
+    pub(crate) fn unstop(&self, vm: &VmName) {
+        whole(&self.stopped).remove(vm);
     }
 
     /// Nobody lets it run until the moment is over, and who begins one lets it run on then.
@@ -67,7 +93,8 @@ impl Holds {
 
     /// Forgets those that are not there any more.
     pub(crate) fn keep(&self, is_there: impl Fn(&VmName) -> bool) {
-        self.held().retain(is_there);
+        self.held().retain(&is_there);
+        whole(&self.stopped).retain(&is_there);
     }
 }
 

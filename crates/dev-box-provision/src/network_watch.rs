@@ -1,6 +1,6 @@
 //! The network of VMs that run: its events, and the watch over it. What [`dev_box_net::watch`] decides is done here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -226,13 +226,15 @@ impl Custody for Inner {
             if vms.is_empty() {
                 return BTreeMap::new();
             }
-            let network = self.network.clone();
+            let (network, own) = (self.network.clone(), vms.iter().cloned().collect::<BTreeSet<_>>());
             let mut link = self.connection.link();
             let away = async { link.wait_for(|link| matches!(link, Link::Down { .. })).await.is_ok() };
             let verified = tokio::select! {
                 biased;
                 true = away => None,
-                verified = blocking::with_libvirt(&self.connection, move |libvirt| network.verify_all(libvirt)) => Some(verified),
+                verified = blocking::with_libvirt(&self.connection, move |libvirt| {
+                    network.verify_those(libvirt, |vm| own.contains(vm))
+                }) => Some(verified),
             };
             let Some(verified) = verified else { return self.without_libvirt(vms).await };
             let finding = |vm: &VmName| match &verified {
@@ -260,7 +262,18 @@ impl Custody for Inner {
                 Err(VmError::NotFound { .. }) => Ok(()),
                 Err(error) => Err(error.to_string()),
                 Ok(domain) => match domain.pause().await {
-                    Ok(()) | Err(VmError::Illegal(_) | VmError::NotFound { .. }) => Ok(()),
+                    Ok(()) => {
+                        self.holds.stopped(vm);
+                        Ok(())
+                    }
+                    // By somebody else, whose it is to let it run; but for who leaves that to the watch after his moment.
+                    Err(VmError::Illegal(_)) => {
+                        if self.holds.is_still(vm) {
+                            self.holds.stopped(vm);
+                        }
+                        Ok(())
+                    }
+                    Err(VmError::NotFound { .. }) => Ok(()),
                     Err(error) => Err(error.to_string()),
                 },
             }
@@ -291,7 +304,8 @@ impl Custody for Inner {
 
     fn resume<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(async move {
-            if !self.holds.lets_go(vm) {
+            if !self.holds.lets_go(vm) || !self.holds.is_stopped(vm) {
+                self.holds.unstop(vm);
                 return Ok(());
             }
             let domain = Vm::find(&self.connection, vm.as_str()).await.map_err(|error| error.to_string())?;
@@ -299,6 +313,7 @@ impl Custody for Inner {
                 Ok(()) | Err(VmError::Illegal(_)) => {}
                 Err(error) => return Err(error.to_string()),
             }
+            self.holds.unstop(vm);
             // Who held it meanwhile saw that it stood still, and left it at that.
             if self.holds.lets_go(vm) { Ok(()) } else { self.pause(vm).await }
         })

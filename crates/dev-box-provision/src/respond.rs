@@ -4,7 +4,7 @@
 //! pause that comes meanwhile waits for its end: otherwise the VM would run again. A kill waits for nothing.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use dev_box_core::clock::Clock;
@@ -15,7 +15,8 @@ use dev_box_core::vm::{Vm, VmError};
 use dev_box_net::{NftThrottle, ThrottleError, VmNetwork};
 use dev_box_observe::alert::Webhook;
 use dev_box_observe::anomaly::{Finding, RespondError, RespondFuture, Responder};
-use dev_box_observe::audit::ResponseAction;
+use dev_box_observe::audit::{AuditSink, ResponseAction, Text};
+use dev_box_observe::{Act, AuditEvent, Entry, Outcome};
 
 use crate::blocking;
 use crate::forensics::{self, ForensicsRequest};
@@ -55,6 +56,31 @@ pub struct Means {
     pub audit_dir: PathBuf,
     /// For the names and dates of bundles.
     pub clock: Arc<dyn Clock>,
+    /// Where it is put on record that there is a bundle.
+    pub audit: Arc<dyn AuditSink>,
+}
+
+/// How many bundles of one VM are made in response to what it does, before somebody has taken some away: what a guest does over and
+/// over is not to fill the disk.
+pub const MAX_BUNDLES: usize = 8;
+
+/// Why no bundle is made.
+#[derive(Debug, thiserror::Error)]
+enum BundlesError {
+    #[error("there are {MAX_BUNDLES} bundles of this VM in {}: remove some, or move them elsewhere", .0.display())]
+    Many(PathBuf),
+    #[error("{} cannot be used for bundles", .0.display())]
+    Dir(PathBuf, #[source] std::io::Error),
+}
+
+/// Makes the directory of bundles, and refuses another one of a VM that has enough.
+fn room_for_another(dir: &Path, vm: &str) -> Result<(), BundlesError> {
+    let failed = |source| BundlesError::Dir(dir.to_owned(), source);
+    std::fs::create_dir_all(dir).map_err(failed)?;
+    let prefix = format!("{vm}-");
+    let names = std::fs::read_dir(dir).map_err(failed)?.flatten().map(|entry| entry.file_name());
+    let of_it = names.filter(|name| name.as_encoded_bytes().starts_with(prefix.as_bytes())).count();
+    if of_it < MAX_BUNDLES { Ok(()) } else { Err(BundlesError::Many(dir.to_owned())) }
 }
 
 /// Responds to findings about VMs.
@@ -93,7 +119,9 @@ impl VmResponder {
             ResponseAction::Snapshot => self.snapshot(vm, finding).await,
             // Its owner finds the channel closed, and removes the rest.
             ResponseAction::Kill => {
-                idempotent(self.find(vm).await?.destroy().await).map_err(|error| named(vm, error))
+                idempotent(self.find(vm).await?.destroy().await).map_err(|error| named(vm, error))?;
+                tracing::warn!(vm, "it was ended");
+                Ok(())
             }
         }
     }
@@ -116,7 +144,9 @@ impl VmResponder {
         // What has no network is slow enough.
         let Some(tap) = tap else { return Ok(()) };
         let throttle = Arc::clone(&self.means.throttle);
-        blocking::run(move || throttle.slow(&tap)).await.map_err(failed)
+        blocking::run(move || throttle.slow(&tap)).await.map_err(failed)?;
+        tracing::warn!(vm, "what it sends is slowed down");
+        Ok(())
     }
 
     async fn pause(&self, vm: &str) -> Result<(), RespondError> {
@@ -131,14 +161,19 @@ impl VmResponder {
         if state == VmState::Paused {
             return Ok(());
         }
-        domain.pause().await.map_err(|error| named(vm, error))
+        idempotent(domain.pause().await).map_err(|error| named(vm, error))?;
+        tracing::warn!(
+            vm,
+            "it was paused: `dev-box resume` lets it go on where a daemon has it, and `virsh resume` any other"
+        );
+        Ok(())
     }
 
     async fn snapshot(&self, vm: &str, finding: &Finding) -> Result<(), RespondError> {
         let turn = self.turn(vm);
         let _held = turn.lock().await;
-        let dir = self.means.forensics_dir.clone();
-        blocking::run(move || std::fs::create_dir_all(dir)).await.map_err(failed)?;
+        let (dir, name) = (self.means.forensics_dir.clone(), vm.to_owned());
+        blocking::run(move || room_for_another(&dir, &name)).await.map_err(failed)?;
         let stamp = self.means.clock.now().to_string().replace(':', "");
         let request = ForensicsRequest {
             vm: vm.to_owned(),
@@ -147,9 +182,17 @@ impl VmResponder {
             reason: format!("{}: {}", finding.rule, finding.why),
             leave_paused: false,
         };
-        let bundle =
-            forensics::collect(&self.means.connection, &self.means.network, &*self.means.clock, &request);
-        let manifest = bundle.await.map_err(failed)?;
+        let Means { connection, network, clock, holds, audit, .. } = &self.means;
+        let archive = Text::new(&request.archive.to_string_lossy());
+        let event = AuditEvent::VmForensics { archive, reason: Text::new(&request.reason) };
+        // Made all the same where the log does not take it: what happened is worth more than its record.
+        let act = Act::begin(audit, Entry::intent(event).vm(vm)).await;
+        let made = forensics::collect(connection, network, &**clock, holds, &request).await;
+        if let Ok(act) = act {
+            let outcome = made.as_ref().map_or_else(|error| Outcome::failed(error), |_| Outcome::Ok);
+            act.finish(outcome).await?;
+        }
+        let manifest = made.map_err(failed)?;
         tracing::warn!(vm, archive = %request.archive.display(), files = manifest.files.len(), "a forensic bundle was made");
         Ok(())
     }

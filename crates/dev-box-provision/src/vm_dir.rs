@@ -28,6 +28,10 @@ use rustix::fs::{FlockOperation, flock};
 
 /// How old a directory without a lock must be before it counts as abandoned: its maker needs microseconds.
 const UNLOCKED_GRACE: Duration = Duration::from_secs(60);
+/// How often a lock is tried: who only looks whether a VM has an owner has it for a moment.
+const TRIES: u32 = 3;
+/// From one try to the next.
+const BETWEEN_TRIES: Duration = Duration::from_millis(2);
 const NEW: &str = ".new-";
 const OVERLAY: &str = "overlay.qcow2";
 const CONSOLE_LOG: &str = "console.log";
@@ -242,11 +246,15 @@ fn owned_by(file: &Path) -> Option<VmName> {
 fn take_lock(dir: &Path, name: &VmName) -> Result<File, VmDirError> {
     let lock = dir.join("lock");
     let file = OpenOptions::new().write(true).open(&lock).map_err(VmDirError::io("open the lock", &lock))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(VmDirError::Owned(name.clone())),
-        Err(errno) => Err(VmDirError::io("lock", &lock)(errno.into())),
+    for left in (0..TRIES).rev() {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if left > 0 => std::thread::sleep(BETWEEN_TRIES),
+            Err(rustix::io::Errno::WOULDBLOCK) => break,
+            Err(errno) => return Err(VmDirError::io("lock", &lock)(errno.into())),
+        }
     }
+    Err(VmDirError::Owned(name.clone()))
 }
 
 /// The VMs beneath `root` by name, whoever owns them.

@@ -87,6 +87,8 @@ struct Shared {
 /// What does not change of a VM.
 #[derive(Debug, Clone)]
 struct Watched {
+    /// When it was handed out: the same VM, rewound, is another one.
+    since: Instant,
     session: Session,
     /// What it may change on the host: its staging directory, and what it has mounted live.
     shares: Vec<PathBuf>,
@@ -113,14 +115,23 @@ impl Watched {
 }
 
 /// What is remembered of a VM from look to look.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Memory {
+    since: Instant,
     look: Option<Look>,
     forks: Option<u64>,
-    dropped: Traffic,
     proportional_bytes: u64,
     share: ShareWatch,
 }
+
+impl Memory {
+    fn of(vm: &Watched) -> Self {
+        Self { since: vm.since, look: None, forks: None, proportional_bytes: 0, share: ShareWatch::default() }
+    }
+}
+
+/// What the guard had counted at an address, and for which VM: its counters go on where that is rewound.
+type Counted = HashMap<Ipv4Addr, (VmName, Traffic)>;
 
 fn whole<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     // Owned values only: whole whatever panicked beside them.
@@ -161,6 +172,7 @@ impl Watcher for HostWatch {
         let live =
             request.mounts.list.iter().filter(|mount| mount.writable).map(|mount| mount.source.clone());
         let watched = Watched {
+            since: Instant::now(),
             session: vm.session.clone(),
             shares: [vm.share.clone()].into_iter().chain(live).collect(),
             vcpus: size.cpus,
@@ -209,11 +221,12 @@ async fn run(shared: Arc<Shared>, every: Duration) {
     // On a host that is behind, the next look says more than two at once.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut memories: HashMap<VmName, Memory> = HashMap::new();
+    let mut counted = Counted::new();
     let mut looks = 0_u64;
     loop {
         ticks.tick().await;
         let vms = whole(&shared.vms).clone();
-        memories.retain(|name, _| vms.contains_key(name));
+        memories.retain(|name, memory| vms.get(name).is_some_and(|vm| vm.since == memory.since));
         if vms.is_empty() {
             continue;
         }
@@ -222,10 +235,12 @@ async fn run(shared: Arc<Shared>, every: Duration) {
             if vms.values().any(|vm| vm.address.is_some()) { drops(&shared).await } else { BTreeMap::new() };
         let claims = ask(&shared, &vms).await;
         for (name, vm) in &vms {
-            let memory = memories.entry(name.clone()).or_default();
+            let memory = memories.entry(name.clone()).or_insert_with(|| Memory::of(vm));
             look(&shared, name, vm, memory, began, looks).await;
-            if let Some(traffic) = vm.address.and_then(|address| traffic.get(&address)) {
-                report_drops(&shared, name, memory, traffic);
+            if let Some(address) = vm.address
+                && let Some(traffic) = traffic.get(&address)
+            {
+                report_drops(&shared, name, address, &mut counted, traffic);
             }
             // One that was stopped meanwhile says what was true before, or by a clock that stood.
             let ran =
@@ -313,16 +328,20 @@ async fn look(
     if let Ok((share, changed, weight)) = looked.await {
         memory.share = share;
         memory.proportional_bytes = weight.unwrap_or(memory.proportional_bytes);
-        if let Some(changed) = changed {
+        // What was rewound meanwhile has another one's files there.
+        let same = whole(&shared.vms).get(name).is_some_and(|now| now.since == vm.since);
+        if let Some(changed) = changed.filter(|_| same) {
             parts.observer.see(name.as_str(), changed);
         }
     }
     VM_SERIES.set(name.as_str(), now.usage(&info.stats, memory.proportional_bytes));
 }
 
-fn report_drops(shared: &Shared, name: &VmName, memory: &mut Memory, now: &Traffic) {
+fn report_drops(shared: &Shared, name: &VmName, address: Ipv4Addr, counted: &mut Counted, now: &Traffic) {
+    let before = counted.insert(address, (name.clone(), now.clone()));
+    let before = before.filter(|(whose, _)| whose == name).map(|(_, before)| before).unwrap_or_default();
     for (reason, count) in &now.dropped {
-        let before = memory.dropped.dropped.get(reason).map_or(0, |before| before.packets);
+        let before = before.dropped.get(reason).map_or(0, |before| before.packets);
         let packets = count.packets.saturating_sub(before);
         if packets == 0 {
             continue;
@@ -332,7 +351,6 @@ fn report_drops(shared: &Shared, name: &VmName, memory: &mut Memory, now: &Traff
             AuditEvent::NetDrop { reason: Text::new(reason.as_str()), address: None, port: None, packets };
         shared.parts.audit.note(Entry::fact(event).vm(name));
     }
-    memory.dropped.clone_from(now);
 }
 
 fn report_claims(

@@ -19,8 +19,10 @@
 
 mod check;
 mod config;
+mod images;
 mod observing;
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,6 +37,7 @@ pub use dev_box_image as image;
 pub use dev_box_net as net;
 pub use dev_box_observe as observe;
 pub use dev_box_provision as provision;
+pub use images::{ActError, build_image, remove_image, remove_template};
 pub use observing::ObserveError;
 use observing::Observing;
 
@@ -299,17 +302,24 @@ impl DevBox {
         self
     }
 
-    /// Makes a template. See [`LibvirtProvisioner::create_template`].
+    /// Makes a template, which is audited. See [`LibvirtProvisioner::create_template`].
     ///
     /// # Errors
-    /// [`CreateError`]; nothing is left then.
+    /// [`ActError`]; nothing is left of one that failed, and a log that takes no new work refuses it.
     pub async fn create_template(
         &self,
         new: NewTemplate,
         sink: Arc<dyn OutputSink>,
         cancel: Cancel,
-    ) -> Result<Template, CreateError> {
-        self.provisioner.create_template(new, &self.executor, sink, cancel).await
+    ) -> Result<Template, ActError<CreateError>> {
+        let name = Text::display(&new.name);
+        let intent = AuditEvent::TemplateCreate { name: name.clone(), digest: None };
+        let making = Box::pin(self.provisioner.create_template(new, &self.executor, sink, cancel));
+        let told = |made: &Template| {
+            let digest = made.manifest.digest().map(Text::display);
+            Some(AuditEvent::TemplateCreate { name, digest })
+        };
+        images::on_record(&self.audit(), intent, making, told).await
     }
 
     /// What makes VMs ready, every act audited, counted and watched.
@@ -333,7 +343,8 @@ impl DevBox {
         let event =
             AuditEvent::VmForensics { archive: Text::new(&archive), reason: Text::new(&request.reason) };
         let act = Act::begin(&self.audit(), Entry::intent(event).by(actor()).vm(&request.vm)).await?;
-        let made = forensics::collect(&self.connection, &self.network, &SystemClock, request).await;
+        let holds = self.provisioner.holds();
+        let made = forensics::collect(&self.connection, &self.network, &SystemClock, &holds, request).await;
         let outcome = made.as_ref().map_or_else(|error| Outcome::failed(error), |_| Outcome::Ok);
         act.finish(outcome).await?;
         made
@@ -382,12 +393,7 @@ impl DevBox {
         }
         self.connection.close().await;
         drop((self.executor, self.watched, self.user_vms, self.provisioner));
-        // Its writer ends when the last handle goes: a thread that may block waits for that.
-        let _ = blocking::run(move || {
-            drop(self.audit);
-            Ok::<_, std::convert::Infallible>(())
-        })
-        .await;
+        close_audit(self.audit).await;
     }
 }
 
@@ -397,7 +403,8 @@ pub fn actor() -> Actor {
     Actor::User { uid: rustix::process::getuid().as_raw(), name: Some(owner().into()) }
 }
 
-/// The audit log alone, for those who act in VMs of somebody else's. Drop the last handle where a thread may block.
+/// The audit log alone, for those who act in VMs of somebody else's, or in none. Give it to [`close_audit`] at the end, or drop
+/// the last handle where a thread may block.
 ///
 /// # Errors
 /// [`OpenError::Audit`].
@@ -406,6 +413,16 @@ pub async fn open_audit(config: &Config, clock: Arc<dyn Clock>) -> Result<AuditL
     // VMs take all the processors there are.
     options.real_time = true;
     Ok(blocking::run(move || AuditLog::open(options, clock)).await?)
+}
+
+/// Lets an audit log go. Where that was the last handle, all that it was given is on disk then.
+pub async fn close_audit(audit: Arc<dyn AuditSink>) {
+    // Its writer ends with the last handle: a thread that may block waits for that.
+    let _ = blocking::run(move || {
+        drop(audit);
+        Ok::<_, Infallible>(())
+    })
+    .await;
 }
 
 fn network(config: &Config) -> VmNetwork {

@@ -25,6 +25,9 @@ pub enum ObserveError {
     /// A threshold makes no sense.
     #[error("observe.rules: {0}")]
     Rules(#[from] RuleConfigError),
+    /// What is to be done about findings makes no sense.
+    #[error("observe.plan")]
+    Plan(#[source] RuleConfigError),
     /// The webhook cannot be used.
     #[error("observe.webhook_secret")]
     Webhook(#[from] AlertError),
@@ -55,6 +58,7 @@ impl Observing {
     ) -> Result<Option<Self>, ObserveError> {
         let observe = &config.observe;
         observe.rules.validate()?;
+        observe.plan.validate().map_err(ObserveError::Plan)?;
         if !observe.enabled {
             return Ok(None);
         }
@@ -69,6 +73,7 @@ impl Observing {
             forensics_dir: config.host.state_root.join("forensics"),
             audit_dir: config.audit_dir(),
             clock: Arc::clone(clock),
+            audit: Arc::clone(audit),
         });
         let settings = ObserverSettings {
             rules: observe.rules.clone(),

@@ -6,15 +6,16 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 use dev_box::Config;
-use dev_box::core::clock::EasternTime;
+use dev_box::core::clock::{EasternTime, SystemClock};
 use dev_box::exec::cancel::Urgency;
 use dev_box::exec::terminal;
 use dev_box::observe::AuditEvent;
-use dev_box::observe::audit::{self, Evidence, Filter, Record, Tail};
+use dev_box::observe::audit::{self, AuditOptions, Evidence, Filter, Pruned, Record, Report, Skipped, Tail};
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 
@@ -47,6 +48,8 @@ Examples:
     },
     /// Print records, one JSON object a line, as they are on disk.
     #[command(after_help = "\
+Exit code: 0, or 1 when the log cannot be read, or has lines that are no records: they are left out, and standard error says how many.
+
 Examples:
   dev-box audit query --vm dev-box-0b852928
   dev-box audit query --vm work --action exec
@@ -73,6 +76,8 @@ Examples:
     },
     /// Write records for another system.
     #[command(after_help = "\
+Exit code: 0, or 1 when it failed, or the log has lines that are no records: they are left out, and standard error says how many.
+
 Examples:
   dev-box audit export --format ocsf --vm work > events.jsonl
   dev-box audit export --job 7f1c --output job.jsonl")]
@@ -85,6 +90,28 @@ Examples:
         output: Option<PathBuf>,
         #[command(flatten)]
         filter: FilterArgs,
+    },
+    /// Remove the oldest records, to make room, and put that on record.
+    #[command(after_help = "\
+The log lies in segments of 64 MiB or a day. One goes when its last record is older than TIME; the one that is written to stays. A daemon \
+may run meanwhile. `audit verify` takes what is left for whole. What is removed is gone: export it first, or try it with --dry-run.
+
+Exit code: 0, also when nothing is as old; 1 when it failed.
+
+Examples:
+  dev-box audit export --until 2026-08-01T00:00:00-04:00 --output old.jsonl
+  dev-box audit prune --before 2026-08-01T00:00:00-04:00 --dry-run
+  dev-box audit prune --before 2026-08-01T00:00:00-04:00")]
+    Prune {
+        /// What is older than this time (ISO 8601 with offset).
+        #[arg(long, value_name = "TIME")]
+        before: EasternTime,
+        /// Say what would be removed, and remove nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -176,25 +203,65 @@ pub(crate) async fn run(config: &Config, command: AuditCommand) -> Result<ExitCo
         }
         AuditCommand::Query(filter) => {
             let filter = filter.filter(config).await?;
-            audit::export(&dir, filter, &mut io::stdout().lock()).map_err(Failure::new)?;
+            let exported = audit::export(&dir, filter, &mut io::stdout().lock()).map_err(Failure::new)?;
+            return Ok(ended(&exported.skipped));
         }
         AuditCommand::Tail { follow, lines, json, filter } => {
             tail(audit::query(&dir, filter.filter(config).await?), lines, follow, json).await?;
         }
         AuditCommand::Export { format, output, filter } => {
             let records = audit::query(&dir, filter.filter(config).await?);
+            let mut skipped = Skipped::default();
             let Some(path) = output else {
-                export(records, format, io::stdout().lock()).await?;
-                return Ok(ExitCode::SUCCESS);
+                export(records, format, io::stdout().lock(), &mut skipped).await?;
+                return Ok(ended(&skipped));
             };
             return interrupt::abandon(async {
-                into_file(&path, |file| export(records, format, file)).await?;
-                Ok(ExitCode::SUCCESS)
+                let counted = &mut skipped;
+                into_file(&path, |file| export(records, format, file, counted)).await?;
+                Ok(ended(&skipped))
             })
             .await;
         }
+        AuditCommand::Prune { before, dry_run, json } => {
+            let options = AuditOptions::new(dir, config.audit_key());
+            prune(options, before, dry_run, json)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says what was passed over, if anything was: whoever asked did not get all there may have been.
+fn ended(skipped: &Skipped) -> ExitCode {
+    warn(skipped);
+    if skipped.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn warn(skipped: &Skipped) {
+    if !skipped.is_empty() {
+        output::note(format_args!("warning: {skipped}"));
+    }
+}
+
+fn prune(options: AuditOptions, before: EasternTime, dry_run: bool, json: bool) -> Result<(), Failure> {
+    let pruned = if dry_run {
+        audit::prunable(&options, before)
+    } else {
+        audit::prune(options, Arc::new(SystemClock), before, dev_box::actor())
+    }
+    .map_err(Failure::new)?;
+    if json {
+        return output::json(&pruned);
+    }
+    let Pruned { segments, records, bytes, through_seq } = pruned;
+    let verb = if dry_run { "would remove" } else { "removed" };
+    output::line(&match through_seq {
+        None => format!("{verb} nothing: no segment but the one in use ends before {before}"),
+        Some(last) => {
+            let word = if segments == 1 { "segment" } else { "segments" };
+            format!("{verb} {segments} {word}: {records} records, up to record {last}, {bytes} bytes")
+        }
+    })
 }
 
 fn verify(dir: &Path, key: &Path, mut heads: Vec<PathBuf>, json: bool) -> Result<ExitCode, Failure> {
@@ -202,17 +269,9 @@ fn verify(dir: &Path, key: &Path, mut heads: Vec<PathBuf>, json: bool) -> Result
     // A log of which no head was signed yet has no such file; whoever could remove it could remove its last lines as well.
     heads.extend([audit::older_heads(&exported), exported].into_iter().filter(|path| path.exists()));
     let report = audit::verify(dir, key, &heads).map_err(Failure::new)?;
-    let whole = report.problem.is_none() && report.bad_heads == 0;
+    let whole = is_whole(&report);
     if json {
-        let problem = report.problem.as_ref().map(ToString::to_string);
-        output::json(&serde_json::json!({
-            "whole": whole,
-            "first_seq": report.first_seq,
-            "last_seq": report.last_seq,
-            "heads": report.heads,
-            "bad_heads": report.bad_heads,
-            "problem": problem,
-        }))?;
+        output::json(&for_programs(&report))?;
     } else if let Some(problem) = &report.problem {
         output::line(&format!("NOT AS IT WAS WRITTEN: {problem}"))?;
     } else if report.bad_heads > 0 {
@@ -228,14 +287,36 @@ fn verify(dir: &Path, key: &Path, mut heads: Vec<PathBuf>, json: bool) -> Result
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+fn is_whole(report: &Report) -> bool {
+    report.problem.is_none() && report.bad_heads == 0
+}
+
+/// What is wrong in words, and beside them the parts that programs ask for; all null where nothing is.
+fn for_programs(report: &Report) -> serde_json::Value {
+    let problem = report.problem.as_ref();
+    serde_json::json!({
+        "whole": is_whole(report),
+        "first_seq": report.first_seq,
+        "last_seq": report.last_seq,
+        "heads": report.heads,
+        "bad_heads": report.bad_heads,
+        "problem": problem.map(ToString::to_string),
+        "fault": problem.map(|problem| problem.fault.word()),
+        "seq": problem.map(|problem| problem.seq),
+        "segment": problem.map(|problem| &problem.segment),
+        "line": problem.map(|problem| problem.line),
+    })
+}
+
 async fn tail(mut tail: Tail, lines: usize, follow: bool, json: bool) -> Result<(), Failure> {
-    let mut last = VecDeque::new();
-    for record in tail.by_ref() {
-        last.push_back(record.map_err(Failure::new)?);
+    let (mut last, mut skipped) = (VecDeque::new(), Skipped::default());
+    while let Some(record) = tail.next_record(&mut skipped).map_err(Failure::new)? {
+        last.push_back(record);
         if last.len() > lines {
             last.pop_front();
         }
     }
+    warn(&skipped);
     for record in &last {
         show(record, json)?;
     }
@@ -250,9 +331,11 @@ async fn tail(mut tail: Tail, lines: usize, follow: bool, json: bool) -> Result<
             () = stop.reached(Urgency::Graceful) => return Ok(()),
             () = tokio::time::sleep(POLL) => {}
         }
-        for record in tail.by_ref() {
-            show(&record.map_err(Failure::new)?, json)?;
+        let mut skipped = Skipped::default();
+        while let Some(record) = tail.next_record(&mut skipped).map_err(Failure::new)? {
+            show(&record, json)?;
         }
+        warn(&skipped);
     }
 }
 
@@ -309,10 +392,14 @@ async fn into_file<F: Future<Output = Result<(), Failure>>>(
 }
 
 /// Between two records somebody else may run: whoever interrupts it.
-async fn export(mut records: Tail, format: Format, out: impl Write) -> Result<(), Failure> {
+async fn export(
+    mut records: Tail,
+    format: Format,
+    out: impl Write,
+    skipped: &mut Skipped,
+) -> Result<(), Failure> {
     let mut out = BufWriter::new(out);
-    while let Some(record) = records.next() {
-        let record = record.map_err(Failure::new)?;
+    while let Some(record) = records.next_record(skipped).map_err(Failure::new)? {
         match format {
             Format::Jsonl => out.write_all(records.line()).and_then(|()| out.write_all(b"\n")),
             Format::Ocsf => writeln!(out, "{}", audit::ocsf(&record)),
@@ -327,6 +414,8 @@ async fn export(mut records: Tail, format: Format, out: impl Write) -> Result<()
 mod tests {
     use std::future::pending;
 
+    use dev_box::observe::audit::{Fault, Hash, Problem};
+
     use super::*;
 
     #[test]
@@ -337,6 +426,35 @@ mod tests {
         for unknown in ["exe", "exec.", "exec.runs", ""] {
             assert!(action(unknown).unwrap_err().contains("exec.run, "), "{unknown}");
         }
+    }
+
+    #[test]
+    fn programs_are_told_what_is_wrong_part_by_part() {
+        let problem =
+            Problem { seq: 7, segment: "audit-1.jsonl".into(), line: 3, fault: Fault::Cut { through: 9 } };
+        let mut report = Report {
+            chain: "c".into(),
+            first_seq: 1,
+            last_seq: 6,
+            last_hash: Hash::ZERO,
+            heads: 0,
+            bad_heads: 0,
+            problem: Some(problem.clone()),
+        };
+        let said = for_programs(&report);
+        let parts = serde_json::json!({"whole": false, "problem": problem.to_string(), "fault": "cut",
+            "seq": 7, "segment": "audit-1.jsonl", "line": 3});
+        for (name, value) in parts.as_object().unwrap() {
+            assert_eq!(&said[name], value, "{name}");
+        }
+        report.problem = None;
+        let said = for_programs(&report);
+        assert_eq!(said["whole"], true);
+        let said = said.as_object().unwrap();
+        let null = |name: &&str| said.get(*name).is_some_and(serde_json::Value::is_null);
+        assert!(["problem", "fault", "seq", "segment", "line"].iter().all(null), "{said:?}");
+        report.bad_heads = 1;
+        assert_eq!(for_programs(&report)["whole"], false);
     }
 
     #[tokio::test]

@@ -2,10 +2,16 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use dev_box::Config;
+use dev_box::core::clock::SystemClock;
 use dev_box::core::size::ByteSize;
-use dev_box::image::{Build, BuildSource, Builder, Cancel, ImageName, ImageStore, Manifest, Outcome};
+use dev_box::image::{
+    Build, BuildError, BuildSource, Builder, Cancel, ImageName, ImageStore, Manifest, Outcome,
+};
+use dev_box::observe::AuditSink;
+use nix::unistd::Uid;
 use serde_json::json;
 
 use crate::args::{ImageBuildArgs, ImageCommand};
@@ -16,14 +22,14 @@ use crate::{interrupt, output};
 pub(crate) async fn run(config: Config, command: ImageCommand) -> Result<ExitCode, Failure> {
     let store = ImageStore::open(&config.host.state_root).map_err(Failure::new)?;
     match command {
-        ImageCommand::Build(args) => build(store, args).await,
+        ImageCommand::Build(args) => build(&config, &store, args).await,
         ImageCommand::List { json } => list(&store, json),
         ImageCommand::Inspect { name } => inspect(&store, &name),
-        ImageCommand::Rm { names } => remove(&store, &names),
+        ImageCommand::Rm { names } => remove(&config, &store, &names).await,
     }
 }
 
-async fn build(store: ImageStore, args: ImageBuildArgs) -> Result<ExitCode, Failure> {
+async fn build(config: &Config, store: &ImageStore, args: ImageBuildArgs) -> Result<ExitCode, Failure> {
     let agent = match args.agent {
         Some(path) => path,
         None => agent_beside_us()?,
@@ -37,6 +43,10 @@ async fn build(store: ImageStore, args: ImageBuildArgs) -> Result<ExitCode, Fail
         *extra = args.packages;
     }
     build.force = args.force;
+    // The audit log is root's as well, and would not say what to do about it.
+    if !Uid::effective().is_root() {
+        return Err(Failure::new(BuildError::NotRoot));
+    }
 
     let stop = interrupt::listen().map_err(Failure::new)?.token();
     let cancel = Cancel::default();
@@ -45,13 +55,14 @@ async fn build(store: ImageStore, args: ImageBuildArgs) -> Result<ExitCode, Fail
         stop.reached(dev_box::exec::cancel::Urgency::Graceful).await;
         theirs.cancel();
     });
-    let building = tokio::task::spawn_blocking(move || {
-        let progress = BuildProgress::new();
-        let outcome = Builder::system().cancelled_by(&cancel).build(&store, &build, &progress);
-        progress.done();
-        outcome
-    });
-    let outcome = building.await.map_err(Failure::new)?.map_err(Failure::new)?;
+    // No more of dev-box than its log: an image is built before libvirt is there.
+    let audit = audit(config).await?;
+    let builder = Builder::system().cancelled_by(&cancel);
+    let progress = Arc::new(BuildProgress::new());
+    let built = dev_box::build_image(&audit, store, builder, build, Arc::clone(&progress) as _).await;
+    progress.done();
+    dev_box::close_audit(audit).await;
+    let outcome = built.map_err(Failure::new)?;
     let manifest = outcome.manifest();
     let built = matches!(outcome, Outcome::Built(_));
     if args.json {
@@ -62,6 +73,12 @@ async fn build(store: ImageStore, args: ImageBuildArgs) -> Result<ExitCode, Fail
         output::line(&format!("unchanged: {}", summary(manifest)))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The audit log; given back by `close_audit`.
+pub(super) async fn audit(config: &Config) -> Result<Arc<dyn AuditSink>, Failure> {
+    let log = dev_box::open_audit(config, Arc::new(SystemClock)).await.map_err(Failure::new)?;
+    Ok(Arc::new(log))
 }
 
 fn agent_beside_us() -> Result<PathBuf, Failure> {
@@ -107,11 +124,24 @@ fn inspect(store: &ImageStore, name: &str) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn remove(store: &ImageStore, names: &[String]) -> Result<ExitCode, Failure> {
+async fn remove(config: &Config, store: &ImageStore, names: &[String]) -> Result<ExitCode, Failure> {
+    let audit = audit(config).await?;
+    let removed = remove_each(&audit, store, names).await;
+    dev_box::close_audit(audit).await;
+    removed
+}
+
+async fn remove_each(
+    audit: &Arc<dyn AuditSink>,
+    store: &ImageStore,
+    names: &[String],
+) -> Result<ExitCode, Failure> {
     let mut code = ExitCode::SUCCESS;
     for name in names {
-        let removed =
-            name.parse().map_err(Failure::new).and_then(|name| store.remove(&name).map_err(Failure::new));
+        let removed = match name.parse::<ImageName>() {
+            Ok(name) => dev_box::remove_image(audit, store, &name).await.map_err(Failure::new),
+            Err(error) => Err(Failure::new(error)),
+        };
         match removed {
             Ok(()) => output::line(&format!("removed {name}"))?,
             Err(error) => {

@@ -9,10 +9,12 @@ use dev_box::core::size::ByteSize;
 use dev_box::exec::{DiscardSink, OutputSink};
 use dev_box::image::ImageName;
 use dev_box::image::template::{Template, TemplateStore};
+use dev_box::observe::AuditSink;
 use dev_box::provision::NewTemplate;
 use dev_box::{Config, DevBox};
 use serde_json::json;
 
+use super::image::audit;
 use crate::args::{NetArgs, duration};
 use crate::exit::Failure;
 use crate::live::Live;
@@ -101,7 +103,7 @@ pub(crate) async fn run(config: Config, command: TemplateCommand) -> Result<Exit
         TemplateCommand::Create(args) => create(config, args).await,
         TemplateCommand::List { json } => list(&store, json),
         TemplateCommand::Inspect { name, verify } => inspect(&store, &name, verify),
-        TemplateCommand::Rm { names } => remove(&store, &names),
+        TemplateCommand::Rm { names } => remove(&config, &store, &names).await,
     }
 }
 
@@ -167,7 +169,11 @@ fn list(store: &TemplateStore, json: bool) -> Result<ExitCode, Failure> {
     if json {
         let listed: Vec<_> = found
             .iter()
-            .map(|template| json!({ "manifest": template.manifest, "allocated_bytes": template.allocated() }))
+            .map(|template| {
+                // By it a template is known as the one that the audit log has.
+                let (manifest, digest) = (&template.manifest, template.manifest.digest());
+                json!({ "manifest": manifest, "digest": digest, "allocated_bytes": template.allocated() })
+            })
             .collect();
         output::json(&listed)?;
     } else {
@@ -187,10 +193,21 @@ fn inspect(store: &TemplateStore, name: &ImageName, verify: bool) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-fn remove(store: &TemplateStore, names: &[ImageName]) -> Result<ExitCode, Failure> {
+async fn remove(config: &Config, store: &TemplateStore, names: &[ImageName]) -> Result<ExitCode, Failure> {
+    let audit = audit(config).await?;
+    let removed = remove_each(&audit, store, names).await;
+    dev_box::close_audit(audit).await;
+    removed
+}
+
+async fn remove_each(
+    audit: &Arc<dyn AuditSink>,
+    store: &TemplateStore,
+    names: &[ImageName],
+) -> Result<ExitCode, Failure> {
     let mut code = ExitCode::SUCCESS;
     for name in names {
-        match store.remove(name) {
+        match dev_box::remove_template(audit, store, name).await {
             Ok(()) => output::line(&format!("removed {name}"))?,
             Err(error) => {
                 output::error(&Failure::new(error));

@@ -4,7 +4,10 @@ use std::future::IntoFuture;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_box::image::Digest;
+use dev_box::observe::audit::Text;
 use dev_box::observe::metrics::Exporter;
+use dev_box::observe::{AuditEvent, Entry};
 use dev_box::provision::sweep::Orphans;
 use dev_box::{Config, DevBox};
 use tokio::time::timeout;
@@ -28,6 +31,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
     let exporter = Exporter::install().map_err(Failure::new)?;
     let metrics_listen = config.observe.metrics_listen;
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
+    dev_box.audit().note(began(dev_box.config()));
     let daemon = Arc::new(Daemon::new(dev_box).await);
     // What a predecessor left: first what can be taken over, then the rest is removed.
     daemon.adopt_all().await.map_err(Failure::new)?;
@@ -67,4 +71,11 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
         Some(Err(join)) => Err(Failure::new(join)),
         _ => Ok(()),
     }
+}
+
+/// That a daemon is there from now on, which, and configured how: also of one that does nothing.
+fn began(config: &Config) -> Entry {
+    let (version, role) = (env!("CARGO_PKG_VERSION").into(), "serve".into());
+    let config = serde_json::to_vec(config).ok().map(|json| Text::display(Digest::of(&json)));
+    Entry::fact(AuditEvent::ProcessStart { version, role, config }).by(dev_box::actor())
 }

@@ -100,10 +100,11 @@ impl Daemon {
             tokio::spawn(tell(observer.findings(), events.clone(), Arc::clone(&findings)));
         }
         let pools = Pools::begin(&dev_box).await;
+        let vms = Vms::held_by(dev_box.provisioner().holds());
         Self {
             dev_box,
             pools,
-            vms: Vms::default(),
+            vms,
             events,
             findings,
             started_at: clock.now(),
@@ -307,7 +308,16 @@ impl Daemon {
         self.tasks.wait().await;
         self.pools.shut_down().await;
         match Arc::try_unwrap(self) {
-            Ok(daemon) => daemon.dev_box.close().await,
+            Ok(daemon) => {
+                let audit = daemon.dev_box.audit();
+                daemon.dev_box.close().await;
+                // Only now is there nothing else to say.
+                let ended = Entry::fact(AuditEvent::ProcessStop {}).by(dev_box::actor());
+                if let Err(error) = audit.append(ended).await {
+                    tracing::error!(error = %Failure::new(error), "the daemon's end is not in the audit log");
+                }
+                dev_box::close_audit(audit).await;
+            }
             Err(_) => tracing::error!("the daemon is still in use at its end: this is a bug"),
         }
     }

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dev_box::comm::Session;
 use dev_box::core::id::VmName;
 use dev_box::exec::ReadyVm;
+use dev_box::provision::holds::Holds;
 use dev_box::provision::provisioner::{Original, Paused};
 use tokio::sync::Notify;
 
@@ -44,6 +45,8 @@ pub(crate) struct Vms(Arc<Registry>);
 
 #[derive(Debug, Default)]
 struct Registry {
+    /// Those that were paused in response to what they did, which nobody asked the daemon for.
+    holds: Holds,
     entries: Mutex<BTreeMap<VmName, Entry>>,
     /// A name is free again.
     freed: Notify,
@@ -66,6 +69,24 @@ pub(crate) struct Reservation {
 }
 
 impl Vms {
+    /// None yet, of a provisioner that holds some of its VMs so.
+    pub(crate) fn held_by(holds: Holds) -> Self {
+        Self(Arc::new(Registry { holds, ..Registry::default() }))
+    }
+
+    fn is_held(&self, entry: &Entry) -> bool {
+        entry.info.domain.as_ref().is_some_and(|domain| self.0.holds.holds(domain))
+    }
+
+    /// As it is told to others.
+    fn shown(&self, entry: &Entry) -> VmInfo {
+        let mut info = entry.info.clone();
+        if info.state == VmState::Ready && self.is_held(entry) {
+            info.state = VmState::Paused;
+        }
+        info
+    }
+
     fn entries(&self) -> MutexGuard<'_, BTreeMap<VmName, Entry>> {
         // A map of owned values is whole whatever panicked beside it.
         self.0.entries.lock().unwrap_or_else(PoisonError::into_inner)
@@ -84,13 +105,13 @@ impl Vms {
 
     /// All of them, by name.
     pub(crate) fn list(&self) -> Vec<VmInfo> {
-        self.entries().values().map(|entry| entry.info.clone()).collect()
+        self.entries().values().map(|entry| self.shown(entry)).collect()
     }
 
     pub(crate) fn get(&self, name: &VmName) -> Result<VmInfo, VmsError> {
         self.entries()
             .get(name)
-            .map(|entry| entry.info.clone())
+            .map(|entry| self.shown(entry))
             .ok_or_else(|| VmsError::NotFound(name.clone()))
     }
 
@@ -99,6 +120,7 @@ impl Vms {
         let entries = self.entries();
         let entry = entries.get(name).ok_or_else(|| VmsError::NotFound(name.clone()))?;
         match (&entry.info.state, &entry.machine) {
+            (VmState::Ready, _) if self.is_held(entry) => Err(VmsError::Paused(name.clone())),
             (VmState::Ready, Some(machine)) => Ok((machine.name.clone(), machine.session.clone())),
             (VmState::Paused, _) => Err(VmsError::Paused(name.clone())),
             (VmState::Lost { reason }, _) => {
@@ -119,10 +141,12 @@ impl Vms {
         Ok((Original { vm, session, facts, mounts: options.mount.mounts() }, options))
     }
 
-    /// The domain and the channel of a VM that can be let run on. One that was paused by somebody else is listed as ready.
+    /// The domain and the channel of a VM that can be let run on: also of one that is listed as ready, and that an administrator paused.
     pub(crate) fn resumable(&self, name: &VmName) -> Result<(VmName, Session), VmsError> {
         match self.entries().get(name) {
-            Some(Entry { info, machine: Some(machine), .. }) if info.state == VmState::Paused => {
+            Some(Entry { info, machine: Some(machine), .. })
+                if matches!(info.state, VmState::Ready | VmState::Paused) =>
+            {
                 return Ok((machine.name.clone(), machine.session.clone()));
             }
             _ => {}

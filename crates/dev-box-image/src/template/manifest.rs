@@ -124,6 +124,16 @@ impl TemplateManifest {
         }
     }
 
+    /// The digest of its memory, devices and disk together; none where they were not read when they were sealed.
+    #[must_use]
+    pub fn digest(&self) -> Option<Digest> {
+        let seals = [("ram", &self.ram), ("state", &self.state), ("disk", &self.disk)];
+        let digests: Option<Vec<_>> =
+            seals.into_iter().map(|(name, seal)| Some((name, seal.digest?))).collect();
+        let digests = digests?;
+        Some(Digest::of_parts(digests.iter().map(|(name, digest)| (*name, digest.as_bytes().as_slice()))))
+    }
+
     /// Reads the manifest in a directory.
     ///
     /// # Errors

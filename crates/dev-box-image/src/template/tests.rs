@@ -78,6 +78,11 @@ fn a_template_appears_whole_and_goes_whole() {
     let template = publish(&store);
     assert_eq!(store.get(&name("t")).unwrap(), template);
     template.verify().unwrap();
+    let (manifest, digest) = (&template.manifest, template.manifest.digest());
+    let other = TemplateManifest { disk: manifest.ram.clone(), ..manifest.clone() }.digest();
+    assert!(digest.is_some() && other.is_some() && digest != other, "{digest:?}");
+    let unread = Seal { digest: None, ..manifest.ram.clone() };
+    assert_eq!(TemplateManifest { ram: unread, ..manifest.clone() }.digest(), None);
     // Free memory is a hole.
     assert!(template.allocated() < 64 << 10, "{}", template.allocated());
     assert_eq!(fs::metadata(template.ram()).unwrap().permissions().mode() & 0o777, 0o440);

@@ -8,14 +8,18 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::{BaselineStore, Finding, Observation, Plan, Responder, RuleConfig, VmWatch, respond};
-use crate::audit::AuditSink;
+use super::{
+    BaselineStore, Finding, Observation, Plan, RespondError, RespondFuture, Responder, RuleConfig, VmWatch,
+    respond,
+};
+use crate::audit::{AuditSink, Entry, ResponseAction};
 use crate::metrics;
 
 /// Observations that may wait.
@@ -128,6 +132,25 @@ impl Observer {
 struct Watched {
     profile: String,
     watch: VmWatch,
+    /// Set when it has ended: another VM may have its name by then.
+    ended: Arc<AtomicBool>,
+}
+
+/// Does to a VM what is to be done, for as long as it is that VM.
+#[derive(Debug)]
+struct WhileThere {
+    responder: Arc<dyn Responder>,
+    ended: Arc<AtomicBool>,
+}
+
+impl Responder for WhileThere {
+    fn respond<'a>(&'a self, vm: &'a str, action: ResponseAction, finding: &'a Finding) -> RespondFuture<'a> {
+        if action != ResponseAction::Alert && self.ended.load(Ordering::Relaxed) {
+            let vm = vm.to_owned();
+            return Box::pin(async { Err(RespondError::Gone { vm }) });
+        }
+        self.responder.respond(vm, action, finding)
+    }
 }
 
 struct Task {
@@ -146,7 +169,12 @@ impl Task {
             match note {
                 Note::Begin { vm, profile } => self.begin(vm, profile).await,
                 Note::See { vm, at_ms, observation } => self.see(&vm, at_ms, &observation),
-                Note::End { vm } => self.end(&vm).await,
+                Note::End { vm } => {
+                    if let Some(watched) = self.vms.get(&vm) {
+                        watched.ended.store(true, Ordering::Relaxed);
+                    }
+                    self.end(&vm).await;
+                }
                 Note::Close(done) => {
                     self.settle().await;
                     // The log is let go before whoever closes it is told. Who asked may have gone.
@@ -181,7 +209,7 @@ impl Task {
             None => super::Baseline::default(),
         };
         let watch = VmWatch::new(self.settings.rules.clone(), usual);
-        self.vms.insert(vm, Watched { profile, watch });
+        self.vms.insert(vm, Watched { profile, watch, ended: Arc::default() });
     }
 
     fn see(&mut self, vm: &str, at_ms: u64, observation: &Observation) {
@@ -190,21 +218,26 @@ impl Task {
             // Nobody may follow.
             let _ = self.findings.send(VmFinding { vm: vm.to_owned(), finding: finding.clone() });
             if self.responses.len() >= MAX_RESPONSES {
-                tracing::error!(vm, rule = %finding.rule, "too many responses are under way: this finding has none");
-                metrics::OBSERVATIONS_LOST.add(1, &[]);
+                tracing::error!(vm, rule = %finding.rule, why = finding.why, "too many responses are under way: this finding has none");
+                metrics::FINDINGS.add(1, &[finding.rule.name()]);
+                let mut entry = Entry::fact(finding.event()).vm(vm);
+                entry.evidence = finding.evidence;
+                self.sink.note(entry);
                 continue;
             }
-            let (sink, responder) = (Arc::clone(&self.sink), Arc::clone(&self.responder));
+            let sink = Arc::clone(&self.sink);
+            let (responder, ended) = (Arc::clone(&self.responder), Arc::clone(&watched.ended));
+            let responder = WhileThere { responder, ended };
             let (settings, vm) = (Arc::clone(&self.settings), vm.to_owned());
             self.responses.spawn(async move {
                 // What failed is in the log and the audit already.
-                let _ = respond(&sink, &*responder, &settings.plan, &vm, &finding).await;
+                let _ = respond(&sink, &responder, &settings.plan, &vm, &finding).await;
             });
         }
     }
 
     async fn end(&mut self, vm: &str) {
-        let Some(Watched { profile, watch }) = self.vms.remove(vm) else { return };
+        let Some(Watched { profile, watch, .. }) = self.vms.remove(vm) else { return };
         let Some(store) = self.settings.baselines.clone() else { return };
         let learnt = watch.learnt().clone();
         if learnt == super::Baseline::default() {
@@ -271,6 +304,62 @@ mod tests {
         observer.end("a");
         observer.close(Duration::from_secs(5)).await;
         assert_ne!(store.load("default-1x256"), super::super::Baseline::default());
+    }
+
+    /// Takes its time for the first.
+    #[derive(Debug)]
+    struct Slow {
+        behind: RecordingResponder,
+        go_on: tokio::sync::Semaphore,
+        begun: tokio::sync::Notify,
+    }
+
+    impl Responder for Slow {
+        fn respond<'a>(
+            &'a self,
+            vm: &'a str,
+            action: ResponseAction,
+            finding: &'a Finding,
+        ) -> RespondFuture<'a> {
+            Box::pin(async move {
+                self.begun.notify_one();
+                self.go_on.acquire().await.unwrap().forget();
+                self.behind.respond(vm, action, finding).await
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_to_be_done_to_a_vm_is_not_done_to_the_next_of_its_name() {
+        use ResponseAction::{Alert, Kill, Pause};
+        let slow = Arc::new(Slow {
+            behind: RecordingResponder::of(&["a"]),
+            go_on: tokio::sync::Semaphore::new(0),
+            begun: tokio::sync::Notify::new(),
+        });
+        let actions = [(Rule::MetadataContact, vec![Pause, Kill, Alert])].into();
+        let settings =
+            ObserverSettings { plan: Plan { actions, ..Plan::default() }, ..ObserverSettings::default() };
+        let sink = Arc::new(RecordingSink::new());
+        let observer = Observer::start(settings, Arc::clone(&sink) as _, Arc::clone(&slow) as _);
+        observer.begin("a", "default");
+        observer.see("a", metadata());
+        slow.begun.notified().await;
+        observer.end("a");
+        observer.begin("a", "default");
+        let mut findings = observer.findings();
+        observer.see("a", metadata());
+        // The first was ended by then.
+        findings.recv().await.unwrap();
+        slow.go_on.add_permits(16);
+        observer.close(Duration::from_secs(5)).await;
+        let mut done: Vec<ResponseAction> =
+            slow.behind.done().into_iter().map(|(_, action, _)| action).collect();
+        done.sort_by_key(|action| format!("{action:?}"));
+        // Both are told of; the first's kill is not the second's.
+        assert_eq!(done, [Alert, Alert, Kill, Pause, Pause]);
+        let failed = sink.actions().iter().filter(|line| line.ends_with(":failed")).count();
+        assert_eq!(failed, 1, "{:?}", sink.actions());
     }
 
     #[derive(Debug)]

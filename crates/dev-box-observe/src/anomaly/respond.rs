@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, future::Future, pin::Pin, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Finding, Rule};
+use super::{Finding, Rule, RuleConfigError};
 use crate::{
     audit::{Act, AuditError, AuditEvent, AuditSink, Entry, Outcome, ResponseAction, Text},
     metrics,
@@ -52,13 +52,13 @@ pub trait Responder: std::fmt::Debug + Send + Sync {
 pub struct Plan {
     /// Actions by rule, in the order in which they are done. A rule that is not named is logged.
     pub actions: BTreeMap<Rule, Vec<ResponseAction>>,
-    /// Findings below this score are logged only (0.5: none is).
+    /// Findings below this score, from 0 to 1, are logged only (0.5: none is).
     pub act_from_score: f64,
 }
 
 impl Default for Plan {
-    /// Stops what no honest work does (metadata, scans, tunnels, ransom) by pausing, which loses nothing; tells about the
-    /// rest.
+    /// Stops what no honest work does (tunnels, ransom) by pausing, which loses nothing; slows down scans and large volumes; tells about
+    /// the rest.
     fn default() -> Self {
         use ResponseAction::{Alert, Log, Pause, Throttle};
         let actions = BTreeMap::from([
@@ -75,6 +75,18 @@ impl Default for Plan {
 }
 
 impl Plan {
+    /// Whether what is to be done can be.
+    ///
+    /// # Errors
+    /// [`RuleConfigError`].
+    pub fn validate(&self) -> Result<(), RuleConfigError> {
+        let value = self.act_from_score;
+        if (0.0..=1.0).contains(&value) {
+            return Ok(());
+        }
+        Err(RuleConfigError { field: "act_from_score", value, must: "between 0 and 1" })
+    }
+
     /// What to do about a finding.
     #[must_use]
     pub fn actions_for(&self, finding: &Finding) -> &[ResponseAction] {
@@ -324,6 +336,14 @@ mod tests {
         respond(&sink, &responder, &plan, "vm-1", &finding(Rule::Mining, 0.9)).await.unwrap();
         let again = respond(&sink, &responder, &plan, "vm-1", &finding(Rule::Mining, 0.9)).await;
         assert!(matches!(again, Err(RespondError::Gone { .. })), "{again:?}");
+    }
+
+    #[test]
+    fn a_score_from_which_nothing_is_done_is_none() {
+        for (score, good) in [(0.0, true), (1.0, true), (1.1, false), (-0.1, false), (f64::NAN, false)] {
+            let plan = Plan { act_from_score: score, ..Plan::default() };
+            assert_eq!(plan.validate().is_ok(), good, "{score}");
+        }
     }
 
     #[test]

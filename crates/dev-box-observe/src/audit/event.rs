@@ -156,7 +156,7 @@ events! {
     }
     /// Somebody attaches to a VM's console.
     VmConsole = "vm.console" {}
-    /// A VM is destroyed.
+    /// A VM is destroyed: by whoever had it, or by the sweep of what a dead owner left. Its network goes with it.
     VmDestroy = "vm.destroy" {
         /// Why.
         reason: Text,
@@ -165,16 +165,6 @@ events! {
     VmDied = "vm.died" {
         /// How: a crash, a panic, a power-off from inside, a kill.
         how: Text,
-    }
-    /// A VM is taken out of use and kept.
-    VmQuarantine = "vm.quarantine" {
-        /// Why.
-        reason: Text,
-    }
-    /// What a dead process left behind is removed.
-    VmSweep = "vm.sweep" {
-        /// What was left: domain, overlay, lease of an address.
-        what: Text,
     }
     /// What a VM is, memory and all, is put into an archive.
     VmForensics = "vm.forensics" {
@@ -288,8 +278,6 @@ events! {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         address: Option<Text>,
     }
-    /// A VM's network is taken away.
-    NetDetach = "net.detach" {}
     /// The policy of a running VM is changed.
     PolicyChange = "net.policy" {
         /// The digest before.
@@ -348,7 +336,7 @@ events! {
     TemplateCreate = "template.create" {
         /// Its name.
         name: Text,
-        /// Its digest; none in an intent.
+        /// The digest of its memory, devices and disk together; none in an intent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         digest: Option<Text>,
     }
@@ -372,11 +360,11 @@ events! {
         /// Its name.
         name: Text,
     }
-    /// An image is built.
+    /// An image is built, or found to be as it would be.
     ImageBuild = "image.build" {
         /// Its name.
         name: Text,
-        /// Its digest; none in an intent.
+        /// Its digest, the one in its manifest; none in an intent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         digest: Option<Text>,
     }
@@ -406,17 +394,17 @@ events! {
         /// What.
         response: ResponseAction,
     }
-    /// A dev-box process began.
+    /// A daemon began. Of a command nothing is on record but what it does.
     ProcessStart = "process.start" {
         /// Its version.
         version: Text,
-        /// What it is: `run`, `serve`.
+        /// What it is: `serve`.
         role: Text,
         /// The digest of its configuration.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         config: Option<Text>,
     }
-    /// A dev-box process ended in order.
+    /// A daemon ended in order, and this is its last record: one that was killed has none.
     ProcessStop = "process.stop" {}
     /// The chain begins here.
     AuditGenesis = "audit.genesis" {

@@ -40,9 +40,10 @@ use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    AuditError, AuditEvent, AuditOptions, Entry, Head, OpenError, Outcome, Receipt, Text,
+    Actor, AuditError, AuditEvent, AuditOptions, Entry, Head, OpenError, Outcome, Receipt, Text,
     chain::{Hash, Key},
     keyfile::{FirstKey, check_private},
+    prune::Closed,
     record::{Link, MAX_LINE, Stamp, encode, split},
     segment::{self, Line, read_line},
     state::ChainState,
@@ -78,7 +79,7 @@ pub(crate) struct Journal {
     head_seq: u64,
 }
 
-fn at(path: &Path) -> impl FnOnce(io::Error) -> OpenError + use<> {
+pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> OpenError + use<> {
     let path = path.to_owned();
     move |source| OpenError::Io { path, source }
 }
@@ -176,14 +177,7 @@ impl Journal {
                 // Reads on, so that a log that was cut is refused here and not at the first entry.
                 let mut state = state;
                 let before = state.seq;
-                let found = self.catch_up(&mut state).map_err(|error| match error {
-                    AuditError::Tampered { what } => OpenError::Tampered { what },
-                    AuditError::Write(error) => OpenError::Io {
-                        path: dir.clone(),
-                        source: io::Error::new(error.kind(), error.to_string()),
-                    },
-                    other => OpenError::Tampered { what: other.to_string() },
-                })?;
+                let found = self.catch_up(&mut state).map_err(|error| self.not_open(error))?;
                 if state.seq > before {
                     state.store(&self.state, &*self.volume).map_err(at(&dir.join("state")))?;
                 }
@@ -196,7 +190,7 @@ impl Journal {
             }
             // A chain that was begun and has no record yet: the process died here.
             Some(state) => state,
-            None if !segments.is_empty() => return Err(OpenError::StateLost { dir }),
+            None if !segments.is_empty() => return Err(OpenError::StateLost { dir, key: key_path }),
             None if key_path.exists() => return Err(OpenError::LogGone { key: key_path, dir }),
             None => {
                 let mut bytes = [0; 48];
@@ -226,11 +220,24 @@ impl Journal {
         }
         match self.write_group(&mut state, &[genesis]).into_iter().next() {
             Some(Ok(_)) => Ok(()),
-            Some(Err(AuditError::Write(error))) => {
-                Err(OpenError::Io { path: dir, source: io::Error::new(error.kind(), error.to_string()) })
+            Some(Err(error)) => Err(self.not_open(error)),
+            None => Err(OpenError::StateLost { dir, key: key_path }),
+        }
+    }
+
+    fn tampered(&self, what: String) -> AuditError {
+        AuditError::Tampered { what, dir: self.options.dir.clone(), key: self.options.first_key.clone() }
+    }
+
+    /// Why the log does not open when that is why its first entry was not written.
+    fn not_open(&self, error: AuditError) -> OpenError {
+        let (dir, key) = (self.options.dir.clone(), self.options.first_key.clone());
+        match error {
+            AuditError::Tampered { what, dir, key } => OpenError::Tampered { what, dir, key },
+            AuditError::Write(error) => {
+                OpenError::Io { path: dir, source: io::Error::new(error.kind(), error.to_string()) }
             }
-            Some(Err(error)) => Err(OpenError::Tampered { what: error.to_string() }),
-            None => Err(OpenError::StateLost { dir }),
+            other => OpenError::Tampered { what: other.to_string(), dir, key },
         }
     }
 
@@ -293,37 +300,28 @@ impl Journal {
         }
     }
 
-    /// Removes the closed segments whose last record is older than `before_ns`; first says so. Returns how many.
-    pub(crate) fn prune(&mut self, before_ns: i64) -> Result<u64, AuditError> {
+    /// Puts on record that the segments of `old` go, which are the log's oldest. Returns those of which it says so: up to the
+    /// first that is in use, or not as it was found.
+    pub(super) fn say_pruned(&mut self, old: Vec<Closed>, by: Actor) -> Result<Vec<Closed>, AuditError> {
         let _guard = self.locked()?;
         let mut state = self.load()?;
-        let said = self.catch_up(&mut state)?;
-        let dir = self.options.dir.clone();
-        let mut gone = Vec::new();
-        let mut last = None;
-        for first in segment::list(&dir).map_err(write_error)? {
-            let path = segment::path(&dir, first);
-            let Some((link, hash)) = last_of(&path).map_err(write_error)? else { break };
-            if first >= state.segment || link.utc_ns >= before_ns {
-                break;
-            }
-            gone.push(path);
-            last = Some((link.seq, hash));
+        let mut entries = self.catch_up(&mut state)?;
+        let dir = &self.options.dir;
+        let closed = |one: &Closed| one.first < state.segment && one.is_still_in(dir);
+        let old: Vec<_> = old.into_iter().take_while(closed).collect();
+        if let Some(last) = old.last() {
+            let event = AuditEvent::AuditPrune { through_seq: last.last, hash: Text::display(last.hash) };
+            entries.push(Entry::result(event, Outcome::Intent).by(by));
         }
-        let Some((through_seq, hash)) = last else { return Ok(0) };
-        let hash = Text::display(hash);
-        let mut entries = said;
-        entries.push(Entry::result(AuditEvent::AuditPrune { through_seq, hash }, Outcome::Intent));
-        self.write_group(&mut state, &entries).pop().unwrap_or(Err(AuditError::Closed))?;
-        for path in &gone {
-            fs::remove_file(path).map_err(write_error)?;
+        if let Some(written) = self.write_group(&mut state, &entries).pop() {
+            written?;
         }
-        Ok(gone.len() as u64)
+        Ok(old)
     }
 
     fn load(&self) -> Result<ChainState, AuditError> {
         let state = ChainState::load(&self.state).map_err(write_error)?;
-        state.ok_or_else(|| AuditError::Tampered { what: "the file `state` is damaged".to_owned() })
+        state.ok_or_else(|| self.tampered("the file `state` is damaged".to_owned()))
     }
 
     fn open_segment(&mut self, state: &ChainState) -> io::Result<()> {
@@ -341,7 +339,7 @@ impl Journal {
     fn catch_up(&mut self, state: &mut ChainState) -> Result<Vec<Entry>, AuditError> {
         self.open_segment(state).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => {
-                AuditError::Tampered { what: format!("the segment of record {} is gone", state.segment) }
+                self.tampered(format!("the segment of record {} is gone", state.segment))
             }
             _ => write_error(error),
         })?;
@@ -349,19 +347,19 @@ impl Journal {
         // Through the path too: a deleted or replaced file would still be open here.
         let path = segment::path(&self.options.dir, state.segment);
         let on_disk = fs::metadata(&path)
-            .map_err(|_| AuditError::Tampered { what: format!("the segment {} is gone", path.display()) })?;
+            .map_err(|_| self.tampered(format!("the segment {} is gone", path.display())))?;
         let metadata = file.metadata().map_err(write_error)?;
         {
             use std::os::unix::fs::MetadataExt as _;
             if on_disk.ino() != metadata.ino() {
-                return Err(AuditError::Tampered { what: format!("{} was replaced", path.display()) });
+                return Err(self.tampered(format!("{} was replaced", path.display())));
             }
         }
         let length = metadata.len();
         if length < state.offset {
             let what =
                 format!("{} ends at byte {length}, its last record at {}", path.display(), state.offset);
-            return Err(AuditError::Tampered { what });
+            return Err(self.tampered(what));
         }
         if length == state.offset {
             return Ok(Vec::new());
@@ -599,17 +597,6 @@ fn take_over(file: &File, state: &mut ChainState) -> io::Result<()> {
         state.offset += consumed;
         state.last_ns = link.utc_ns;
     }
-}
-
-/// The last record of a segment.
-fn last_of(path: &Path) -> io::Result<Option<(Link, Hash)>> {
-    let mut reader = BufReader::new(File::open(path)?);
-    let mut line = Vec::new();
-    let mut last = None;
-    while read_line(&mut reader, &mut line, &mut 0)? == Line::Whole {
-        last = Link::parse(&line).zip(split(&line).map(|(_, hash)| hash));
-    }
-    Ok(last)
 }
 
 fn digest_of(path: &PathBuf) -> io::Result<Hash> {

@@ -23,7 +23,7 @@ pub enum KeyFileError {
         source: io::Error,
     },
     /// Others may read or write it.
-    #[error("{} has mode {mode:04o}: others can reach the audit key in it (chmod 600 it, and verify what was written)", path.display())]
+    #[error("{} has mode {mode:04o}: others can reach the secret in it (chmod 600 it; whoever has read it can forge what it signs)", path.display())]
     Exposed {
         /// Which.
         path: PathBuf,

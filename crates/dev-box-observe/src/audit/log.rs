@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dev_box_core::clock::{Clock, EasternTime};
+use dev_box_core::clock::Clock;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::{
@@ -174,21 +174,6 @@ impl AuditLog {
             tracing::error!("the audit writer panicked");
         }
     }
-}
-
-/// Removes whole segments whose last record is older than `before`, and records that in the log first, so that
-/// [`verify`](super::verify()) knows a pruned beginning from a deleted one. The open segment stays. Returns how many
-/// went. May run beside any number of writers. Blocks.
-///
-/// # Errors
-/// [`OpenError`]; writing and removing fail as [`OpenError::Io`].
-pub fn prune(options: AuditOptions, clock: Arc<dyn Clock>, before: EasternTime) -> Result<u64, OpenError> {
-    let dir = options.dir.clone();
-    let mut journal = Journal::open(options, clock, Arc::new(Disk))?;
-    journal.prune(before.unix_nanos()).map_err(|error| match error {
-        AuditError::Tampered { what } => OpenError::Tampered { what },
-        other => OpenError::Io { path: dir, source: io::Error::other(other) },
-    })
 }
 
 impl Drop for AuditLog {

@@ -51,9 +51,8 @@ fn class(record: &Record) -> ((u64, u64), u64) {
             let activity = match verb {
                 "create" | "acquire" | "build" | "attach" | "genesis" => 1,
                 "ready" => 2,
-                "start" | "stop" | "pause" | "resume" | "reset" | "policy" | "restore" | "quarantine"
-                | "rotate" => 3,
-                "destroy" | "release" | "remove" | "delete" | "detach" | "sweep" | "prune" => 4,
+                "start" | "stop" | "pause" | "resume" | "reset" | "policy" | "restore" | "rotate" => 3,
+                "destroy" | "release" | "remove" | "delete" | "prune" => 4,
                 _ => OTHER,
             };
             (API, activity)
@@ -70,7 +69,7 @@ fn severity(record: &Record) -> u64 {
         }
         "guest.violation" | "net.guard_lost" | "audit.lost" => 4,
         "audit.recover" if record.details.get("suspect") == Some(&Value::Bool(true)) => 5,
-        "net.drop" | "net.host_changed" | "vm.died" | "vm.quarantine" | "audit.refuse" | "clock.back" => 3,
+        "net.drop" | "net.host_changed" | "vm.died" | "audit.refuse" | "clock.back" => 3,
         _ => 1,
     }
 }

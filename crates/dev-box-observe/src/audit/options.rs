@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::keyfile::KeyFileError;
+use super::{keyfile::KeyFileError, sink::how_to_go_on};
 
 /// How an [`AuditLog`](super::AuditLog) behaves.
 #[derive(Debug, Clone)]
@@ -94,10 +94,12 @@ pub enum OpenError {
         dir: PathBuf,
     },
     /// Segments are there, but where the chain stands is not known.
-    #[error("the audit log in {} has lost its state: verify it, then move it away to begin a new chain", dir.display())]
+    #[error("the audit log in {} has lost its state ({})", dir.display(), how_to_go_on(dir, key))]
     StateLost {
         /// The log.
         dir: PathBuf,
+        /// Its first key, or where that was put when the log began.
+        key: PathBuf,
     },
     /// Another process holds the log's lock.
     #[error("another process has held the audit log's lock for {waited:?}")]
@@ -106,10 +108,14 @@ pub enum OpenError {
         waited: Duration,
     },
     /// The log is not as it was left.
-    #[error("the audit log was changed from outside: {what} (see `dev-box audit verify`)")]
+    #[error("the audit log was changed from outside: {what} ({})", how_to_go_on(dir, key))]
     Tampered {
         /// What does not fit.
         what: String,
+        /// The log.
+        dir: PathBuf,
+        /// Its first key, or where that was put when the log began.
+        key: PathBuf,
     },
     /// The writer's thread could not be started.
     #[error("cannot start the audit writer")]

@@ -1,6 +1,7 @@
 //! Reading the log: query, follow, export. What is read here is not verified; see [`verify`](super::verify()).
 
 use std::{
+    fmt,
     fs::File,
     io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write},
     path::{Path, PathBuf},
@@ -86,17 +87,86 @@ pub enum ReadError {
         #[source]
         source: io::Error,
     },
-    /// A line is not a record. The next one is read all the same.
-    #[error("line {line} of {} is not an audit record", path.display())]
+    /// A line is not a record. The next one is read all the same; see [`Tail::next_record`].
+    #[error("{} is not an audit record", place(path, *line))]
     NotARecord {
         /// The file.
         path: PathBuf,
-        /// The line, from 1.
-        line: u64,
+        /// The line, from 1; not known in the file in whose midst a [`tail`] began.
+        line: Option<u64>,
     },
     /// The export could not be written.
     #[error("cannot write the export")]
     Write(#[source] io::Error),
+}
+
+/// A line in words.
+fn place(path: &Path, line: Option<u64>) -> String {
+    match line {
+        Some(line) => format!("line {line} of {}", path.display()),
+        None => format!("a line of {}", path.display()),
+    }
+}
+
+/// Lines of the log that are no records, and were passed over.
+///
+/// Displays as a sentence that says where the first is and what to do; see [`is_empty`](Self::is_empty).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Skipped {
+    lines: u64,
+    first: Option<(PathBuf, Option<u64>)>,
+}
+
+impl Skipped {
+    /// How many.
+    #[must_use]
+    pub fn lines(&self) -> u64 {
+        self.lines
+    }
+
+    /// Whether every line was a record.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lines == 0
+    }
+
+    /// The file of the first, and its line from 1 where that is known.
+    #[must_use]
+    pub fn first(&self) -> Option<(&Path, Option<u64>)> {
+        self.first.as_ref().map(|(path, line)| (path.as_path(), *line))
+    }
+
+    fn count(&mut self, path: PathBuf, line: Option<u64>) {
+        self.lines += 1;
+        self.first.get_or_insert((path, line));
+    }
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.first(), self.lines) {
+            (None, _) => f.write_str("every line is an audit record"),
+            (Some((path, line)), 1) => {
+                write!(f, "{} is not an audit record (see `dev-box audit verify`)", place(path, line))
+            }
+            (Some((path, line)), lines) => {
+                let place = place(path, line);
+                write!(
+                    f,
+                    "{lines} lines are not audit records, the first is {place} (see `dev-box audit verify`)"
+                )
+            }
+        }
+    }
+}
+
+/// What [`export`] wrote, and what it could not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Exported {
+    /// How many records were written.
+    pub records: u64,
+    /// Lines of the whole log, whatever the filter, that nobody can tell whether they were wanted.
+    pub skipped: Skipped,
 }
 
 /// Reads on through the log's segments, also while it grows and rotates. Never blocks on an end: see [`Tail::next`].
@@ -110,7 +180,8 @@ pub struct Tail {
     closed: bool,
     /// Where the next line begins in it.
     offset: u64,
-    line_number: u64,
+    /// The last line's number in it, unless reading began in its midst.
+    line_number: Option<u64>,
     line: Vec<u8>,
 }
 
@@ -133,7 +204,7 @@ pub fn query(dir: &Path, filter: Filter) -> Tail {
         open: None,
         closed: false,
         offset: 0,
-        line_number: 0,
+        line_number: Some(0),
         line: Vec::new(),
     }
 }
@@ -144,16 +215,18 @@ fn leased(record: &Record, name: &str) -> Option<String> {
     record.vm.clone().filter(|_| of_lease && record.details["name"] == name)
 }
 
-/// The domains of the VMs that their holders called `name`, such as a daemon's clients: those that the log has a lease of.
+/// The domains of the VMs that their holders called `name`, such as a daemon's clients: those that the log has a lease of. Lines
+/// that are no records are passed over.
 ///
 /// # Errors
-/// When the log cannot be read.
+/// [`ReadError::Io`].
 pub fn called(dir: &Path, name: &str) -> Result<Vec<String>, ReadError> {
     let leases =
         Filter { action: Some("lease.acquire".into()), status: Some("ok".into()), ..Filter::default() };
-    let mut domains = Vec::new();
-    for record in query(dir, leases) {
-        domains.extend(leased(&record?, name));
+    let (mut domains, mut skipped) = (Vec::new(), Skipped::default());
+    let mut records = query(dir, leases);
+    while let Some(record) = records.next_record(&mut skipped)? {
+        domains.extend(leased(&record, name));
     }
     Ok(domains)
 }
@@ -172,25 +245,25 @@ pub fn tail(dir: &Path, filter: Filter) -> Result<Tail, ReadError> {
         let path = segment::path(dir, last);
         let mut file = File::open(&path).map_err(io_error(&path))?;
         tail.offset = end_of_lines(&mut file).map_err(io_error(&path))?;
+        tail.line_number = None;
         tail.open = Some((last, BufReader::new(file)));
     }
     Ok(tail)
 }
 
-/// Writes the wanted records to `out` as they are on disk (bytes, hashes and all) and returns their number.
+/// Writes the wanted records to `out` as they are on disk (bytes, hashes and all). Lines that are no records are passed over.
 ///
 /// # Errors
-/// [`ReadError`]; what was written until then stays.
-pub fn export(dir: &Path, filter: Filter, out: &mut impl Write) -> Result<u64, ReadError> {
+/// [`ReadError::Io`] and [`ReadError::Write`]; what was written until then stays.
+pub fn export(dir: &Path, filter: Filter, out: &mut impl Write) -> Result<Exported, ReadError> {
     let mut tail = query(dir, filter);
-    let mut count = 0;
-    while let Some(record) = tail.next() {
-        record?;
+    let mut exported = Exported::default();
+    while tail.next_record(&mut exported.skipped)?.is_some() {
         out.write_all(&tail.line).and_then(|()| out.write_all(b"\n")).map_err(ReadError::Write)?;
-        count += 1;
+        exported.records += 1;
     }
     out.flush().map_err(ReadError::Write)?;
-    Ok(count)
+    Ok(exported)
 }
 
 /// Seeks behind the last newline.
@@ -216,21 +289,39 @@ impl Tail {
     fn advance(&mut self) -> Result<bool, ReadError> {
         let segments = segment::list(&self.dir).map_err(|source| self.io_error(source))?;
         let current = self.open.as_ref().map(|(first, _)| *first);
-        let Some(next) = segments.into_iter().find(|&first| current.is_none_or(|current| first > current))
-        else {
-            return Ok(false);
-        };
-        if current.is_some() && !self.closed {
-            // Records may have come between the end that was seen and the rotation: look once more.
-            self.closed = true;
+        for next in segments.into_iter().filter(|&first| current.is_none_or(|current| first > current)) {
+            if current.is_some() && !self.closed {
+                // Records may have come between the end that was seen and the rotation: look once more.
+                self.closed = true;
+                return Ok(true);
+            }
+            let path = segment::path(&self.dir, next);
+            let file = match File::open(&path) {
+                // Pruned since it was listed.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(|source| ReadError::Io { path, source })?,
+            };
+            self.open = Some((next, BufReader::new(file)));
+            self.closed = false;
+            self.offset = 0;
+            self.line_number = Some(0);
             return Ok(true);
         }
-        let file = File::open(segment::path(&self.dir, next)).map_err(|source| self.io_error(source))?;
-        self.open = Some((next, BufReader::new(file)));
-        self.closed = false;
-        self.offset = 0;
-        self.line_number = 0;
-        Ok(true)
+        Ok(false)
+    }
+
+    /// The next wanted record; `None` when there is nothing more for now. Lines that are no records are passed over, and counted
+    /// in `skipped`.
+    ///
+    /// # Errors
+    /// [`ReadError::Io`].
+    pub fn next_record(&mut self, skipped: &mut Skipped) -> Result<Option<Record>, ReadError> {
+        loop {
+            match self.step() {
+                Err(ReadError::NotARecord { path, line }) => skipped.count(path, line),
+                other => return other,
+            }
+        }
     }
 
     /// The record that came last, byte for byte as it is on disk.
@@ -251,12 +342,14 @@ impl Tail {
             let mut consumed = 0;
             let read = read_line(reader, &mut self.line, &mut consumed);
             match read.map_err(|source| self.io_error(source))? {
-                Line::Whole | Line::TooLong => {
+                found @ (Line::Whole | Line::TooLong) => {
                     self.offset += consumed;
-                    self.line_number += 1;
-                    let not_a_record =
-                        |tail: &Self| ReadError::NotARecord { path: tail.path(), line: tail.line_number };
-                    let record = Record::parse(&self.line).map_err(|_| not_a_record(self))?;
+                    self.line_number = self.line_number.map(|number| number + 1);
+                    // Of one that is too long only a part was kept, which may look like a whole.
+                    let record = Record::parse(&self.line).ok().filter(|_| found == Line::Whole);
+                    let Some(record) = record else {
+                        return Err(ReadError::NotARecord { path: self.path(), line: self.line_number });
+                    };
                     if let Some(name) = &self.filter.name
                         && let Some(domain) = leased(&record, name)
                         && !self.filter.vms.contains(&domain)

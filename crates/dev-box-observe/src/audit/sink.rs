@@ -1,6 +1,11 @@
 //! The seam: where entries go.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::Arc,
+};
 
 use super::{AuditEvent, Entry, Outcome};
 
@@ -14,12 +19,23 @@ pub struct Receipt {
     pub seq: u64,
 }
 
+/// What to do about a log that takes nothing any more.
+pub(super) fn how_to_go_on(dir: &Path, key: &Path) -> String {
+    format!(
+        "see `dev-box audit verify`; keep a copy, then move {} and {} away to begin a new log",
+        dir.display(),
+        key.display()
+    )
+}
+
 /// Why an entry was not written.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum AuditError {
     /// The log has no room but its reserve: it takes the end of running work, and nothing new.
-    #[error("the audit log takes no new work: {why} (make room, then try again)")]
+    #[error(
+        "the audit log takes no new work: {why} (make room, such as by `dev-box audit prune`, then try again)"
+    )]
     Refusing {
         /// What is wrong.
         why: String,
@@ -28,10 +44,14 @@ pub enum AuditError {
     #[error("cannot write the audit log")]
     Write(#[source] Arc<std::io::Error>),
     /// The log on disk is not what this chain left there.
-    #[error("the audit log was changed from outside: {what} (see `dev-box audit verify`)")]
+    #[error("the audit log was changed from outside: {what} ({})", how_to_go_on(dir, key))]
     Tampered {
         /// What does not fit.
         what: String,
+        /// The log.
+        dir: PathBuf,
+        /// Its first key, or where that was put when the log began.
+        key: PathBuf,
     },
     /// The entry came out larger than a record may be.
     #[error("an audit record of {bytes} bytes is larger than {limit}")]

@@ -1,6 +1,7 @@
 //! The log on a real disk and on failing ones: what the modules do together.
 
 mod faults;
+mod prune;
 mod reading;
 mod seam;
 mod several;

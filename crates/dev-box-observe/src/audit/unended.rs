@@ -5,7 +5,7 @@ use std::path::Path;
 
 use dev_box_core::clock::EasternTime;
 
-use super::{Actor, Filter, Outcome, ReadError, Record, query};
+use super::{Actor, Filter, Outcome, ReadError, Record, Skipped, query};
 
 /// The most that are told of; beyond that the oldest are left out.
 const MOST: usize = 1024;
@@ -35,13 +35,10 @@ pub fn unended(dir: &Path, domain: &str, until: EasternTime) -> Result<Vec<Unend
         until: Some(until),
         ..Filter::default()
     };
-    let mut open = BTreeMap::new();
-    for record in query(dir, filter) {
-        match record {
-            Ok(record) => follow(&mut open, record),
-            Err(ReadError::NotARecord { .. }) => {}
-            Err(error) => return Err(error),
-        }
+    let (mut open, mut skipped) = (BTreeMap::new(), Skipped::default());
+    let mut records = query(dir, filter);
+    while let Some(record) = records.next_record(&mut skipped)? {
+        follow(&mut open, record);
     }
     let mut all: Vec<_> = open.into_values().collect();
     all.sort_by_key(|one| one.asked.unix_nanos());

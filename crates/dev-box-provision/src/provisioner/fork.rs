@@ -21,7 +21,7 @@ use dev_box_comm::session::{CallError, Session};
 use dev_box_core::accel::{Accelerator, AcceleratorPolicy};
 use dev_box_core::id::{IdError, VmName};
 use dev_box_core::size::ByteSize;
-use dev_box_core::spec::VmSpec;
+use dev_box_core::spec::{NetworkMode, VmSpec};
 use dev_box_core::state::VmState;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_exec::sink::BoxFuture;
@@ -32,6 +32,7 @@ use dev_box_image::template::{
     Template, TemplateError, TemplateHold, TemplateManifest, TemplateStaging, TemplateStore,
 };
 use dev_box_image::{ImageName, Overlay, space};
+use dev_box_net::policy::BROUGHT;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -88,6 +89,9 @@ pub enum ForkError {
     /// Libvirt does not tell about it.
     #[error("it cannot be looked at")]
     Look(#[source] VmError),
+    /// It was put under another policy while it ran, under which its clones cannot be.
+    #[error("its network policy cannot be carried over")]
+    Network(#[source] Box<dyn Error + Send + Sync>),
     /// Its jobs were not held.
     #[error("its agent could not have its jobs stand still")]
     Hold(#[source] HoldError),
@@ -198,7 +202,7 @@ impl LibvirtProvisioner {
         if !template::can_be_forked(&spec.qemu_arguments) {
             return Err(ForkError::Unforkable);
         }
-        let request = request_of(&spec, &original);
+        let request = request_of(&spec, &original, self.network_now(&original.vm, &spec).await?);
         let disk = self.overlay_of(&original.vm);
         self.admit(&request, Overlay::allocated(&disk).unwrap_or(ByteSize::bytes(0)), count)?;
         let usual = self.settings().qemu;
@@ -217,6 +221,28 @@ impl LibvirtProvisioner {
         watch.step("publish");
         tracing::info!(vm = %original.vm, template = %template.manifest.name, steps = ?watch.steps(), "a VM was forked");
         Ok(Fork { template, request, paused, hold: Some(hold), provisioner: self.clone() })
+    }
+
+    /// What its network may do: that with which it was started, or what it was put under since.
+    async fn network_now(&self, vm: &VmName, spec: &VmSpec) -> Result<NetworkMode, ForkError> {
+        let lease = {
+            let machines = self.0.machines();
+            let lease = machines.get(vm).and_then(|machine| machine.lease.as_ref());
+            lease.map(|lease| (lease.shape().clone(), lease.address))
+        };
+        let Some((shape, address)) = lease else { return Ok(spec.network.clone()) };
+        let network = self.0.network.clone();
+        let record = blocking::run(move || network.record_of(&shape, address)).await;
+        let record = record.map_err(|error| ForkError::Network(error.into()))?;
+        // One that was brought along is known by its name to the process alone to which it was.
+        let is_brought = matches!(&spec.network, NetworkMode::Named(name) if name.starts_with(BROUGHT));
+        match record.filter(|record| record.is_changed() || is_brought) {
+            Some(record) => {
+                let brought = self.0.network.policies().bring(record.policy);
+                brought.map_err(|error| ForkError::Network(error.into()))
+            }
+            None => Ok(spec.network.clone()),
+        }
     }
 
     /// Before anything is done to the original.
@@ -416,7 +442,7 @@ async fn hold_jobs(session: &Session) -> Result<(), HoldError> {
 }
 
 /// What a clone of it has to be: by what it is, and not by what was asked for, once.
-fn request_of(spec: &VmSpec, original: &Original) -> VmRequest {
+fn request_of(spec: &VmSpec, original: &Original, network: NetworkMode) -> VmRequest {
     VmRequest {
         image: original.facts.image.clone(),
         resources: Resources {
@@ -424,7 +450,7 @@ fn request_of(spec: &VmSpec, original: &Original) -> VmRequest {
             memory: spec.resources.memory,
             disk: spec.resources.disk,
         },
-        network: spec.network.clone(),
+        network,
         accelerator: match spec.accelerator {
             Accelerator::Kvm => AcceleratorPolicy::Kvm,
             Accelerator::Tcg => AcceleratorPolicy::Tcg,

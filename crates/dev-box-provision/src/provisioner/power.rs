@@ -83,6 +83,8 @@ impl LibvirtProvisioner {
     /// The moment is over; unless somebody wants it to last.
     pub(super) async fn go_on(&self, vm: &VmName, session: &Session) -> Result<(), ResumeError> {
         if self.0.watch.is_held(vm) {
+            // It found the VM stopped, and is to let it go on.
+            self.0.holds.stopped(vm);
             return Err(ResumeError::Quarantined);
         }
         if self.0.holds.holds(vm) {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dev_box_core::id::VmId;
+use dev_box_core::id::{VmId, VmName};
 use dev_box_exec::{ProvisionError, ReadyVm};
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -55,6 +55,7 @@ impl Inner {
         if self.closing.is_cancelled() {
             return Err(ProvisionError::ShuttingDown);
         }
+        self.is_wanted(machine, &vm.name).await?;
         // What broke the protocol, or died, is not trusted with another use.
         if let Some(reason) = vm.session.close_reason() {
             return Err(refused(format!("its last use ended abnormally: {reason}")));
@@ -89,6 +90,7 @@ impl Inner {
         // A machine id of its own: what the last use has told about itself does not name this one.
         self.introduce(machine, (&session, &agent), &vm.name, VmId::random()).await?;
         watch.step("configure");
+        self.is_wanted(machine, &vm.name).await?;
 
         vm.session = session;
         vm.facts.agent_version = agent.version;
@@ -96,6 +98,25 @@ impl Inner {
         let before = after.drain(..1).collect::<Vec<_>>();
         vm.facts.timings = before.into_iter().chain(rewound).chain(after).collect();
         Ok(vm)
+    }
+}
+
+impl Inner {
+    /// Whether it may be used again: nobody has it stand still, which was meant for its last use, and its network is that with which it
+    /// started, as whoever gets it next is told.
+    async fn is_wanted(&self, machine: &Machine, name: &VmName) -> Result<(), ProvisionError> {
+        let refused = |why: &str| Err(ProvisionError::NotReset { why: format!("{name} {why}") });
+        if self.holds.holds(name) {
+            return refused("was paused to stay so");
+        }
+        let Some(lease) = &machine.lease else { return Ok(()) };
+        let (network, shape, address) = (self.network.clone(), lease.shape().clone(), lease.address);
+        let record = blocking::run(move || network.record_of(&shape, address)).await;
+        match record.map_err(step("rewinding the VM"))? {
+            Some(record) if !record.is_changed() => Ok(()),
+            Some(_) => refused("was put under another policy while it was used"),
+            None => refused("has no network on record any more"),
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use dev_box_core::state::VmState;
 use dev_box_core::template::VmTemplate;
 use dev_box_exec::{Provisioner, ReadyVm};
 use dev_box_image::template::TemplateStore;
+use dev_box_net::EgressPolicy;
 use dev_box_provision::LibvirtProvisioner;
 use dev_box_provision::provisioner::{Fork, ForkError, Original};
 use dev_box_provision::sweep::Orphans;
@@ -133,6 +134,26 @@ async fn a_vm_is_forked_and_runs_on() {
     assert_eq!(forks(&bench), name);
     bench.provisioner.retire(clone).await.unwrap();
     assert!(forks(&bench).is_empty());
+    bench.assert_clean();
+}
+
+#[tokio::test]
+async fn clones_may_reach_what_the_original_may_now() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let vm = bench.provisioner.provision(&request()).await.unwrap();
+    let narrow = EgressPolicy::from_toml("mode='custom'\nports=['tcp/443']").unwrap();
+    assert!(bench.network.change_policy_of(&bench.libvirt, &vm.name, &narrow).unwrap());
+    qemu(&bench, "completed", None);
+    let fork = fork(&bench.provisioner, &vm).await.unwrap();
+    let clone = fork.provision(&fork.request().clone()).await.unwrap();
+    let digest = |vm: &ReadyVm| vm.facts.network.as_ref().unwrap().policy_digest.clone();
+    assert_eq!(digest(&clone), narrow.digest().to_string());
+    assert_ne!(digest(&vm), digest(&clone), "the control: what the original began with");
+    for vm in [vm, clone] {
+        bench.provisioner.retire(vm).await.unwrap();
+    }
+    drop(fork);
+    until_no_fork_is_left(&bench).await;
     bench.assert_clean();
 }
 

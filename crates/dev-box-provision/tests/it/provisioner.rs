@@ -371,6 +371,27 @@ async fn the_end_of_a_quarantine_lets_run_on_only_what_nobody_else_paused() {
 }
 
 #[tokio::test]
+async fn the_end_of_a_quarantine_lets_nobody_run_whom_others_have_stopped() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let (provisioner, vm) = (&bench.provisioner, bench.provisioner.provision(&request()).await.unwrap());
+    let domain = bench.libvirt.find(vm.name.as_str()).unwrap().unwrap().id;
+    let state = || bench.libvirt.state(domain).unwrap().state;
+    let mut events = provisioner.network_events();
+    // Another process has stopped it, and means it to stay so.
+    bench.libvirt.suspend(domain).unwrap();
+    bench.firewall.flush();
+    restored(&mut events).await;
+    assert_eq!(state(), VmState::Paused);
+    bench.libvirt.resume(domain).unwrap();
+    bench.firewall.flush();
+    restored(&mut events).await;
+    assert_eq!(state(), VmState::Running, "the control: the watch has stopped it itself");
+
+    provisioner.retire(vm).await.unwrap();
+    bench.assert_clean();
+}
+
+#[tokio::test]
 async fn the_guard_is_put_back_while_libvirt_is_away() {
     let bench = Bench::new(Guest::Obeys).await;
     let vm = bench.provisioner.provision(&request()).await.unwrap();

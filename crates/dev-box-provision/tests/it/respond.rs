@@ -1,4 +1,5 @@
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use dev_box_observe::alert::Webhook;
 use dev_box_observe::anomaly::{Finding, Plan, RespondError, Responder, Rule, respond};
 use dev_box_observe::audit::{Evidence, ResponseAction};
 use dev_box_observe::{AuditSink, RecordingSink};
-use dev_box_provision::respond::{Means, Throttle, VmResponder};
+use dev_box_provision::respond::{MAX_BUNDLES, Means, Throttle, VmResponder};
 
 use crate::bench::{Bench, Guest, request};
 
@@ -57,6 +58,7 @@ impl Scene {
             forensics_dir: bench.root.path().join("forensics"),
             audit_dir: bench.root.path().join("audit"),
             clock: Arc::new(FakeClock::default()),
+            audit: Arc::clone(&bench.audit) as _,
         };
         bench.libvirt.on_monitor(|_| Ok(r#"{"return":{}}"#.to_owned()));
         Self { bench, vm, throttle, means }
@@ -114,6 +116,7 @@ async fn act(scene: &Scene, action: ResponseAction) -> Result<(), RespondError> 
 fn webhook(scene: &Scene, url: &str) -> Arc<Webhook> {
     let secret = scene.bench.root.path().join("secret");
     std::fs::write(&secret, "0123456789abcdef\n").unwrap();
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600)).unwrap();
     Arc::new(Webhook::new(url, &secret, "host-1", Arc::new(FakeClock::default())).unwrap())
 }
 
@@ -185,11 +188,27 @@ async fn a_snapshot_is_a_bundle_and_the_vm_goes_on() {
     let [bundle] = &scene.bundles()[..] else { panic!("{:?}", scene.bundles()) };
     let name = bundle.file_name().unwrap().to_string_lossy().into_owned();
     assert!(name.starts_with(&format!("{}-port_scan-", scene.vm.name)), "{name}");
+    let audited = || {
+        let actions = scene.bench.audit.actions();
+        actions.into_iter().filter(|line| line.starts_with("vm.forensics")).collect::<Vec<_>>()
+    };
+    assert_eq!(audited(), ["vm.forensics:intent", "vm.forensics:ok"]);
     // QEMU refuses its memory: the rest is there all the same.
     std::fs::remove_file(bundle).unwrap();
     scene.bench.libvirt.on_monitor(|_| Ok(r#"{"error":{"class":"GenericError","desc":"no"}}"#.to_owned()));
     act(&scene, ResponseAction::Snapshot).await.unwrap();
     assert_eq!((scene.state(), scene.bundles().len()), (Some(VmState::Running), 1));
+
+    // What a guest does over and over fills no disk.
+    for number in 1..MAX_BUNDLES {
+        let another = scene.means.forensics_dir.join(format!("{}-port_scan-{number}.tar", scene.vm.name));
+        std::fs::write(another, "").unwrap();
+    }
+    let since = scene.bench.libvirt.calls().len();
+    let error = act(&scene, ResponseAction::Snapshot).await.unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("8 bundles") && cause.contains("remove"), "{cause}");
+    assert_eq!((scene.bench.libvirt.calls().len(), scene.bundles().len()), (since, MAX_BUNDLES));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

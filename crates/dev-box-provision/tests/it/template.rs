@@ -9,6 +9,7 @@ use dev_box_exec::{
     AgentExecutor, Cancel, CancelSource, DiscardSink, ProvisionError, Provisioner, VmRequest,
 };
 use dev_box_image::template::{Template, TemplateError};
+use dev_box_net::EgressPolicy;
 use dev_box_observe::RecordingSink;
 use dev_box_provision::blocking::BlockingError;
 use dev_box_provision::{CreateError, NewTemplate, TemplateUse};
@@ -164,6 +165,14 @@ async fn a_vm_that_cannot_be_rewound_is_gone() {
     clone.session.close();
     clone.session.closed().await;
     assert!(reset(clone).await.0.contains("ended abnormally"));
+    // What was meant for its last use is not for the next.
+    let clone = bench.provisioner.provision(&request()).await.unwrap();
+    bench.provisioner.holds().hold(&clone.name);
+    assert!(reset(clone).await.0.contains("was paused to stay so"));
+    let clone = bench.provisioner.provision(&request()).await.unwrap();
+    let narrow = EgressPolicy::from_toml("mode='custom'\nports=['tcp/443']").unwrap();
+    assert!(bench.network.change_policy_of(&bench.libvirt, &clone.name, &narrow).unwrap());
+    assert!(reset(clone).await.0.contains("was put under another policy"));
 }
 
 /// Waits until so many shells are on the shelf.

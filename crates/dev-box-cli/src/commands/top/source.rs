@@ -10,7 +10,7 @@ use dev_box::core::connection::OpenOptions;
 use dev_box::core::vm::Vm;
 use dev_box::core::{connection::LibvirtConnection, state::VmState};
 use dev_box::observe::AuditEvent;
-use dev_box::observe::audit::{self, Filter, Record, Tail};
+use dev_box::observe::audit::{self, Filter, ReadError, Record, Tail};
 use dev_box::provision::watch;
 use tokio::time::{Instant, sleep};
 
@@ -117,7 +117,12 @@ impl Host {
             self.audit = audit::tail(&self.audit_dir, Filter::default()).ok();
         }
         let Some(record) = self.audit.as_mut().and_then(Iterator::next) else { return Ok(None) };
-        let record = record.map_err(Failure::new)?;
+        let record = match record {
+            Err(error @ ReadError::NotARecord { .. }) => {
+                return Ok(Some(Told { text: error.to_string(), odd: true }));
+            }
+            read => read.map_err(Failure::new)?,
+        };
         self.learn(&record);
         let odd = ["anomaly.finding", "vm.died", "guest.violation"].contains(&record.action.as_str());
         Ok(Some(Told { text: sentence(&record), odd }))

@@ -173,6 +173,11 @@ fn a_changed_log_is_not_written_to() {
     assert!(matches!(journal.health(), Health::Failed(AuditError::Tampered { .. })));
     let open = place.try_journal().unwrap_err();
     assert!(matches!(open, OpenError::Tampered { .. }), "{open}");
+    for said in [error.to_string(), open.to_string()] {
+        let (dir, key) = (place.log_dir(), place.key());
+        let what_to_do = format!("move {} and {} away", dir.display(), key.display());
+        assert!(said.contains("dev-box audit verify") && said.contains(&what_to_do), "{said}");
+    }
     // Replaced by another file of the same content.
     let mut others = whole.clone();
     others.push(String::new());
@@ -190,6 +195,13 @@ fn a_changed_log_is_not_written_to() {
     assert!(error.to_string().contains("state"), "{error}");
     let open = place.try_journal().unwrap_err();
     assert!(matches!(open, OpenError::StateLost { .. }), "{open}");
+    // What the error says to do is what it takes.
+    let aside = |path: &Path| fs::rename(path, path.with_extension("aside")).unwrap();
+    aside(&place.log_dir());
+    assert!(open.to_string().contains(&place.key().display().to_string()), "{open}");
+    aside(&place.key());
+    drop(place.journal());
+    assert_eq!((place.actions(), place.verify().problem), (vec!["audit.genesis".to_owned()], None));
 }
 
 #[test]

@@ -196,6 +196,71 @@ fn a_tail_follows_across_rotation_and_half_lines() {
 }
 
 #[test]
+fn lines_that_are_no_records_hide_no_others() {
+    let place = Place::new();
+    let mut options = place.options();
+    options.max_segment_bytes = 1200;
+    let mut journal = place.journal_with(options);
+    let lease =
+        || AuditEvent::LeaseAcquire { image: "default".into(), profile: None, name: Some("work".into()) };
+    for number in 0..6 {
+        append(&mut journal, fact(number)).unwrap();
+    }
+    append(&mut journal, Entry::result(lease(), Outcome::Ok).vm("vm-2")).unwrap();
+    drop(journal);
+    let whole = place.records();
+    // A record's beginning, followed by more than a line may have, is none either.
+    let first = place.segments().remove(0);
+    let mut spoiled = lines(&first);
+    let long = spoiled[0].clone() + &" ".repeat(MAX_LINE);
+    drop(spoiled.splice(1..1, ["nonsense".to_owned(), String::new(), long]));
+    put_lines(&first, &spoiled);
+    let second = place.segments().remove(1);
+    let mut spoiled = lines(&second);
+    let gone: Record = Record::parse(spoiled[1].as_bytes()).unwrap();
+    spoiled[1].truncate(20);
+    put_lines(&second, &spoiled);
+
+    let rest: Vec<_> = whole.into_iter().filter(|record| record.seq != gone.seq).collect();
+    let mut out = Vec::new();
+    let exported = export(&place.log_dir(), Filter::default(), &mut out).unwrap();
+    assert_eq!(exported.records, rest.len() as u64);
+    let found: Vec<_> = out.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).collect();
+    assert!(found.into_iter().map(|line| Record::parse(line).unwrap()).eq(rest.iter().cloned()));
+    assert_eq!(exported.skipped.lines(), 4);
+    assert_eq!(exported.skipped.first(), Some((first.as_path(), Some(2))));
+    let text = exported.skipped.to_string();
+    for part in ["4 lines", "line 2 of ", "audit-00000000000000000001.jsonl", "dev-box audit verify"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+
+    assert_eq!(called(&place.log_dir(), "work").unwrap(), ["vm-2"]);
+    let of_it = Filter { vms: vec!["vm-2".into()], ..Filter::default() };
+    assert_eq!(export(&place.log_dir(), of_it.clone(), &mut Vec::new()).unwrap().records, 1);
+    let mut records = query(&place.log_dir(), of_it);
+    let mut skipped = Skipped::default();
+    assert_eq!(records.next_record(&mut skipped).unwrap().unwrap().action, "lease.acquire");
+    assert!(records.next_record(&mut skipped).unwrap().is_none());
+    assert_eq!(skipped, exported.skipped);
+}
+
+#[test]
+fn what_a_tail_passes_over_has_a_number_where_it_is_known() {
+    let place = Place::new();
+    let mut journal = place.journal();
+    append(&mut journal, fact(0)).unwrap();
+    drop(journal);
+    let path = place.segments().remove(0);
+    let mut tail = tail(&place.log_dir(), Filter::default()).unwrap();
+    let mut file = fs::OpenOptions::new().append(true).open(&path).unwrap();
+    file.write_all(b"nonsense\n").unwrap();
+    let mut skipped = Skipped::default();
+    assert!(tail.next_record(&mut skipped).unwrap().is_none());
+    assert_eq!((skipped.lines(), skipped.first()), (1, Some((path.as_path(), None))));
+    assert!(skipped.to_string().starts_with("a line of "), "{skipped}");
+}
+
+#[test]
 fn a_tail_that_begins_in_the_middle_of_a_line_waits_for_its_end() {
     let place = Place::new();
     let mut journal = place.journal();
@@ -229,7 +294,8 @@ fn an_export_is_byte_for_byte() {
     let mut journal = place.journal();
     append(&mut journal, fact(0)).unwrap();
     let mut out = Vec::new();
-    assert_eq!(export(&place.log_dir(), Filter::default(), &mut out).unwrap(), 2);
+    let exported = export(&place.log_dir(), Filter::default(), &mut out).unwrap();
+    assert_eq!((exported.records, exported.skipped.is_empty()), (2, true));
     assert_eq!(out, fs::read(&place.segments()[0]).unwrap());
     let mut full: &mut [u8] = &mut [0; 10];
     let error = export(&place.log_dir(), Filter::default(), &mut full).unwrap_err();

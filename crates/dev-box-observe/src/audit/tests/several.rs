@@ -96,6 +96,33 @@ async fn heads_grow_with_the_log_and_no_further() {
 }
 
 #[tokio::test]
+async fn a_log_that_others_write_to_is_not_found_cut() {
+    let place = Place::new();
+    let (options, clock) = (place.options(), place.clock.clone());
+    let writing = tokio::spawn(async move {
+        for number in 0..50 {
+            let log = AuditLog::open(options.clone(), clock.clone()).unwrap();
+            log.append(fact(number)).await.unwrap();
+            // With a head, each time.
+            tokio::task::spawn_blocking(move || log.close()).await.unwrap();
+        }
+    });
+    while !place.heads().exists() {
+        tokio::task::yield_now().await;
+    }
+    let mut looks = 0;
+    while !writing.is_finished() {
+        let (dir, key, heads) = (place.log_dir(), place.key(), place.heads());
+        let report =
+            tokio::task::spawn_blocking(move || verify(&dir, &key, &[heads]).unwrap()).await.unwrap();
+        assert_eq!(report.problem, None);
+        looks += 1;
+    }
+    writing.await.unwrap();
+    assert!(looks > 1);
+}
+
+#[tokio::test]
 async fn a_note_is_written_within_its_window_without_anyone_waiting() {
     let place = Place::new();
     let log = open(&place);
