@@ -167,6 +167,30 @@ fn paused_and_resumed(host: &Host) {
 }
 
 #[test]
+fn who_was_paused_for_what_it_did_is_listed_so_and_let_go_on() {
+    let Some(host) = Host::new("who_was_paused_for_what_it_did_is_listed_so_and_let_go_on") else { return };
+    let plan = r#"{metadata_contact = ["pause"]}"#;
+    let daemon = Daemon::start_with(&host, &[("DEV_BOX_OBSERVE__PLAN__ACTIONS", plan)]);
+    host.dev_box(["start", "--name", "work"]).expect_code(0);
+    let odd = "import socket; socket.create_connection(('169.254.169.254', 80), 60)";
+    host.dev_box(["exec", "--detach", "work", "--", "python3", "-c", odd]).expect_code(0);
+    let is = |state: &str| {
+        let listed = host.dev_box(["ps", "--json"]).expect_code(0).text();
+        listed.contains(&format!("\"state\": \"{state}\""))
+    };
+    wait_until("it is paused", Duration::from_secs(10), || is("paused"));
+    let refused = host.dev_box(["exec", "work", "--", "true"]).expect_code(125);
+    assert!(refused.stderr.contains("dev-box resume work"), "{}", refused.stderr);
+    host.dev_box(["resume", "work"]).expect_code(0);
+    assert!(is("ready"));
+    host.dev_box(["exec", "work", "--", "true"]).expect_code(0);
+    host.dev_box(["rm", "work"]).expect_code(0);
+    let ended = daemon.stop().expect_code(0);
+    assert!(ended.stderr.contains("`dev-box resume` lets it go on"), "{}", ended.stderr);
+    host.assert_clean();
+}
+
+#[test]
 fn a_killed_daemons_vms_are_its_successors() {
     let Some(host) = Host::new("a_killed_daemons_vms_are_its_successors") else { return };
     let daemon = Daemon::start(&host);
