@@ -178,7 +178,7 @@ fn who_was_paused_for_what_it_did_is_listed_so_and_let_go_on() {
         let listed = host.dev_box(["ps", "--json"]).expect_code(0).text();
         listed.contains(&format!("\"state\": \"{state}\""))
     };
-    wait_until("it is paused", Duration::from_secs(10), || is("paused"));
+    wait_until("it is paused", Duration::from_secs(60), || is("paused"));
     let refused = host.dev_box(["exec", "work", "--", "true"]).expect_code(125);
     assert!(refused.stderr.contains("dev-box resume work"), "{}", refused.stderr);
     host.dev_box(["resume", "work"]).expect_code(0);

@@ -93,16 +93,17 @@ pub async fn collect(
     let vm = Vm::find(connection, &request.vm).await?;
     let spec = vm.template().await?.spec().clone();
     let xml = vm.xml(XmlView::Current).await?;
+    require_room(&spec, &request.archive)?;
+    // Before it stands still: somebody may be just changing its network.
+    let addresses = addresses(connection, network, &spec, name.as_ref()).await;
     let state = vm.state().await?.state;
     let scene = Scene { vm, spec, xml };
-    require_room(&scene.spec, &request.archive)?;
     let running = state == VmState::Running;
     if running {
         scene.vm.pause().await.map_err(ForensicsError::Pause)?;
     }
     let manifest =
         Manifest::new(&request.vm, clock.now(), &request.reason, &format!("{state:?}").to_lowercase());
-    let addresses = addresses(connection, network, &scene.spec, name.as_ref()).await;
     let done = gather(network, &scene, addresses, manifest, request).await;
     drop(moment);
     let stays =
