@@ -88,8 +88,6 @@ pub async fn collect(
     request: &ForensicsRequest,
 ) -> Result<Manifest, ForensicsError> {
     let name = VmName::new(&request.vm).ok();
-    // Whoever else of this process would let it run waits, and what has stopped it meanwhile keeps it.
-    let moment = name.as_ref().map(|name| holds.moment(name));
     let vm = Vm::find(connection, &request.vm).await?;
     let spec = vm.template().await?.spec().clone();
     let xml = vm.xml(XmlView::Current).await?;
@@ -99,6 +97,9 @@ pub async fn collect(
     let state = vm.state().await?.state;
     let scene = Scene { vm, spec, xml };
     let running = state == VmState::Running;
+    // Whoever else of this process would let it run waits, and what has stopped it meanwhile keeps it. Not of one that stands already:
+    // whoever has stopped that is to let it run, and we do not.
+    let moment = name.as_ref().filter(|_| running).map(|name| holds.moment(name));
     if running {
         scene.vm.pause().await.map_err(ForensicsError::Pause)?;
     }

@@ -221,6 +221,26 @@ async fn a_pause_that_comes_during_a_snapshot_lasts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_of_a_vm_that_stands_for_its_networks_sake_keeps_it_no_longer() {
+    let scene = Scene::new(request()).await;
+    let becomes = async |state| {
+        let seen = async {
+            while scene.state() != Some(state) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, seen).await.unwrap();
+    };
+    scene.bench.libvirt.delay("update_device", Duration::from_millis(300));
+    scene.bench.firewall.flush();
+    becomes(VmState::Paused).await;
+    // Its network is whole again before the bundle is.
+    scene.bench.libvirt.delay("monitor", Duration::from_secs(2));
+    act(&scene, ResponseAction::Snapshot).await.unwrap();
+    becomes(VmState::Running).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_does_not_wait_for_a_snapshot() {
     let scene = Scene::new(request()).await;
     let (responder, name, taking) = scene.snapshot_under_way(Duration::from_millis(500)).await;
