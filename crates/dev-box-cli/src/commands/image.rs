@@ -1,5 +1,6 @@
 //! `dev-box image`.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -76,7 +77,7 @@ async fn build(config: &Config, store: &ImageStore, args: ImageBuildArgs) -> Res
 }
 
 /// The audit log; given back by `close_audit`.
-pub(super) async fn audit(config: &Config) -> Result<Arc<dyn AuditSink>, Failure> {
+async fn audit(config: &Config) -> Result<Arc<dyn AuditSink>, Failure> {
     let log = dev_box::open_audit(config, Arc::new(SystemClock)).await.map_err(Failure::new)?;
     Ok(Arc::new(log))
 }
@@ -125,30 +126,34 @@ fn inspect(store: &ImageStore, name: &str) -> Result<ExitCode, Failure> {
 }
 
 async fn remove(config: &Config, store: &ImageStore, names: &[String]) -> Result<ExitCode, Failure> {
-    let audit = audit(config).await?;
-    let removed = remove_each(&audit, store, names).await;
-    dev_box::close_audit(audit).await;
-    removed
+    let remove = async |audit: &Arc<dyn AuditSink>, name: &String| {
+        let name: ImageName = name.parse().map_err(Failure::new)?;
+        dev_box::remove_image(audit, store, &name).await.map_err(Failure::new)
+    };
+    remove_each(config, names, remove).await
 }
 
-async fn remove_each(
-    audit: &Arc<dyn AuditSink>,
-    store: &ImageStore,
-    names: &[String],
+/// Removes one after the other, on record, and says so; one that cannot be keeps no other.
+pub(super) async fn remove_each<N: Display>(
+    config: &Config,
+    names: &[N],
+    remove: impl AsyncFn(&Arc<dyn AuditSink>, &N) -> Result<(), Failure>,
 ) -> Result<ExitCode, Failure> {
-    let mut code = ExitCode::SUCCESS;
-    for name in names {
-        let removed = match name.parse::<ImageName>() {
-            Ok(name) => dev_box::remove_image(audit, store, &name).await.map_err(Failure::new),
-            Err(error) => Err(Failure::new(error)),
-        };
-        match removed {
-            Ok(()) => output::line(&format!("removed {name}"))?,
-            Err(error) => {
-                output::error(&error);
-                code = ExitCode::FAILURE;
+    let audit = audit(config).await?;
+    let removing = async {
+        let mut code = ExitCode::SUCCESS;
+        for name in names {
+            match remove(&audit, name).await {
+                Ok(()) => output::line(&format!("removed {name}"))?,
+                Err(error) => {
+                    output::error(&error);
+                    code = ExitCode::FAILURE;
+                }
             }
         }
-    }
-    Ok(code)
+        Ok(code)
+    };
+    let removed = removing.await;
+    dev_box::close_audit(audit).await;
+    removed
 }

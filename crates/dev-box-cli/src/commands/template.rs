@@ -14,7 +14,7 @@ use dev_box::provision::NewTemplate;
 use dev_box::{Config, DevBox};
 use serde_json::json;
 
-use super::image::audit;
+use super::image::remove_each;
 use crate::args::{NetArgs, duration};
 use crate::exit::Failure;
 use crate::live::Live;
@@ -194,26 +194,8 @@ fn inspect(store: &TemplateStore, name: &ImageName, verify: bool) -> Result<Exit
 }
 
 async fn remove(config: &Config, store: &TemplateStore, names: &[ImageName]) -> Result<ExitCode, Failure> {
-    let audit = audit(config).await?;
-    let removed = remove_each(&audit, store, names).await;
-    dev_box::close_audit(audit).await;
-    removed
-}
-
-async fn remove_each(
-    audit: &Arc<dyn AuditSink>,
-    store: &TemplateStore,
-    names: &[ImageName],
-) -> Result<ExitCode, Failure> {
-    let mut code = ExitCode::SUCCESS;
-    for name in names {
-        match dev_box::remove_template(audit, store, name).await {
-            Ok(()) => output::line(&format!("removed {name}"))?,
-            Err(error) => {
-                output::error(&Failure::new(error));
-                code = ExitCode::FAILURE;
-            }
-        }
-    }
-    Ok(code)
+    let remove = async |audit: &Arc<dyn AuditSink>, name: &ImageName| {
+        dev_box::remove_template(audit, store, name).await.map_err(Failure::new)
+    };
+    remove_each(config, names, remove).await
 }
