@@ -103,7 +103,7 @@ fn a_kept_vm_has_its_mounts_for_as_long_as_it_lives() {
     let many = dir.join("many");
     fs::create_dir(&many).unwrap();
     chown(&many, Some(NOBODY), Some(NOBODY)).unwrap();
-    for n in 1..=40 {
+    for n in 1..=80 {
         let file = many.join(n.to_string());
         fs::write(&file, "a quiet line of text\n".repeat(150)).unwrap();
         chown(&file, Some(NOBODY), Some(NOBODY)).unwrap();
@@ -140,9 +140,10 @@ fn a_kept_vm_has_its_mounts_for_as_long_as_it_lives() {
 fn rewritten_in_bulk(host: &Host) {
     let sh = |commands: &str| host.dev_box(["exec", "m", "--", "sh", "-c", commands]).expect_code(0);
     let found = || host.dev_box(["audit", "query", "--action", "anomaly.finding"]).expect_code(0).text();
-    sh("for n in $(seq 20); do echo more >> /d/many/$n; done");
+    sh("for n in $(seq 80); do echo more >> /d/many/$n; done");
     assert_eq!(found(), "");
-    sh("for n in $(seq 40); do head -c 3000 /dev/urandom > /d/many/$n; done");
+    // Whatever a look falls upon, there is text beside them that was rewritten as well.
+    sh("for n in $(seq 1 2 80); do head -c 3000 /dev/urandom > /d/many/$n; echo >> /d/many/$((n + 1)); done");
     wait_until("that is found", SOON, || !found().is_empty());
     let finding: serde_json::Value = serde_json::from_str(found().trim()).expect("one finding");
     assert_eq!(

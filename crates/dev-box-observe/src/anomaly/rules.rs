@@ -71,8 +71,8 @@ pub enum Observation {
     FilesChanged {
         /// How many.
         count: u64,
-        /// Mean entropy of the new contents, in bits a byte (0 to 8).
-        entropy: f64,
+        /// The entropy of the new contents of a sample of them, in bits a byte (0 to 8); 0 of one too short to say.
+        entropies: Vec<f64>,
     },
     /// Processes in the guest (the guest's claim).
     Processes {

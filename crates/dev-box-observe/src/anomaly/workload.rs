@@ -133,10 +133,14 @@ fn step(at: u64, phase: Phase, model: IpAddr, dice: &mut Dice, seen: &mut Vec<Se
             see(Observation::Connected { address: IpAddr::from([140, 82, 112, 3]), port: Some(22) });
         }
         Phase::Build => {
-            see(Observation::FilesChanged { count: dice.between(0, 60), entropy: 5.0 + 1.5 * dice.part() });
+            // An archive or a picture among them.
+            let entropies = (0..20).map(|_| if dice.chance(0.05) { 7.8 } else { 5.0 + 1.5 * dice.part() });
+            let entropies = entropies.collect();
+            see(Observation::FilesChanged { count: dice.between(0, 60), entropies });
         }
         Phase::Format => {
-            see(Observation::FilesChanged { count: dice.between(50, 600), entropy: 4.0 + dice.part() });
+            let entropies = (0..20).map(|_| 4.0 + dice.part()).collect();
+            see(Observation::FilesChanged { count: dice.between(50, 600), entropies });
         }
         _ => {}
     }
@@ -211,7 +215,7 @@ pub fn attack(rule: Rule, seed: u64, at: u64, strength: f64) -> Vec<Seen> {
             .collect(),
         Rule::MassChange => spread(10, 20_000, &mut dice, &mut |_, dice| Observation::FilesChanged {
             count: times(200.0) / 10 + 1,
-            entropy: 7.6 + 0.3 * dice.part(),
+            entropies: vec![7.6 + 0.3 * dice.part()],
         }),
         Rule::ForkRate => spread(4, 8_000, &mut dice, &mut |_, _| Observation::Processes {
             started: times(5_000.0) / 4 + 1,

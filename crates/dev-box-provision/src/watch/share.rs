@@ -17,7 +17,7 @@ const MAX_ENTRIES: usize = 20_000;
 /// The deepest directory looked into.
 const MAX_DEPTH: usize = 24;
 /// Of how many files that changed the contents are looked at, and how much of each.
-const SAMPLES: usize = 32;
+const SAMPLES: usize = 128;
 const SAMPLE_BYTES: usize = 4096;
 /// Fewer bytes say little: the entropy of a short text is low, of a short random string too.
 const SAMPLE_LEAST: usize = 256;
@@ -87,7 +87,7 @@ impl ShareWatch {
         if count == 0 {
             return None;
         }
-        Some(Observation::FilesChanged { count: count as u64, entropy: sampled(&rewritten, &new) })
+        Some(Observation::FilesChanged { count: count as u64, entropies: sampled(&rewritten, &new) })
     }
 }
 
@@ -97,12 +97,10 @@ fn key(path: &Path) -> u64 {
     hasher.finish()
 }
 
-/// The mean entropy of a few of them; 0 when none says anything.
-fn sampled(rewritten: &[PathBuf], new: &[PathBuf]) -> f64 {
-    let all: Vec<&PathBuf> = rewritten.iter().chain(new).collect();
-    let step = all.len().div_ceil(SAMPLES).max(1);
-    let each: Vec<f64> = all.iter().step_by(step).filter_map(|path| entropy_of(path)).collect();
-    if each.is_empty() { 0.0 } else { each.iter().sum::<f64>() / each.len() as f64 }
+/// The entropy of each of a few of them; 0 of one that says nothing.
+fn sampled(rewritten: &[PathBuf], new: &[PathBuf]) -> Vec<f64> {
+    let step = (rewritten.len() + new.len()).div_ceil(SAMPLES).max(1);
+    rewritten.iter().chain(new).step_by(step).map(|path| entropy_of(path).unwrap_or_default()).collect()
 }
 
 fn entropy_of(path: &Path) -> Option<f64> {
@@ -158,7 +156,10 @@ mod tests {
 
     fn changed(observation: Option<Observation>) -> (u64, f64) {
         match observation {
-            Some(Observation::FilesChanged { count, entropy }) => (count, entropy),
+            Some(Observation::FilesChanged { count, entropies }) => {
+                assert!(entropies.len() <= SAMPLES);
+                (count, entropies.iter().sum::<f64>() / entropies.len() as f64)
+            }
             None => (0, 0.0),
             other => panic!("{other:?}"),
         }
@@ -188,6 +189,27 @@ mod tests {
         let (count, entropy) = changed(watch.look(&[dir.path()]));
         assert_eq!(count, 30);
         assert!(entropy > 7.5, "{entropy}");
+    }
+
+    #[test]
+    fn text_beside_encrypted_files_is_told_from_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |number, contents| fs::write(dir.path().join(format!("f{number}")), contents).unwrap();
+        for number in 0..300 {
+            write(number, text(2000));
+        }
+        let mut watch = ShareWatch::default();
+        watch.look(&[dir.path()]);
+        for number in 0..300 {
+            write(number, if number < 100 { noise(number, 2100) } else { text(2200) });
+        }
+        write(1, Vec::new());
+        let Some(Observation::FilesChanged { count: 300, entropies }) = watch.look(&[dir.path()]) else {
+            panic!("all of them were changed")
+        };
+        assert!(entropies.len() > SAMPLES / 2 && entropies.len() <= SAMPLES);
+        assert!(entropies.iter().any(|entropy| *entropy > 7.5));
+        assert!(entropies.iter().all(|entropy| *entropy < 6.0 || *entropy > 7.5), "no mean of two kinds");
     }
 
     #[test]

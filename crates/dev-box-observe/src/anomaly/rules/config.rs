@@ -41,8 +41,8 @@ pub struct RuleConfig {
     pub mining_net_rate: f64,
     /// Existing files changed in a minute. A formatter over a large tree may do that too, hence the entropy.
     pub change_files: u64,
-    /// Mean entropy of the new contents of a look, in bits a byte, from which its files count: text is below 6, compressed or
-    /// encrypted data above 7.5.
+    /// Entropy of its new contents, in bits a byte, from which such a file counts: text is below 6, compressed or encrypted data
+    /// above 7.5.
     pub change_entropy: f64,
     /// Processes started in ten seconds. A parallel build starts some hundred a second at most.
     pub forks: u64,

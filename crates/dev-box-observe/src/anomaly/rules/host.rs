@@ -61,16 +61,19 @@ impl HostRules {
                     });
                 }
             }
-            Observation::FilesChanged { count, entropy } => {
-                let count = *count as f64;
-                let entropy = if entropy.is_finite() { entropy.clamp(0.0, 8.0) } else { 0.0 };
-                // A build beside it does not hide it: what looks like text is not in the mean.
-                let count = if entropy >= config.change_entropy { count } else { 0.0 };
-                let [files, weighted] = self.files.add(now, [count, count * entropy]);
+            Observation::FilesChanged { count, entropies } => {
+                // Each of the sample stands for as many: text that is rewritten beside them hides none.
+                let each = *count as f64 / entropies.len().max(1) as f64;
+                let random = entropies.iter().filter(|entropy| **entropy >= config.change_entropy);
+                let (number, sum) =
+                    random.fold((0.0, 0.0), |(number, sum), entropy| (number + 1.0, sum + entropy.min(8.0)));
+                let [files, weighted] = self.files.add(now, [each * number, each * sum]);
                 let entropy = weighted / files.max(1.0);
-                if count > 0.0 {
+                if number > 0.0 {
                     hits.over(Rule::MassChange, files, config.change_files as f64, || {
-                        format!("{files} files were changed within a minute, to {entropy:.1} bits a byte on average")
+                        format!(
+                            "{files:.0} files were rewritten within a minute as what looks encrypted: {entropy:.1} bits a byte on average"
+                        )
                     });
                 }
             }

@@ -240,11 +240,21 @@ fn mining_is_a_busy_processor_with_a_thin_flow() {
 
 #[test]
 fn mass_change_needs_many_files_and_high_entropy() {
-    let changed = |count, entropy| Observation::FilesChanged { count, entropy };
+    let changed = |count, entropy| Observation::FilesChanged { count, entropies: vec![entropy; 20] };
     assert_eq!(found(1_000, (0..50).map(|_| changed(10, 7.9))), [Rule::MassChange]);
     assert_eq!(found(1_000, (0..50).map(|_| changed(1_000, 5.1))), [], "a formatter");
     assert_eq!(found(10_000, (0..500).map(|_| changed(10, 7.9))), [], "sixty a minute");
     assert_eq!(found(1_000, [changed(1_000_000, f64::NAN)]), []);
+    assert_eq!(found(1_000, [Observation::FilesChanged { count: u64::MAX, entropies: Vec::new() }]), []);
+}
+
+#[test]
+fn text_rewritten_beside_encrypted_files_hides_none_of_them() {
+    let mixed = |count| Observation::FilesChanged { count, entropies: vec![4.1, 7.9, 4.2, 0.0] };
+    assert_eq!(found(1_000, (0..20).map(|_| mixed(50))), [Rule::MassChange]);
+    assert_eq!(found(1_000, [mixed(700)]), [], "a quarter of them is below the limit");
+    let one_picture = [vec![7.9], vec![0.0; 30]].concat();
+    assert_eq!(found(1_000, [Observation::FilesChanged { count: 3_000, entropies: one_picture }]), []);
 }
 
 #[test]
@@ -334,8 +344,8 @@ fn observations() -> impl Strategy<Value = Observation> {
         ),
         (any::<u64>(), any::<f64>())
             .prop_map(|(span_ms, available)| Observation::Memory { span_ms, available }),
-        (any::<u64>(), any::<f64>())
-            .prop_map(|(count, entropy)| Observation::FilesChanged { count, entropy }),
+        (any::<u64>(), proptest::collection::vec(any::<f64>(), 0..5))
+            .prop_map(|(count, entropies)| Observation::FilesChanged { count, entropies }),
         (any::<u64>(), any::<u64>())
             .prop_map(|(started, running)| Observation::Processes { started, running }),
         any::<u64>().prop_map(|bytes| Observation::Output { bytes }),
