@@ -203,6 +203,8 @@ impl Machine {
             Event::Gone(vm) => {
                 if self.vms.get(&vm) == Some(&Stage::Retiring) {
                     self.vms.remove(&vm);
+                    // What it had is free: that may be what was in the way.
+                    self.trouble = None;
                 }
             }
             Event::Fill(target) => {
@@ -245,9 +247,10 @@ impl Machine {
         }
     }
 
-    /// The breaker is open: making VMs failed too often in a row, and it is not time to try again.
+    /// The breaker is open: making VMs failed too often in a row, it is not time to try again, and no VM is about to give back what it had.
     fn is_broken(&self) -> bool {
         self.trouble.as_ref().is_some_and(|it| it.failures >= self.settings.breaker && self.now < it.retry)
+            && !self.vms.values().any(|stage| *stage == Stage::Retiring)
     }
 
     fn made(&mut self, vm: VmNumber, actions: &mut Vec<Action>) {

@@ -362,6 +362,32 @@ fn failures_are_retried_ever_more_slowly_and_told_to_who_waits() {
 }
 
 #[test]
+fn who_comes_while_a_vm_ends_waits_for_what_that_gives_back() {
+    let mut machine = Machine::new(settings(0, 2));
+    let unhealthy = |ticket| Action::Refuse(ticket, PoolError::Unhealthy { why: "no memory".into() });
+    machine.on(ms(0), Event::Acquire(1, ms(900)));
+    assert_eq!(machine.on(ms(0), Event::Made(0)), [Action::Grant(1, 0)]);
+    // As many failures as open the breaker, while the first is in use.
+    let mut now = ms(0);
+    let mut actions = machine.on(now, Event::Acquire(2, ms(900)));
+    for vm in 1..=3 {
+        assert_eq!(actions, [Action::Make(vm)]);
+        actions = machine.on(now, Event::Failed(vm, "no memory".into()));
+        now = machine.next_wake().unwrap();
+        if vm < 3 {
+            actions = machine.on(now, Event::Tick);
+        }
+    }
+    assert_eq!(actions, [unhealthy(2)]);
+    let now = now - ms(1);
+    assert_eq!(machine.on(now, Event::Acquire(3, ms(900))), [unhealthy(3)]);
+    assert_eq!(machine.on(now, Event::Returned(0, Ending::InOrder)), [Action::Retire(0)]);
+    assert_eq!(machine.on(now, Event::Acquire(4, ms(900))), [], "it is not told what is about to change");
+    assert_eq!(machine.on(now, Event::Gone(0)), [Action::Make(4)]);
+    assert_eq!(machine.on(now, Event::Made(4)), [Action::Grant(4, 4)]);
+}
+
+#[test]
 fn idle_ones_above_min_go_and_old_ones_are_replaced() {
     let mut machine = Machine::new(settings(1, 3));
     machine.on(ms(0), Event::Fill(3));
