@@ -339,8 +339,12 @@ impl VmNetwork {
             // The first VM starts from clean tables: base rules that another version left would judge it too.
             self.firewall.clear()?;
         }
+        // Libvirt takes the filter off a tap by its name, after QEMU and the tap are gone: the next VM there would get none, or lose it.
+        let bound = libvirt.bound_filters().map_err(libvirt_failed("ask which taps have filters"))?;
         let free = |address: Ipv4Addr| {
-            !self.settings.host.has_interface(&tap_of(address))
+            let tap = tap_of(address);
+            !self.settings.host.has_interface(&tap)
+                && !bound.contains(&tap)
                 && (!guarded.contains(&address) || leases.is_on_record(address))
         };
         let lease = match preferred.map(|wanted| leases.acquire(&record, |a| a == wanted && free(a))) {

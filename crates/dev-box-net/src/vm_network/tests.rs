@@ -10,6 +10,7 @@ use crate::guard::{FilterRules, GuardError, NetworkRules};
 use crate::resolver::fake::FakeResolver;
 use crate::subnet::SubnetError;
 use crate::tap::fake::FakeTaps;
+use crate::xml::filter_binding::filter_binding;
 use crate::xml::network::network_xml;
 
 const ROUTES: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
@@ -538,6 +539,20 @@ fn a_failed_detach_is_swept_later() {
     assert_eq!(swept.leases, [(address, Some(name("a")))]);
     assert_eq!(swept.filters.len(), 1);
     assert!(world.is_clean());
+}
+
+#[test]
+fn an_address_is_free_once_libvirt_has_taken_its_filter_off() {
+    let world = World::new();
+    let lease = world.attach("a").unwrap();
+    let address = lease.address;
+    // Its owner is killed, its QEMU ended by another, and libvirt is at it still.
+    world.libvirt.bind_filter(&filter_binding(&lease.filter, &[], address)).unwrap();
+    drop(lease);
+    let next = world.attach("b").unwrap();
+    assert_ne!(next.address, address);
+    world.libvirt.unbind_filter(&tap_of(address)).unwrap();
+    assert_eq!(world.attach("c").unwrap().address, address);
 }
 
 #[test]
