@@ -6,8 +6,8 @@
 //!                                                                                          +--> RecordFile (bounded)
 //! ```
 //!
-//! The rules report a dropped packet (5 a second by reason), the first packet to a destination, and DNS queries and
-//! answers (20 a second each): a guest that floods is counted in full ([`crate::Traffic`]), and reported in samples.
+//! The rules report a dropped packet (5 a second by reason, and as many to addresses of clouds' metadata), the first packet to a
+//! destination, and DNS queries and answers, over UDP and over TCP (20 a second each): a guest that floods is counted in full ([`crate::Traffic`]), and reported in samples.
 //! What is in a packet is the guest's claim; that the host saw the packet is not.
 
 mod dns;
@@ -67,7 +67,7 @@ pub enum NetEventKind {
         question: DnsQuestion,
         /// The response code, 0 for success and 3 for a name that does not exist (RFC 1035, 4.1.1).
         code: u16,
-        /// The addresses in it, at most [`MAX_ANSWERS`].
+        /// The addresses in it, at most [`MAX_ANSWERS`]; none where it was too long to be reported as a whole.
         addresses: Vec<IpAddr>,
     },
     /// The rules were not as they should be; see [`crate::watch`].

@@ -369,7 +369,7 @@ impl VmNetwork {
         record: LeaseRecord,
         mut lease: AddressLease,
     ) -> Result<NetLease, NetError> {
-        match self.apply(&shape, record.clone(), &mut lease, true) {
+        match self.apply(&shape, record.clone(), &mut lease) {
             Ok(()) => Ok(NetLease::new(shape, record, lease)),
             Err(error) => Err(self.undo(libvirt, lease, &shape, &record, error)),
         }
@@ -535,31 +535,28 @@ impl VmNetwork {
         }
     }
 
+    /// Has the guard hold a VM that has just got its address.
     fn apply(
         &self,
         shape: &NetworkShape,
         mut record: LeaseRecord,
         lease: &mut AddressLease,
-        forget_names: bool,
     ) -> Result<(), NetError> {
-        record.fingerprint = Some(self.enforce(shape, lease.address(), &record, forget_names)?);
+        record.fingerprint = Some(self.enforce(shape, lease.address(), &record, VmGuard::for_a_new_vm)?);
         Ok(lease.write(&record)?)
     }
 
-    /// Has the guard hold a record's policy, and its names served.
+    /// Has the guard hold a record's policy, and its names served. `with` says what of the past goes with that.
     fn enforce(
         &self,
         shape: &NetworkShape,
         address: Ipv4Addr,
         record: &LeaseRecord,
-        forget_names: bool,
+        with: impl FnOnce(VmGuard) -> VmGuard,
     ) -> Result<Fingerprint, NetError> {
         let (vm, policy) = (&record.vm, &record.policy);
-        let mut guard = VmGuard::new(vm.clone(), shape.clone(), address, policy.clone())?;
-        if forget_names {
-            guard = guard.forgetting_names();
-        }
-        let fingerprint = self.firewall.apply(&guard)?;
+        let guard = VmGuard::new(vm.clone(), shape.clone(), address, policy.clone())?;
+        let fingerprint = self.firewall.apply(&with(guard))?;
         // The set stands before anyone fills it.
         if let Some(names) = self.names_of(vm, shape, address, policy)
             && self.resolver.serving()?.get(&address) != Some(&names.digest())

@@ -168,8 +168,8 @@ fn events(bytes: &[u8], tap: &str) -> Vec<NetEventKind> {
         else {
             continue;
         };
-        match report(attributes).event(tap) {
-            Ok(event) => events.push(event),
+        match report(attributes).events(tap) {
+            Ok(found) => events.extend(found),
             // A guest may send what is no DNS to port 53: it is in the counts.
             Err(error) => tracing::debug!(%error, "left out"),
         }

@@ -29,11 +29,11 @@ const ARP: u16 = 0x0806;
 const IPV6: u16 = 0x86dd;
 
 impl Report {
-    /// What it says of the VM with this tap.
+    /// What it says of the VM with this tap; several things, where a segment of TCP has several DNS messages.
     ///
     /// # Errors
     /// [`Unreportable`].
-    pub fn event(&self, tap: &str) -> Result<NetEventKind, Unreportable> {
+    pub fn events(&self, tap: &str) -> Result<Vec<NetEventKind>, Unreportable> {
         let unreportable = || Unreportable(self.prefix.chars().take(64).collect());
         let what = self.prefix.strip_prefix(tap).and_then(|rest| rest.strip_prefix(' '));
         let mut words = what.ok_or_else(unreportable)?.split_whitespace();
@@ -41,27 +41,34 @@ impl Report {
             (Some("drop"), Some(reason)) => {
                 let reason = DropReason::ALL.into_iter().find(|known| known.as_str() == reason);
                 let reason = reason.ok_or_else(unreportable)?;
-                Ok(NetEventKind::Dropped { reason, packet: self.summary() })
+                Ok(vec![NetEventKind::Dropped { reason, packet: self.summary() }])
             }
-            (Some("new"), None) => Ok(NetEventKind::NewDestination { packet: self.summary() }),
+            (Some("new"), None) => Ok(vec![NetEventKind::NewDestination { packet: self.summary() }]),
             (Some("query"), None) => {
-                let (question, ..) = self.dns().ok_or_else(unreportable)?;
-                Ok(NetEventKind::DnsQuery { question })
+                let queries = self.dns(|(question, ..)| NetEventKind::DnsQuery { question });
+                queries.ok_or_else(unreportable)
             }
             (Some("answer"), None) => {
-                let (question, code, addresses) = self.dns().ok_or_else(unreportable)?;
-                Ok(NetEventKind::DnsAnswer { question, code, addresses })
+                let answers = self.dns(|(question, code, addresses)| NetEventKind::DnsAnswer {
+                    question,
+                    code,
+                    addresses,
+                });
+                answers.ok_or_else(unreportable)
             }
             _ => Err(unreportable()),
         }
     }
 
-    fn dns(&self) -> Option<(super::DnsQuestion, u16, Vec<IpAddr>)> {
+    /// Of each DNS message in it; `None` where there is none.
+    fn dns(&self, event: impl FnMut(dns::Message) -> NetEventKind) -> Option<Vec<NetEventKind>> {
         let packet = LaxSlicedPacket::from_ip(&self.payload).ok()?;
-        match packet.transport? {
-            TransportSlice::Udp(udp) => dns::read(udp.payload()),
-            _ => None,
-        }
+        let messages = match packet.transport? {
+            TransportSlice::Udp(udp) => dns::read(udp.payload()).into_iter().collect(),
+            TransportSlice::Tcp(tcp) => dns::read_segment(tcp.payload()),
+            _ => Vec::new(),
+        };
+        (!messages.is_empty()).then(|| messages.into_iter().map(event).collect())
     }
 
     fn summary(&self) -> PacketSummary {
@@ -113,6 +120,7 @@ fn protocol(number: IpNumber) -> String {
 
 #[cfg(test)]
 mod tests {
+    use etherparse::{PacketBuilder, TcpOptionElement};
     use proptest::prelude::*;
 
     use super::*;
@@ -123,6 +131,11 @@ mod tests {
         Report { prefix: format!("{TAP} {what}"), ethertype: Some(IPV4), payload }
     }
 
+    fn only(report: &Report) -> NetEventKind {
+        let [event] = <[NetEventKind; 1]>::try_from(report.events(TAP).unwrap()).unwrap();
+        event
+    }
+
     fn tcp() -> Vec<u8> {
         let mut packet = vec![0x45, 0, 0, 40, 0, 1, 0, 0, 64, 6, 0, 0, 10, 213, 0, 2, 169, 254, 169, 254];
         packet.extend([0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 4, 0, 0, 0, 0, 0]);
@@ -131,7 +144,7 @@ mod tests {
 
     #[test]
     fn a_drop_is_read() {
-        let Ok(NetEventKind::Dropped { reason, packet }) = report("drop special", tcp()).event(TAP) else {
+        let NetEventKind::Dropped { reason, packet } = only(&report("drop special", tcp())) else {
             panic!("not a drop")
         };
         assert_eq!((reason, packet.protocol.as_str()), (DropReason::Special, "tcp"));
@@ -143,29 +156,95 @@ mod tests {
     fn what_is_not_ip_is_named() {
         for (ethertype, expected) in [(ARP, "arp"), (0x8100, "ethernet 0x8100"), (IPV6, "unreadable")] {
             let report = Report { ethertype: Some(ethertype), ..report("drop protocol", vec![]) };
-            let Ok(NetEventKind::Dropped { packet, .. }) = report.event(TAP) else { panic!("not a drop") };
+            let NetEventKind::Dropped { packet, .. } = only(&report) else { panic!("not a drop") };
             assert_eq!(packet.protocol, expected);
         }
     }
 
+    /// A question of `a.b`, in 21 bytes.
+    const QUESTION: [u8; 21] = [0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, b'a', 1, b'b', 0, 0, 1, 0, 1];
+
     #[test]
     fn a_query_is_read() {
-        let question = [0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, b'a', 1, b'b', 0, 0, 1, 0, 1];
         let mut packet = vec![0x45, 0, 0, 49, 0, 1, 0, 0, 64, 17, 0, 0, 10, 213, 0, 2, 10, 213, 0, 1];
         packet.extend([0x9c, 0x40, 0, 53, 0, 29, 0, 0]);
-        packet.extend(question);
-        let Ok(NetEventKind::DnsQuery { question }) = report("query", packet).event(TAP) else {
+        packet.extend(QUESTION);
+        let NetEventKind::DnsQuery { question } = only(&report("query", packet)) else {
             panic!("not a query")
         };
         assert_eq!(question.name, "a.b");
     }
 
+    /// What the resolver sends over TCP, with the options that Linux sets.
+    fn segment(payload: &[u8]) -> Vec<u8> {
+        let options = [TcpOptionElement::Noop, TcpOptionElement::Noop, TcpOptionElement::Timestamp(1, 2)];
+        let builder = PacketBuilder::ipv4([10, 213, 0, 1], [10, 213, 0, 2], 64)
+            .tcp(53, 40_000, 7, 1024)
+            .ack(9)
+            .psh()
+            .options(&options)
+            .unwrap();
+        let mut packet = Vec::with_capacity(builder.size(payload.len()));
+        builder.write(&mut packet, payload).unwrap();
+        packet
+    }
+
+    fn framed(message: &[u8]) -> Vec<u8> {
+        [&u16::try_from(message.len()).unwrap().to_be_bytes()[..], message].concat()
+    }
+
+    #[test]
+    fn dns_over_tcp_is_read() {
+        let packet = segment(&framed(&QUESTION));
+        // A bare acknowledgement has 52 bytes, 60 with all that a first segment says; the rules report what has more.
+        assert_eq!((segment(&[]).len(), packet.len()), (52, 52 + 2 + QUESTION.len()));
+        let NetEventKind::DnsQuery { question } = only(&report("query", packet.clone())) else {
+            panic!("not a query")
+        };
+        assert_eq!(question.name, "a.b");
+        let NetEventKind::DnsAnswer { question, code, .. } = only(&report("answer", packet)) else {
+            panic!("not an answer")
+        };
+        assert_eq!((question.name.as_str(), code), ("a.b", 0));
+        assert!(report("answer", segment(&[])).events(TAP).is_err());
+        assert!(report("answer", segment(&[0xff; 300])).events(TAP).is_err());
+    }
+
+    #[test]
+    fn messages_that_share_a_segment_are_all_read() {
+        let packet = segment(&[framed(&QUESTION), framed(&QUESTION), framed(&QUESTION)].concat());
+        assert_eq!(report("answer", packet.clone()).events(TAP).unwrap().len(), 3);
+        let cut = packet[..packet.len() - 2].to_vec();
+        assert_eq!(report("query", cut).events(TAP).unwrap().len(), 3, "a question's class may be cut off");
+    }
+
+    #[test]
+    fn of_an_answer_that_was_cut_the_question_is_read() {
+        let mut answer = QUESTION.to_vec();
+        (answer[2], answer[7]) = (0x81, 1);
+        answer.extend([0xc0, 12, 0, 16, 0, 1, 0, 0, 0, 60, 3, 0xe8]);
+        answer.extend([0; 1000]);
+        let mut by_tcp = segment(&framed(&answer));
+        let builder = PacketBuilder::ipv4([10, 213, 0, 1], [10, 213, 0, 2], 64).udp(53, 40_000);
+        let mut by_udp = Vec::with_capacity(builder.size(answer.len()));
+        builder.write(&mut by_udp, &answer).unwrap();
+        for packet in [&mut by_tcp, &mut by_udp] {
+            packet.truncate(540);
+            let NetEventKind::DnsAnswer { question, code, addresses } =
+                only(&report("answer", packet.clone()))
+            else {
+                panic!("not an answer")
+            };
+            assert_eq!((question.name.as_str(), code, addresses.len()), ("a.b", 0, 0));
+        }
+    }
+
     #[test]
     fn strangers_are_refused() {
         for what in ["drop", "drop nonsense", "query", "answer", "old", ""] {
-            assert!(report(what, tcp()).event(TAP).is_err(), "{what}");
+            assert!(report(what, tcp()).events(TAP).is_err(), "{what}");
         }
-        assert!(report("new", tcp()).event("dbt0ad50003").is_err());
+        assert!(report("new", tcp()).events("dbt0ad50003").is_err());
     }
 
     proptest! {
@@ -175,12 +254,24 @@ mod tests {
             what in prop::sample::select(vec!["drop spoofed", "new", "query", "answer"]),
             ethertype in prop::option::of(any::<u16>()),
         ) {
-            let _ = Report { ethertype, ..report(what, payload) }.event(TAP);
+            let _ = Report { ethertype, ..report(what, payload) }.events(TAP);
         }
 
         #[test]
         fn a_cut_packet_is_read_without_panic(length in 0_usize..40) {
-            let _ = report("new", tcp()[..length].to_vec()).event(TAP);
+            let _ = report("new", tcp()[..length].to_vec()).events(TAP);
+        }
+
+        #[test]
+        fn any_segment_is_read_without_panic(
+            payload in prop::collection::vec(any::<u8>(), 0..500),
+            cut in 0_usize..600,
+        ) {
+            let mut packet = segment(&payload);
+            packet.truncate(cut);
+            for what in ["query", "answer"] {
+                let _ = report(what, packet.clone()).events(TAP);
+            }
         }
     }
 }

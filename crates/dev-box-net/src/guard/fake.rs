@@ -1,7 +1,7 @@
 //! A [`Firewall`] in memory, as strict as nft: what it holds is what was applied, until something flushes it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
@@ -21,6 +21,8 @@ pub enum Call {
     /// [`Firewall::list`], [`Firewall::inspect`], [`Firewall::traffic`], [`Firewall::filters`] and
     /// [`Firewall::network_rules`]
     List,
+    /// [`Firewall::forget_reached`]
+    Forget,
     /// [`Firewall::clear`]
     Clear,
 }
@@ -36,6 +38,7 @@ struct State {
     rules: BTreeMap<Ipv4Addr, VmGuard>,
     traffic: BTreeMap<Ipv4Addr, Traffic>,
     names: BTreeMap<Ipv4Addr, BTreeSet<Ipv4Addr>>,
+    reached: BTreeMap<Ipv4Addr, BTreeSet<IpAddr>>,
     filters: BTreeMap<Ipv4Addr, FilterRules>,
     /// `None` for whole ones.
     network_rules: Option<NetworkRules>,
@@ -74,6 +77,7 @@ impl FakeFirewall {
         let mut state = self.state();
         state.rules.clear();
         state.names.clear();
+        state.reached.clear();
     }
 
     /// Opens an address as the resolver does for a name; `false` when the VM has no set for that.
@@ -86,6 +90,12 @@ impl FakeFirewall {
     /// The addresses that names have opened for a VM.
     pub fn names_of(&self, vm: Ipv4Addr) -> BTreeSet<Ipv4Addr> {
         self.state().names.get(&vm).cloned().unwrap_or_default()
+    }
+
+    /// What a VM's packet does that opens a connection; `true` when it is reported as news.
+    pub fn reach(&self, vm: Ipv4Addr, address: IpAddr) -> bool {
+        let mut state = self.state();
+        state.rules.contains_key(&vm) && state.reached.entry(vm).or_default().insert(address)
     }
 
     /// The rules that hold for an address.
@@ -116,7 +126,7 @@ impl FakeFirewall {
 
 fn fingerprint(guard: &VmGuard) -> Fingerprint {
     // Of the rules, not of what the transaction does besides.
-    let rules = VmGuard { forgets_names: false, ..guard.clone() };
+    let rules = VmGuard { forgets_names: false, is_for_a_new_vm: false, ..guard.clone() };
     Fingerprint(format!("sha256:{}", hex::encode(Sha256::digest(render_apply(&rules)))))
 }
 
@@ -125,6 +135,9 @@ impl Firewall for FakeFirewall {
         let mut state = self.enter(Call::Apply)?;
         if guard.forgets_names() {
             state.names.remove(&guard.address());
+        }
+        if guard.is_for_a_new_vm() {
+            state.reached.remove(&guard.address());
         }
         state.rules.insert(guard.address(), guard.clone());
         state.traffic.entry(guard.address()).or_default();
@@ -136,6 +149,7 @@ impl Firewall for FakeFirewall {
         state.rules.remove(&address);
         state.traffic.remove(&address);
         state.names.remove(&address);
+        state.reached.remove(&address);
         Ok(())
     }
 
@@ -169,11 +183,27 @@ impl Firewall for FakeFirewall {
         Ok(self.enter(Call::List)?.network_rules.unwrap_or(NetworkRules::WHOLE))
     }
 
+    fn forget_reached(&self, address: Ipv4Addr, ipv6: bool) -> Result<(), FirewallError> {
+        let mut state = self.enter(Call::Forget)?;
+        // A VM without IPv6 has no such set.
+        if !state.rules.get(&address).is_some_and(|guard| guard.policy().ipv6() || !ipv6) {
+            return Err(FirewallError::Refused {
+                what: "to forget what a VM reached".to_owned(),
+                message: "No such file or directory".to_owned(),
+            });
+        }
+        if let Some(reached) = state.reached.get_mut(&address) {
+            reached.retain(|address| address.is_ipv6() && !ipv6);
+        }
+        Ok(())
+    }
+
     fn clear(&self) -> Result<(), FirewallError> {
         let mut state = self.enter(Call::Clear)?;
         state.rules.clear();
         state.traffic.clear();
         state.names.clear();
+        state.reached.clear();
         Ok(())
     }
 }

@@ -58,6 +58,7 @@ pub struct VmGuard {
     address: Ipv4Addr,
     policy: EgressPolicy,
     forgets_names: bool,
+    is_for_a_new_vm: bool,
 }
 
 /// Why rules cannot be made.
@@ -93,7 +94,7 @@ impl VmGuard {
         if !network.subnet().is_guest(address) {
             return Err(GuardError::ForeignAddress { address, network: network.to_string() });
         }
-        Ok(Self { vm, network, address, policy, forgets_names: false })
+        Ok(Self { vm, network, address, policy, forgets_names: false, is_for_a_new_vm: false })
     }
 
     /// The same, closing the addresses that names have opened so far: for a policy with other names.
@@ -105,6 +106,18 @@ impl VmGuard {
     /// Whether addresses that names have opened so far are closed.
     pub fn forgets_names(&self) -> bool {
         self.forgets_names
+    }
+
+    /// The same, for a VM that gets the address now: nothing of what whoever had it before did counts any more. Names have opened
+    /// nothing, nothing was reached, and nobody [slows it down](crate::throttle).
+    #[must_use]
+    pub fn for_a_new_vm(self) -> Self {
+        Self { is_for_a_new_vm: true, ..self.forgetting_names() }
+    }
+
+    /// Whether a VM gets the address with these rules.
+    pub fn is_for_a_new_vm(&self) -> bool {
+        self.is_for_a_new_vm
     }
 
     /// The VM.
@@ -181,6 +194,13 @@ pub trait Firewall: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`FirewallError`].
     fn network_rules(&self, shape: &NetworkShape) -> Result<NetworkRules, FirewallError>;
+
+    /// Has all that the VM with this address reaches from now on reported as new, of IPv6 too where its policy has that. Its rules
+    /// stay as they are.
+    ///
+    /// # Errors
+    /// [`FirewallError`]; the address has no rules, among them.
+    fn forget_reached(&self, address: Ipv4Addr, ipv6: bool) -> Result<(), FirewallError>;
 
     /// Gives up what is remembered of earlier looks, where something is: the next look is at everything.
     fn forget(&self) {}

@@ -10,7 +10,7 @@ use std::thread;
 
 use super::generation::{Changes, Counter};
 use super::network_rules::NFT_TABLE;
-use super::render::{FAMILIES, TABLE, render_entries};
+use super::render::{FAMILIES, TABLE, render_entries, render_forget_reached};
 use super::{
     FilterRules, Fingerprint, Firewall, FirewallError, NetworkRules, Traffic, VmGuard, filters, listing,
     render_apply, render_clear, render_remove,
@@ -98,10 +98,7 @@ impl NftFirewall {
         what: &str,
         script: &str,
     ) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
-        let changes = self.known.as_ref().and_then(|_| {
-            let deaf = |error: &io::Error| tracing::debug!(%error, "changes of nftables cannot be heard of");
-            Changes::listen().inspect_err(deaf).ok()
-        });
+        let changes = self.changes();
         let running = Running::start(&self.nft, what, &["-f", "-"], script)?;
         if changes.as_ref().is_some_and(|changes| changes.wait_for(&running.child)) {
             let found = self.fingerprints();
@@ -110,6 +107,13 @@ impl NftFirewall {
         }
         running.end()?;
         self.fingerprints()
+    }
+
+    /// Hears of changes; `None` where the programs may see another network namespace, or none are told.
+    fn changes(&self) -> Option<Changes> {
+        self.known.as_ref()?;
+        let deaf = |error: &io::Error| tracing::debug!(%error, "changes of nftables cannot be heard of");
+        Changes::listen().inspect_err(deaf).ok()
     }
 
     /// All tables; an absent one is an empty listing. (One run for all of them lists nothing in nft 1.0.6.)
@@ -226,6 +230,23 @@ impl Firewall for NftFirewall {
         let (rules, counted) = self.look_at_network(shape)?;
         *known = generation.filter(|_| counted).map(|generation| (generation, shape.clone(), rules));
         Ok(rules)
+    }
+
+    fn forget_reached(&self, address: Ipv4Addr, ipv6: bool) -> Result<(), FirewallError> {
+        let changes = self.changes();
+        let script = render_forget_reached(address, ipv6);
+        let running = Running::start(&self.nft, "to forget what a VM reached", &["-f", "-"], &script)?;
+        match changes {
+            Some(changes) if changes.wait_for(&running.child) => {
+                // In force. All that is left is the kernel's wait until what was there is freed, and a VM stands still for this.
+                thread::Builder::new().spawn(move || {
+                    let _ = running.end();
+                    drop(changes);
+                })?;
+                Ok(())
+            }
+            _ => running.end().map(drop),
+        }
     }
 
     fn forget(&self) {
@@ -351,6 +372,11 @@ mod tests {
         assert!(matches!(script("echo nonsense").list(), Err(FirewallError::Listing(_))));
         assert!(matches!(script("echo nonsense").filters(), Err(FirewallError::Listing(_))));
         assert!(matches!(script("exit 1").filters(), Err(FirewallError::Refused { .. })));
+        let forgotten = absent.forget_reached(Ipv4Addr::LOCALHOST, false);
+        assert!(
+            matches!(forgotten, Err(FirewallError::Refused { .. })),
+            "nobody's audit is whole without rules"
+        );
         assert!(matches!(script("printf '\\377'").list(), Err(FirewallError::Listing(_))));
     }
 

@@ -1,4 +1,5 @@
-//! The rules as nft's input text; those of IPv6 in [`ipv6`]. Everything in it comes from typed values, so nothing can break out of it.
+//! The rules as nft's input text; those of IPv6 in [`ipv6`], those that report in [`reports`]. Everything in it comes from typed values,
+//! so nothing can break out of it.
 
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
@@ -6,23 +7,18 @@ use std::net::Ipv4Addr;
 use ipnet::IpNet;
 
 use super::{DropReason, VmGuard};
-use crate::identity::{ipv6_of, log_group_of, resolver_port_of, tap_of};
-use crate::policy::{Destinations, EgressPolicy, PortRule, Protocol, special_ranges};
+use crate::identity::{ipv6_of, resolver_port_of, tap_of};
+use crate::policy::{Destinations, EgressPolicy, METADATA, PortRule, Protocol, special_ranges};
+use crate::throttle;
 
 mod base;
 mod ipv6;
+mod reports;
+
+pub(super) use reports::render_forget_reached;
 
 /// The name of both tables.
 pub(super) const TABLE: &str = "dev_box";
-
-/// Drops reported a second by VM, half and reason.
-const DROPS_PER_SECOND: u32 = 5;
-/// New destinations, DNS queries and DNS answers reported a second by VM, each.
-const NEWS_PER_SECOND: u32 = 20;
-/// How much of a dropped packet is reported, in bytes: its headers.
-const DROP_SNAPLEN: u32 = 64;
-/// How much of a DNS message is reported, in bytes: a plain one as a whole (RFC 1035), with its IP and UDP headers.
-const DNS_SNAPLEN: u32 = 540;
 
 /// How long an address that a name had stays open after its last packet; more than the longest a guest may keep an
 /// answer ([`crate::resolver::MAX_TTL`]).
@@ -58,9 +54,21 @@ const INET_REASONS: [DropReason; 11] = [
     DropReason::Unsolicited,
 ];
 
-const BRIDGE_CHAINS: [&str; 4] = ["in", "in-ports", "out", "out-ports"];
-const INET_CHAINS: [&str; 11] =
-    ["direct", "pre", "resolver", "input", "output", "out", "out-ports", "open", "in", "in-ports", "nat"];
+const BRIDGE_CHAINS: [&str; 5] = ["in", "in-ports", "out", "out-ports", "metadata"];
+const INET_CHAINS: [&str; 12] = [
+    "direct",
+    "pre",
+    "resolver",
+    "input",
+    "output",
+    "out",
+    "out-ports",
+    "open",
+    "in",
+    "in-ports",
+    "nat",
+    "metadata",
+];
 const BRIDGE_COUNTERS: [&str; 2] = ["sent", "received"];
 const INET_COUNTERS: [&str; 1] = ["connections"];
 
@@ -134,6 +142,10 @@ pub fn render_apply(guard: &VmGuard) -> String {
     let rules = Rules::new(guard);
     rules.bridge(&mut Script { family: "bridge", text: &mut text });
     rules.inet(&mut Script { family: "inet", text: &mut text });
+    if guard.is_for_a_new_vm() {
+        // An entry outlives the process that made it, and would slow down whoever has the tap next.
+        text.push_str(&throttle::render_release(&guard.tap()));
+    }
     text
 }
 
@@ -182,9 +194,13 @@ pub(super) fn render_entries(address: Ipv4Addr) -> Vec<String> {
     OWN.into_iter().flat_map(of).collect()
 }
 
-/// One transaction that removes both tables.
+/// One transaction that removes our tables.
 pub fn render_clear() -> String {
-    FAMILIES.map(|family| format!("add table {family} {TABLE}\ndelete table {family} {TABLE}\n")).concat()
+    let clear = |(family, table): (&str, &str)| {
+        format!("add table {family} {table}\ndelete table {family} {table}\n")
+    };
+    let throttle = ("bridge", throttle::TABLE);
+    FAMILIES.map(|family| (family, TABLE)).into_iter().chain([throttle]).map(clear).collect()
 }
 
 /// What a VM has in a family's table.
@@ -351,33 +367,6 @@ impl<'a> Rules<'a> {
         format!("goto {}.drop.{reason}", self.tap)
     }
 
-    /// Hands the packet's first bytes to whoever listens to the VM's log group; to nobody otherwise.
-    fn report(&self, what: &str, snaplen: u32) -> String {
-        let group = log_group_of(self.guard.address());
-        format!("log prefix \"{} {what}\" group {group} snaplen {snaplen}", self.tap)
-    }
-
-    fn report_news(&self, what: &str, snaplen: u32) -> String {
-        let report = self.report(what, snaplen);
-        format!("limit rate {NEWS_PER_SECOND}/second burst {NEWS_PER_SECOND} packets {report}")
-    }
-
-    fn drops(&self, script: &mut Script<'_>, reasons: &[DropReason]) {
-        let tap = &self.tap;
-        for reason in reasons {
-            let chain = format!("{tap}.drop.{reason}");
-            script.rule(&chain, format_args!("counter name \"{chain}\""));
-            script.rule(
-                &chain,
-                format_args!(
-                    "limit rate {DROPS_PER_SECOND}/second burst {DROPS_PER_SECOND} packets {}",
-                    self.report(&format!("drop {reason}"), DROP_SNAPLEN)
-                ),
-            );
-            script.rule(&chain, format_args!("drop"));
-        }
-    }
-
     fn bridge(&self, script: &mut Script<'_>) {
         let tap = &self.tap;
         skeleton(script, tap, &BRIDGE);
@@ -401,6 +390,13 @@ impl<'a> Rules<'a> {
             if self.policy().ipv6() {
                 script.line("flush", "set", format_args!("{}.names6", self.tap));
             }
+        }
+    }
+
+    /// What the address's last VM reached is news again.
+    fn forget_reached(&self, script: &mut Script<'_>) {
+        if self.guard.is_for_a_new_vm() {
+            script.text.push_str(&render_forget_reached(self.guard.address(), self.policy().ipv6()));
         }
     }
 
@@ -470,7 +466,8 @@ impl<'a> Rules<'a> {
         self.ports(script, Direction::In, "accept");
     }
 
-    /// The address of the other side: gateway, neighbours, denied, allowed, special, public, in this order.
+    /// The address of the other side: gateway, neighbours, denied, allowed, special (where clouds have their metadata first), public, in
+    /// this order.
     fn classes(&self, script: &mut Script<'_>, ip: Ip, direction: Direction) {
         let (policy, subnet) = (self.policy(), self.guard.network().subnet());
         let (gateway, neighbours) = match ip {
@@ -490,6 +487,9 @@ impl<'a> Rules<'a> {
         }
         if let Some(allow) = ip.ranges(policy.allow().iter().copied()) {
             rule(&allow, &ports);
+        }
+        if let (Direction::Out, Some(metadata)) = (direction, ip.ranges(METADATA.into_iter())) {
+            rule(&metadata, &format!("goto {tap}.metadata"));
         }
         if let Some(special) = ip.ranges(special_ranges()) {
             rule(&special, &self.drop_to(DropReason::Special));
@@ -532,6 +532,7 @@ impl<'a> Rules<'a> {
             skeleton(script, tap, &ipv6::INET);
         }
         self.forget_names(script);
+        self.forget_reached(script);
         self.drops(script, &INET_REASONS);
 
         let chain = format!("{tap}.direct");
@@ -568,15 +569,13 @@ impl<'a> Rules<'a> {
         script.rule(&chain, format_args!("ip daddr != {gateway} {host}"));
         script.rule(&chain, format_args!("meta l4proto udp {limit} {rate}"));
         script.rule(&chain, format_args!("ct state new meta l4proto tcp {limit} {rate}"));
-        let query = self.report_news("query", DNS_SNAPLEN);
-        script.rule(&chain, format_args!("udp dport {port} {query}"));
+        self.report_queries(script, port);
         script.rule(&chain, format_args!("meta l4proto {{ tcp, udp }} th dport {port} accept"));
         script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Gateway)));
 
         let chain = format!("{tap}.output");
         let reply = format!("ip saddr {gateway} meta l4proto {{ tcp, udp }} th sport {port}");
-        let answer = self.report_news("answer", DNS_SNAPLEN);
-        script.rule(&chain, format_args!("{reply} meta l4proto udp {answer}"));
+        self.report_answers(script, port);
         script.rule(&chain, format_args!("{reply} ct state established ct direction reply accept"));
         script.rule(&chain, format_args!("{}", self.drop_to(DropReason::Unsolicited)));
 
@@ -632,19 +631,6 @@ impl<'a> Rules<'a> {
         script.rule(&chain, format_args!("ct direction original {unsolicited}"));
         self.classes(script, Ip::V4, Direction::In);
         self.ports(script, Direction::In, "accept");
-    }
-
-    /// Remembered only when it is reported, so that what the limit held back is reported the next time.
-    fn report_new(&self, script: &mut Script<'_>, ip: Ip) {
-        let (tap, word, new) = (&self.tap, ip.word(), self.report("new", DROP_SNAPLEN));
-        let (set, place) = (format!("@{tap}.seen{}", ip.suffix()), format!("{word} daddr . th dport"));
-        script.rule(
-            &format!("{tap}.open"),
-            format_args!(
-                "{place} != {set} limit rate {NEWS_PER_SECOND}/second burst {NEWS_PER_SECOND} packets \
-                 add {set} {{ {place} }} {new}"
-            ),
-        );
     }
 }
 

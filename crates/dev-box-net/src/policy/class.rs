@@ -80,6 +80,16 @@ pub(crate) const SPECIAL: [(IpNet, AddressClass); 31] = [
     (net6(0xff00, 0, 8), AddressClass::Multicast),
 ];
 
+/// Where clouds keep a machine's credentials; those that the observer's rule `metadata-contact` knows (dev-box-observe, which this crate
+/// cannot ask): AWS, Azure, GCP, OpenStack; AWS's containers; Alibaba; Oracle's old one; AWS by IPv6. All lie in special ranges.
+pub(crate) const METADATA: [IpNet; 5] = [
+    net(169, 254, 169, 254, 32),
+    net(169, 254, 170, 2, 32),
+    net(100, 100, 100, 200, 32),
+    net(192, 0, 0, 192, 32),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254), 128)),
+];
+
 impl AddressClass {
     /// Whether a custom policy can open this class.
     pub fn overridable(self) -> Overridable {

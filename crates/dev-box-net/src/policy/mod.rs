@@ -16,8 +16,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-pub(crate) use class::special_ranges;
 pub use class::{AddressClass, Overridable};
+pub(crate) use class::{METADATA, special_ranges};
 pub use document::{LimitsDocument, PolicyDocument};
 pub use domain::{DomainPattern, InvalidDomain};
 pub use port::{InvalidPort, PortRule, Protocol};

@@ -260,6 +260,14 @@ fn domains_match_what_they_say() {
 }
 
 #[test]
+fn where_clouds_keep_credentials_is_special() {
+    for address in METADATA {
+        assert!(AddressClass::of(address.addr()).is_some(), "{address}");
+        assert_eq!(address.prefix_len(), address.max_prefix_len(), "one address");
+    }
+}
+
+#[test]
 fn special_ranges_are_disjoint_and_classed() {
     let ranges: Vec<_> = special_ranges().collect();
     for (index, one) in ranges.iter().enumerate() {

@@ -34,7 +34,7 @@ impl VmNetwork {
         let Some(record) = lock.record().filter(|record| record.vm == *vm) else { return Ok(None) };
         if record.fingerprint.is_none() {
             // Its owner died before the rules stood, or before that was written down.
-            self.apply(&shape, record.clone(), &mut lock, true)?;
+            self.apply(&shape, record.clone(), &mut lock)?;
         }
         Ok(Some(NetLease::new(shape, record, lock)))
     }

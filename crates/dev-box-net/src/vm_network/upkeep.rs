@@ -14,6 +14,7 @@ use dev_box_core::libvirt::{Networks, NwFilters};
 use super::{
     GuardState, LeaseSummary, NetError, NetLease, Verification, VmNetwork, ensure_filter, libvirt_failed,
 };
+use crate::guard::VmGuard;
 use crate::identity::{mac_of, tap_of};
 use crate::lease::{LeaseRecord, TapUse};
 use crate::network::NetworkShape;
@@ -289,6 +290,15 @@ impl VmNetwork {
         self.firewall.forget();
     }
 
+    /// Has all that the VM with this address reaches from now on reported as new, whatever was reported before: for another use of the same
+    /// VM, whose record is to be its own. `ipv6` as its policy has it. To be called while the VM stands still.
+    ///
+    /// # Errors
+    /// [`NetError::Firewall`]; the VM has no rules, among them.
+    pub fn forget_reached(&self, address: Ipv4Addr, ipv6: bool) -> Result<(), NetError> {
+        Ok(self.firewall.forget_reached(address, ipv6)?)
+    }
+
     /// Where the events of the VM with that address are kept ([`crate::events::RecordFile`]).
     pub fn events_of(&self, address: Ipv4Addr) -> PathBuf {
         self.settings.dir.join(&self.settings.name).join(format!("{address}.events"))
@@ -329,7 +339,8 @@ impl VmNetwork {
         record: LeaseRecord,
         forget_names: bool,
     ) -> Result<(), NetError> {
-        let fingerprint = self.enforce(shape, address, &record, forget_names)?;
+        let with = |guard: VmGuard| if forget_names { guard.forgetting_names() } else { guard };
+        let fingerprint = self.enforce(shape, address, &record, with)?;
         let record = LeaseRecord { fingerprint: Some(fingerprint), ..record };
         Ok(self.leases(shape)?.rewrite(address, &record)?)
     }

@@ -14,3 +14,5 @@ mod ipv6;
 mod lab;
 mod names;
 mod probe;
+mod reports;
+mod throttle;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use dev_box_core::id::VmName;
 use dev_box_net::EgressPolicy;
+use dev_box_net::events::NetEventKind;
 use dev_box_net::guard::{DropReason, Firewall as _, VmGuard};
 use dev_box_net::resolver::{DnsmasqResolver, NameService, Resolver as _};
 use tempfile::TempDir;
@@ -16,11 +17,15 @@ use crate::guard::{answered, both_ways_in, custom, serve_lines};
 use crate::ipv6;
 use crate::lab::{GATEWAY, Lab, PUBLIC, PUBLIC_TOO, Place, SPECIAL, VM_A, VM_B, shape};
 use crate::probe::Probe;
+use crate::reports::Listener;
 
 /// The world's name server.
 const SERVER: Ipv4Addr = Ipv4Addr::new(45, 33, 32, 2);
 const PRIVATE: Ipv4Addr = SPECIAL[1];
 const SHARED: Ipv4Addr = SPECIAL[4];
+
+/// How many addresses `long.example` has: an answer of more than a kilobyte.
+const LONG: usize = 80;
 
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -59,8 +64,9 @@ impl<'a> Names<'a> {
             "listen-address={SERVER}\nbind-interfaces\nno-resolv\nno-hosts\nlog-facility=/dev/null\n\
              address=/github.com/{PUBLIC}\naddress=/crates.io/{PUBLIC_TOO}\naddress=/other.org/{PUBLIC_TOO}\n\
              address=/inside.example/{PRIVATE}\naddress=/shared.example/{SHARED}\n\
-             address=/six.example/{ipv6}\naddress=/inside6.example/fd12::1\n",
+             address=/six.example/{ipv6}\naddress=/inside6.example/fd12::1\n{long}",
             ipv6 = ipv6::PUBLIC,
+            long = (0..LONG).map(|n| format!("host-record=long.example,9.9.9.{n}\n")).collect::<String>(),
         );
         let (config, pid) = (dir.path().join("zone"), dir.path().join("server.pid"));
         fs::write(&config, zone).unwrap();
@@ -190,6 +196,39 @@ fn names_open_their_own_vm_s_way_and_nothing_else() {
         for reason in [DropReason::Destination, DropReason::Special, DropReason::Port] {
             assert!(dropped.get(&reason).is_some_and(|count| count.packets > 0), "{reason}: {dropped:?}");
         }
+    });
+}
+
+fn is_question(event: &NetEventKind, name: &str) -> bool {
+    matches!(event, NetEventKind::DnsQuery { question } if question.name == name)
+}
+
+fn is_answer(event: &NetEventKind, name: &str) -> bool {
+    match event {
+        NetEventKind::DnsAnswer { question, code, .. } => *code == 0 && question.name == name,
+        _ => false,
+    }
+}
+
+#[test]
+fn names_are_reported_whichever_way_they_are_asked() {
+    both_ways_in(Lab::without_dns, |lab, _| {
+        let names = Names::new(lab);
+        names.apply("dev-box-a", VM_A, &custom("domains = ['github.com', 'crates.io', 'long.example']"));
+        let mut listener = Listener::new(lab);
+        let mut reported = |name: &str| {
+            let heard = listener.until(PATIENCE, |event| is_answer(event, name));
+            assert!(heard.iter().any(|event| is_question(event, name)), "the question {name}: {heard:?}");
+            assert!(heard.iter().any(|event| is_answer(event, name)), "the answer {name}: {heard:?}");
+        };
+        assert_eq!(names.ask(Place::VmA, GATEWAY, "github.com"), Some((0, vec![PUBLIC])));
+        reported("github.com");
+        assert_eq!(names.ask_by_tcp(Place::VmA, GATEWAY, "crates.io"), Some((0, vec![PUBLIC_TOO])));
+        reported("crates.io");
+        // More than is reported of a packet.
+        let (code, addresses) = names.ask_by_tcp(Place::VmA, GATEWAY, "long.example").unwrap();
+        assert_eq!((code, addresses.len()), (0, LONG));
+        reported("long.example");
     });
 }
 

@@ -4,10 +4,11 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dev_box_core::id::{VmId, VmName};
 use dev_box_exec::{ProvisionError, ReadyVm};
+use dev_box_net::NetLease;
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -72,8 +73,17 @@ impl Inner {
         let _ = timeout(LAST_WORDS, vm.session.closed()).await;
         watch.step("close");
 
+        // Before what it reached is forgotten: its last packets would be remembered after that.
+        monitor::stop(&clone.vm).await.map_err(step("rewinding the VM"))?;
+        watch.step("halt");
         let rewound = rewind::back(&clone.vm, &process, &clone.template, Uuid::new_v4());
-        let rewound = rewound.await.map_err(step("rewinding the VM"))?;
+        let began = Instant::now();
+        let (rewound, forgotten) = tokio::join!(rewound, self.forget_reached(machine.lease.as_ref()));
+        let mut rewound = rewound.map_err(step("rewinding the VM"))?;
+        forgotten?;
+        // How much longer that took than what it was done beside of.
+        let beside: Duration = rewound.iter().map(|(_, took)| *took).sum();
+        rewound.push(("forget".to_owned(), began.elapsed().saturating_sub(beside)));
         watch.skip();
         let share = machine.dir.share();
         let emptied = blocking::run(move || rewind::empty(&share)).await.map_err(RewindError::Share);
@@ -95,7 +105,7 @@ impl Inner {
         vm.session = session;
         vm.facts.agent_version = agent.version;
         let mut after = watch.steps();
-        let before = after.drain(..1).collect::<Vec<_>>();
+        let before = after.drain(..2).collect::<Vec<_>>();
         vm.facts.timings = before.into_iter().chain(rewound).chain(after).collect();
         Ok(vm)
     }
@@ -117,6 +127,17 @@ impl Inner {
             Some(_) => refused("was put under another policy while it was used"),
             None => refused("has no network on record any more"),
         }
+    }
+}
+
+impl Inner {
+    /// What the last use reached is news again when the next one does: each job's audit is its own. To be called while the VM stands still.
+    async fn forget_reached(&self, lease: Option<&NetLease>) -> Result<(), ProvisionError> {
+        let Some(lease) = lease else { return Ok(()) };
+        // Its policy is the one that it started with: see `is_wanted`.
+        let (network, address, ipv6) = (self.network.clone(), lease.address, lease.filter_policy().ipv6());
+        let forgotten = blocking::run(move || network.forget_reached(address, ipv6)).await;
+        forgotten.map_err(step("rewinding the VM"))
     }
 }
 

@@ -50,7 +50,7 @@ fn golden_ipv6() {
 #[test]
 fn golden_remove_and_clear() {
     insta::assert_snapshot!(render_remove(Ipv4Addr::new(10, 213, 0, 2)));
-    assert_eq!(render_clear().lines().count(), 6);
+    assert_eq!(render_clear().lines().count(), 8);
 }
 
 #[test]
@@ -88,6 +88,67 @@ fn names_have_a_resolver_and_a_set_that_opens_nothing_special() {
 }
 
 #[test]
+fn whoever_gets_an_address_is_neither_slowed_down_nor_known() {
+    let six = "flush set inet dev_box dbt0ad50002.seen6\n";
+    for (rules, ipv6) in [(guard(EgressPolicy::NatFiltered), false), (with_ipv6(), true)] {
+        let (before, names) = (render_apply(&rules), render_apply(&rules.clone().forgetting_names()));
+        for text in [&before, &names] {
+            assert!(!text.contains(".seen\n") && !text.contains("throttle"), "the same VM's");
+        }
+        let text = render_apply(&rules.for_a_new_vm());
+        assert!(text.contains("flush set inet dev_box dbt0ad50002.names\n"));
+        let (set, flush) = (
+            text.find("add set inet dev_box dbt0ad50002.seen "),
+            text.find("flush set inet dev_box dbt0ad50002.seen\n"),
+        );
+        assert!(set.unwrap() < flush.unwrap(), "it is there when it is emptied");
+        assert_eq!(text.contains(six), ipv6);
+        assert!(text.ends_with("delete element bridge dev-box-throttle slow { \"dbt0ad50002\" }\n"));
+    }
+    let address = Ipv4Addr::new(10, 213, 0, 2);
+    assert_eq!(render_forget_reached(address, false), "flush set inet dev_box dbt0ad50002.seen\n");
+    assert!(render_forget_reached(address, true).ends_with(six));
+}
+
+#[test]
+fn asking_a_cloud_for_credentials_has_reports_of_its_own_and_opens_nothing() {
+    let policy = EgressPolicy::from_toml(
+        "mode='custom'\nipv6=true\nallow=['100.64.0.0/10', 'fd00:ec2::/32']\ndestinations='public'",
+    );
+    let text = render_apply(&guard(policy.unwrap()));
+    for family in ["bridge", "inet"] {
+        for (chain, word) in [("out", "ip"), ("out6", "ip6")] {
+            let rules = format!("add rule {family} dev_box dbt0ad50002.{chain} {word} daddr {{");
+            let ends =
+                text.lines().filter(|line| line.starts_with(&rules)).map(|line| line.rsplit('.').next());
+            let ends: Vec<_> = ends.map(Option::unwrap).collect();
+            assert_eq!(
+                ends,
+                ["out-ports", "metadata", "special"],
+                "{family} {chain}: what is allowed comes first"
+            );
+        }
+        let last = format!("add rule {family} dev_box dbt0ad50002.metadata drop\n");
+        assert!(text.contains(&last));
+    }
+    assert!(!text.contains("saddr { 169.254.169.254/32"), "only what a VM sends is its doing");
+}
+
+#[test]
+fn what_is_reached_is_reported_before_it_is_remembered() {
+    let text = render_apply(&with_ipv6());
+    let rules: Vec<_> = text.lines().filter(|line| line.contains(" new\" group ")).collect();
+    assert_eq!(rules.len(), 2);
+    for rule in rules {
+        let place = |what: &str| rule.find(what).unwrap();
+        assert!(
+            place(" limit rate ") < place(" log prefix ") && place(" log prefix ") < place(" add @"),
+            "{rule}"
+        );
+    }
+}
+
+#[test]
 fn every_drop_has_its_chain_and_every_chain_an_end() {
     for guard in [guard(EgressPolicy::NatFiltered), with_ipv6()] {
         let text = render_apply(&guard);
@@ -98,7 +159,7 @@ fn every_drop_has_its_chain_and_every_chain_an_end() {
             for chain in own.chains {
                 let start = format!("add rule {family} dev_box dbt0ad50002.{chain} ");
                 let last = text.lines().filter_map(|line| line.strip_prefix(&start)).next_back().unwrap();
-                let ends = last.starts_with("goto ") || ["accept", "masquerade"].contains(&last);
+                let ends = last.starts_with("goto ") || ["accept", "masquerade", "drop"].contains(&last);
                 assert!(ends, "{family} {chain} ends with {last}");
             }
         }

@@ -4,6 +4,7 @@ use std::thread;
 
 use super::super::tests::{World, name};
 use super::*;
+use crate::guard::fake::Call;
 use crate::lease::AddressLeases;
 use crate::resolver::Resolver as _;
 
@@ -154,4 +155,41 @@ fn only_who_is_asked_for_is_looked_at() {
     let (world, _lease) = world();
     let found = |wanted| world.network.verify_those(&world.libvirt, |vm| *vm == name(wanted)).unwrap();
     assert!(found("a")[&name("a")].is_sound() && found("b").is_empty());
+}
+
+#[test]
+fn another_use_of_a_vm_is_told_anew_what_it_reaches() {
+    let (world, lease) = world();
+    let reached = |address: &str| world.firewall.reach(lease.address, address.parse().unwrap());
+    assert!(reached("1.1.1.1") && !reached("1.1.1.1"));
+    world.network.forget_reached(lease.address, false).unwrap();
+    assert!(reached("1.1.1.1"));
+    world.network.repair(&world.libvirt, &name("a")).unwrap();
+    assert!(!reached("1.1.1.1"), "rules that are put back are the same VM's");
+
+    let without = world.network.forget_reached(lease.address, true);
+    assert!(matches!(without, Err(NetError::Firewall(_))), "its policy has no IPv6");
+    world.firewall.fail_next(Call::Forget);
+    assert!(world.network.forget_reached(lease.address, false).is_err());
+    world.firewall.flush();
+    assert!(world.network.forget_reached(lease.address, false).is_err(), "it has no rules");
+}
+
+#[test]
+fn whoever_gets_an_address_gets_nothing_of_its_past() {
+    let (world, lease) = world();
+    let address = lease.address;
+    assert!(world.firewall.rules_of(address).unwrap().is_for_a_new_vm());
+    world.network.repair(&world.libvirt, &name("a")).unwrap();
+    assert!(!world.firewall.rules_of(address).unwrap().is_for_a_new_vm());
+    assert!(world.network.change_policy_of(&world.libvirt, &name("a"), &names("new.example")).unwrap());
+    let rules = world.firewall.rules_of(address).unwrap();
+    assert!(rules.forgets_names() && !rules.is_for_a_new_vm(), "it is slowed down as before");
+    // Its owner dies, and nobody takes its rules away.
+    assert!(world.firewall.reach(address, [1, 1, 1, 1].into()));
+    drop(lease);
+    let next = world.network.attach(&world.libvirt, &name("b"), &names("old.example")).unwrap().unwrap();
+    assert_eq!(next.address, address);
+    assert!(world.firewall.rules_of(address).unwrap().is_for_a_new_vm());
+    assert!(world.firewall.reach(address, [1, 1, 1, 1].into()));
 }
