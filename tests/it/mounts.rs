@@ -114,6 +114,8 @@ fn a_kept_vm_has_its_mounts_for_as_long_as_it_lives() {
             ("DEV_BOX_OBSERVE__SAMPLE_MS", "500"),
             ("DEV_BOX_OBSERVE__RULES__CHANGE_FILES", "30"),
             ("DEV_BOX_OBSERVE__PLAN__ACTIONS__MASS_CHANGE", r#"["log"]"#),
+            ("DEV_BOX_OBSERVE__RULES__OUTPUT_BYTES", "2097152"),
+            ("DEV_BOX_OBSERVE__PLAN__ACTIONS__OUTPUT_FLOOD", r#"["log"]"#),
         ],
     );
     let mount = format!("{}:/d:rw", dir.display());
@@ -151,6 +153,9 @@ fn rewritten_in_bulk(host: &Host) {
         (&"mass_change".into(), &"host".into()),
         "{finding}"
     );
+    // What comes of a command in a daemon's VM is counted as well.
+    host.dev_box(["exec", "m", "--", "head", "-c", "4000000", "/dev/zero"]).expect_code(0);
+    wait_until("the flood is found", SOON, || found().contains("output_flood"));
 }
 
 /// QEMU cannot write down a guest that has a share mounted: the error says so, and the guest goes on.

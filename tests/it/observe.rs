@@ -160,6 +160,35 @@ fn a_run_is_on_record_from_the_lease_to_the_end() {
     assert!(verified["problem"].is_string() && verified["fault"] == "edited", "{verified}");
 }
 
+#[test]
+fn what_a_job_does_to_its_files_at_last_is_seen_though_nobody_looks_for_minutes() {
+    let Some(host) =
+        Host::new("what_a_job_does_to_its_files_at_last_is_seen_though_nobody_looks_for_minutes")
+    else {
+        return;
+    };
+    let workspace = host.root().join("work");
+    fs::create_dir(&workspace).unwrap();
+    for number in 0..40 {
+        fs::write(workspace.join(format!("text{number}")), "a quiet line of text\n".repeat(150)).unwrap();
+    }
+    let (work, out) = (workspace.to_string_lossy(), host.root().join("out").to_string_lossy().into_owned());
+    let run = |script: &str| {
+        let mut command = host.command();
+        command.env("DEV_BOX_OBSERVE__SAMPLE_MS", "600000").env("DEV_BOX_OBSERVE__RULES__CHANGE_FILES", "30");
+        command.env("DEV_BOX_OBSERVE__PLAN__ACTIONS__MASS_CHANGE", r#"["log"]"#);
+        command.args(["run", "--net", "isolated", "--workspace", &work, "--output", &out]);
+        host.spawn(command.args(["--", "sh", "-c", script])).finish().expect_code(0);
+    };
+    // Rewritten as text, made anew, given another mode: none of it is that.
+    run(
+        "for f in text*; do sed -i s/quiet/loud/ $f; head -c 3000 /dev/urandom > new.$f; done; chmod -R go-w .",
+    );
+    assert_eq!(rules(&host), Vec::<String>::new());
+    run("for f in text*; do head -c 3000 /dev/urandom > $f; done");
+    assert_eq!(rules(&host), ["mass_change"]);
+}
+
 /// A guest that works honestly, close to each threshold, then not, a step for each line on its standard input.
 const GUEST: &str = r#"
 step() { read -r _; echo "step $1"; }

@@ -35,17 +35,22 @@ pub struct Relayed {
 }
 
 /// Relays a client's stream to the guest and back until it ended on both. `overhear` is shown each message from the client
-/// before it goes on.
+/// before it goes on; `came` is told how many bytes each chunk from the guest has.
 ///
 /// Dropping the future resets both streams.
-pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(&Message) + Send) -> Relayed {
+pub async fn relay(
+    client: GuestStream,
+    guest: Stream,
+    mut overhear: impl FnMut(&Message) + Send,
+    came: impl Fn(u64) + Send + Sync,
+) -> Relayed {
     let mut client = client.split();
     let mut guest = guest.split();
     let [input, output, errors] = [const { AtomicU64::new(0) }; 3];
     let mut outputs = Box::pin(async {
         tokio::join!(
-            hand_on(guest.output, client.output, &output),
-            hand_on(guest.errors, client.errors, &errors)
+            hand_on(guest.output, client.output, &output, &came),
+            hand_on(guest.errors, client.errors, &errors, &came)
         )
     });
     let mut outputs_done = false;
@@ -79,7 +84,7 @@ pub async fn relay(client: GuestStream, guest: Stream, mut overhear: impl FnMut(
             }
         };
         let feed = async {
-            hand_on(client.input, guest.input, &input).await;
+            hand_on(client.input, guest.input, &input, &|_| {}).await;
             pending::<()>().await;
         };
         tokio::pin!(to_guest, to_client, feed);
@@ -123,9 +128,15 @@ enum Ending {
 }
 
 /// Moves a lane's bytes until it ends, and ends the other one as it did.
-async fn hand_on(mut from: LaneReader, mut to: LaneWriter, count: &AtomicU64) {
+async fn hand_on(
+    mut from: LaneReader,
+    mut to: LaneWriter,
+    count: &AtomicU64,
+    came: &(impl Fn(u64) + Send + Sync),
+) {
     while let Some(bytes) = from.next().await {
         count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        came(bytes.len() as u64);
         if to.write(bytes).await.is_err() {
             return;
         }
@@ -178,7 +189,7 @@ mod tests {
                 tokio::spawn(async move {
                     let mut heard = Vec::new();
                     let guest = to.open(request).await.unwrap();
-                    let relayed = relay(stream, guest, |message| heard.push(message.clone())).await;
+                    let relayed = relay(stream, guest, |message| heard.push(message.clone()), |_| {}).await;
                     let _ = report.send((relayed, heard)).await;
                 });
             }

@@ -65,7 +65,7 @@ impl AgentExecutor {
         self
     }
 
-    /// Tells `watcher` of the output of jobs.
+    /// Tells `watcher` of the output of jobs, and has it look when a job's files are staged, and again before they are collected.
     #[must_use]
     pub fn watched_by(mut self, watcher: Arc<dyn Watcher>) -> Self {
         self.watcher = Some(watcher);
@@ -113,7 +113,7 @@ impl AgentExecutor {
         cancel: Cancel,
     ) -> ExecutionResult {
         let mut report = Report::begin(&*self.clock, job.id);
-        let place = Place { name: vm, session, share: None };
+        let place = Place { name: vm, session, share: None, writes: false };
         let span = span(job.id);
         self.execute_in(place, job, &*sink, &cancel, &mut report).instrument(span).await;
         report.finish(&*self.clock)
@@ -158,7 +158,9 @@ impl AgentExecutor {
                 let mut leased = Leased { provisioner, vm: Some(vm) };
                 if let Some(vm) = &leased.vm {
                     report.runs_in(vm);
-                    self.execute_in(Place::of(vm), job, sink, cancel, &mut report).await;
+                    let writes = request.mounts.list.iter().any(|mount| mount.writable);
+                    let place = Place { writes, ..Place::of(vm) };
+                    self.execute_in(place, job, sink, cancel, &mut report).await;
                 }
                 report.enter(Phase::Reset);
                 if let Some(vm) = leased.vm.take() {
@@ -244,6 +246,10 @@ impl AgentExecutor {
             let files = files::inject(vm, workspace, user, who, cancel, &mut report.warnings);
             injected = Some(files.instrument(info_span!("inject")).await?);
         }
+        // What a job does before the first look would be taken for how its files always were.
+        if injected.is_some() || vm.writes {
+            self.look(vm.name, cancel).await;
+        }
         report.enter(Phase::Start);
         let end = self.process(vm, job, sink, cancel, who, report).instrument(info_span!("run")).await?;
         let answers = end.exited.is_some();
@@ -253,7 +259,22 @@ impl AgentExecutor {
                 let results = self.results(vm, &injected, (state, answers), cancel, who, report);
                 results.instrument(info_span!("collect")).await
             }
-            None => Ok(()),
+            None => {
+                if vm.writes {
+                    self.look(vm.name, cancel).await;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Has the watcher look at the job's files. Who wants to be gone at once does not wait for that.
+    async fn look(&self, vm: &VmName, cancel: &Cancel) {
+        let Some(watcher) = &self.watcher else { return };
+        tokio::select! {
+            biased;
+            () = cancel.reached(Urgency::Immediate) => {}
+            () = watcher.look(vm) => {}
         }
     }
 
@@ -320,6 +341,8 @@ impl AgentExecutor {
             return Ok(());
         }
         report.enter(Phase::Collect);
+        // What a job did last is seen before it becomes the user's.
+        self.look(vm.name, cancel).await;
         // One that did not even say that the job was killed (it may be paused) would be waited for in vain.
         if answers && state != Outcome::GuestLost {
             files::unmount(vm.session, injected, cancel, &mut report.warnings).await?;
@@ -344,11 +367,13 @@ struct Place<'a> {
     session: &'a Session,
     /// The staging directory, and whom what lies in it must belong to.
     share: Option<(&'a Path, Option<Owner>)>,
+    /// Whether it is known to have directories of the host's mounted that it may change.
+    writes: bool,
 }
 
 impl<'a> Place<'a> {
     fn of(vm: &'a ReadyVm) -> Self {
-        Self { name: &vm.name, session: &vm.session, share: Some((&vm.share, vm.share_owner)) }
+        Self { name: &vm.name, session: &vm.session, share: Some((&vm.share, vm.share_owner)), writes: false }
     }
 }
 

@@ -22,9 +22,12 @@ use tracing::{Instrument as _, Span, info_span};
 
 use self::left::Left;
 pub use self::left::LeftJob;
+use self::told::Told;
 use crate::executor::measure;
+use crate::watched::Watcher;
 
 mod left;
+mod told;
 
 /// How long a client waits while the VM has as many streams open as it allows.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);
@@ -36,6 +39,7 @@ pub struct Gateway {
     session: Session,
     audit: Arc<dyn AuditSink>,
     rights: Rights,
+    watcher: Option<Arc<dyn Watcher>>,
 }
 
 /// What its clients may do.
@@ -51,13 +55,20 @@ impl Gateway {
     /// A gateway to the VM behind `session`.
     #[must_use]
     pub fn new(vm: VmName, session: Session, audit: Arc<dyn AuditSink>) -> Self {
-        Self { vm, session, audit, rights: Rights::Use }
+        Self { vm, session, audit, rights: Rights::Use, watcher: None }
     }
 
     /// The same for the one who holds the VM: the workspace's mount is theirs, too.
     #[must_use]
     pub fn for_holder(self) -> Self {
         Self { rights: Rights::Hold, ..self }
+    }
+
+    /// Tells `watcher` of the output of commands, and has it look before the holder's begin, whose files were staged by then, and before those
+    /// are unmounted, to be collected.
+    #[must_use]
+    pub fn watched_by(self, watcher: Arc<dyn Watcher>) -> Self {
+        Self { watcher: Some(watcher), ..self }
     }
 
     /// Serves one client's connection until the client, or the VM, is gone; streams that are open then are reset, and what
@@ -122,12 +133,21 @@ impl Gateway {
             }
         };
         let began = Instant::now();
-        let relayed = relay(client, guest, |message| {
+        let signalled = |message: &Message| {
             if let Message::Signal { number } = message {
                 self.audit.note(entry(AuditEvent::ExecSignal { signal: *number }));
             }
-        })
-        .await;
+        };
+        // A file that is read is no output.
+        let (watcher, vm) = (self.watcher.as_deref().filter(|_| result == Ending::Command), &self.vm);
+        let told = watcher.map(|watcher| Told::to(move |bytes| watcher.output(vm, bytes)));
+        let came = |bytes| {
+            if let Some(told) = &told {
+                told.came(bytes);
+            }
+        };
+        let relayed = relay(client, guest, signalled, came).await;
+        drop(told);
         let took = began.elapsed();
         if result == Ending::Command {
             measure::relayed(&relayed, took);
@@ -150,6 +170,10 @@ impl Gateway {
         entry: impl Fn(AuditEvent) -> Entry,
     ) -> Result<(Option<Act>, Stream), GuestError> {
         admit(&request, self.rights)?;
+        let around = matches!(request, Request::Exec(_) | Request::Unmount(_)) && self.rights == Rights::Hold;
+        if let Some(watcher) = self.watcher.as_ref().filter(|_| around) {
+            watcher.look(&self.vm).await;
+        }
         let act = match intent(&request) {
             Some(event) => Some(Act::begin(&self.audit, entry(event)).await.map_err(|error| {
                 GuestError::new(

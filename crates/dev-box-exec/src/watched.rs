@@ -40,6 +40,12 @@ pub trait Watcher: Debug + Send + Sync {
 
     /// So much output has come from a job in it.
     fn output(&self, vm: &VmName, bytes: u64);
+
+    /// Looks at what a VM has done to files of the host's, now and not when it is time for that: a job's files were just staged, or it is
+    /// over, and what it did to them would be seen no more. Takes no longer than a few seconds. By default nobody looks.
+    fn look<'a>(&'a self, _vm: &'a VmName) -> BoxFuture<'a, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// A provisioner that audits, counts and tells. See the module.
@@ -82,6 +88,13 @@ impl Shared {
     fn live(&self) -> MutexGuard<'_, HashMap<VmName, Live>> {
         // Owned values only: whole whatever panicked beside them.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Once more before it is over: what was done since the last look would be seen by nobody.
+    async fn look(&self, vm: &VmName) {
+        if let Some(watcher) = &self.watcher {
+            watcher.look(vm).await;
+        }
     }
 
     /// Its channel ended and nobody here had ended it.
@@ -243,6 +256,7 @@ impl WatchedProvisioner {
             let why = session.closed().await;
             drop(session);
             if let Some(shared) = shared.upgrade() {
+                shared.look(&name).await;
                 shared.died(&name, &why, actor);
             }
         });
@@ -258,6 +272,7 @@ impl WatchedProvisioner {
     async fn renew(&self, vm: ReadyVm) -> Result<ReadyVm, ProvisionError> {
         let name = vm.name.clone();
         let known = self.shared.live().remove(&name).map(|live| live.request.clone());
+        self.shared.look(&name).await;
         if let Some(watcher) = &self.shared.watcher {
             watcher.gone(&name);
         }
@@ -298,6 +313,7 @@ impl WatchedProvisioner {
     async fn take_down(&self, vm: ReadyVm) -> Result<(), ProvisionError> {
         let name = vm.name.clone();
         drop(self.shared.live().remove(&name));
+        self.shared.look(&name).await;
         if let Some(watcher) = &self.shared.watcher {
             watcher.gone(&name);
         }

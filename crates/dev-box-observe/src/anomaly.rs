@@ -35,7 +35,7 @@ pub use observer::{Observer, ObserverSettings, VmFinding};
 pub use respond::RecordingResponder;
 pub use respond::{Plan, RespondError, RespondFuture, Responder, respond};
 pub use robust::RobustZ;
-pub use rules::{Observation, RuleConfig, RuleConfigError, VmRules};
+pub use rules::{ContentChange, Observation, RuleConfig, RuleConfigError, VmRules};
 pub use seasonal::Seasonal;
 pub use series::SeriesDetector;
 pub use watch::VmWatch;

@@ -1,6 +1,9 @@
 //! The network of VMs that run: its events, and the watch over it. What [`dev_box_net::watch`] decides is done here.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -8,7 +11,7 @@ use dev_box_core::clock::Clock;
 use dev_box_core::connection::Link;
 use dev_box_core::id::VmName;
 use dev_box_core::vm::{Vm, VmError};
-use dev_box_net::events::{EventSource, RecordFile};
+use dev_box_net::events::{EventSource, RecordError, RecordFile};
 use dev_box_net::watch::{self, BoxFuture, Custody, Finding};
 use dev_box_net::{NetError, NetEvent, NetEventKind, NetLease, Verification, VmNetwork};
 use dev_box_observe::audit::Text;
@@ -16,14 +19,20 @@ use dev_box_observe::metrics::NET_HOST_CHANGED;
 use dev_box_observe::{AuditEvent, AuditSink, Entry};
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::blocking::{self, BlockingError};
 use crate::provisioner::Inner;
 
 /// Events that a subscriber may be behind before it loses the oldest.
 const BACKLOG: usize = 1024;
+/// How soon it is listened again after that failed, at first and at last.
+const REOPEN: Duration = Duration::from_secs(1);
+const REOPEN_MOST: Duration = Duration::from_secs(30);
 /// How long the last VM with a VM's address may still be listened to.
 const FREE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a record cannot be written before it is made anew.
+const ANEW: Duration = Duration::from_secs(60);
 
 /// Where events go: to the record of the VM, to whoever subscribed, and to the audit.
 #[derive(Debug, Clone)]
@@ -115,36 +124,103 @@ impl Drop for EventsTask {
 }
 
 impl EventsTask {
-    /// Begins before the VM does. Without events a VM is as safe as with them: what fails is logged.
+    /// Begins before the VM does. Without events a VM is as safe as with them, but nobody sees what it does: what fails is logged, and
+    /// tried again.
     pub(crate) fn start(network: &VmNetwork, lease: &NetLease, news: NetworkNews) -> Self {
         let (vm, address) = (lease.vm.clone(), lease.address);
         let path = network.events_of(address);
         Self(tokio::spawn(async move {
-            let source = EventSource::open_when_free(address, FREE_WITHIN).await;
-            let (mut source, mut record) = match (source, RecordFile::create(path)) {
-                (Ok(source), Ok(record)) => (source, record),
-                (Err(error), _) => return not_recorded(&vm, &error),
-                (_, Err(error)) => return not_recorded(&vm, &error),
-            };
-            loop {
-                let events = match source.next().await {
-                    Ok(events) => events,
-                    Err(error) => return not_recorded(&vm, &error),
-                };
-                for what in events {
-                    let event = news.publish(&vm, what);
-                    // A small file in memory (/run): nothing is waited for.
-                    if let Err(error) = record.write(&event) {
-                        return not_recorded(&vm, &error);
-                    }
-                }
-            }
+            let record = Record::begin(vm.clone(), path);
+            hear(&vm, Listening { address, source: None }, record, &news).await;
         }))
     }
 }
 
-fn not_recorded(vm: &VmName, error: &(dyn std::error::Error + 'static)) {
-    tracing::warn!(%vm, error, "the VM's network events are not recorded");
+type Unheard = Box<dyn Error + Send + Sync>;
+
+/// Where a VM's events come from.
+trait Events {
+    /// The next of them. After an error it may be asked again.
+    fn next(&mut self) -> impl Future<Output = Result<Vec<NetEventKind>, Unheard>> + Send;
+}
+
+/// What the guard's rules report of an address; listened to anew after an error.
+#[derive(Debug)]
+struct Listening {
+    address: Ipv4Addr,
+    source: Option<EventSource>,
+}
+
+impl Events for Listening {
+    async fn next(&mut self) -> Result<Vec<NetEventKind>, Unheard> {
+        let mut source = match self.source.take() {
+            Some(source) => source,
+            None => EventSource::open_when_free(self.address, FREE_WITHIN).await?,
+        };
+        let events = source.next().await?;
+        self.source = Some(source);
+        Ok(events)
+    }
+}
+
+/// Hears a VM's events for as long as it is let.
+async fn hear(vm: &VmName, mut events: impl Events, mut record: Record, news: &NetworkNews) {
+    let mut pause = Duration::ZERO;
+    loop {
+        match events.next().await {
+            Ok(events) => {
+                pause = Duration::ZERO;
+                events.into_iter().for_each(|what| record.take(&news.publish(vm, what)));
+            }
+            Err(error) => {
+                pause = (pause * 2).clamp(REOPEN, REOPEN_MOST);
+                tracing::warn!(%vm, error, "the VM's network events are not heard: listening again in {} s", pause.as_secs());
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+}
+
+/// A VM's events on disk, where that can be written. It is a small file in memory (/run): nothing is waited for.
+#[derive(Debug)]
+struct Record {
+    vm: VmName,
+    path: PathBuf,
+    file: Option<RecordFile>,
+    /// While it cannot be written, which is said once: when it is made anew.
+    anew: Option<Instant>,
+}
+
+impl Record {
+    fn begin(vm: VmName, path: PathBuf) -> Self {
+        let mut record = Self { vm, path, file: None, anew: None };
+        match RecordFile::create(&record.path) {
+            Ok(file) => record.file = Some(file),
+            Err(error) => record.failed(&error),
+        }
+        record
+    }
+
+    fn take(&mut self, event: &NetEvent) {
+        if self.anew.is_some_and(|anew| anew <= Instant::now()) {
+            self.anew = Some(Instant::now() + ANEW);
+            // What is on record goes, where that is still possible: a record that goes on is worth more.
+            self.file = RecordFile::create(&self.path).ok();
+        }
+        let Some(file) = &mut self.file else { return };
+        match file.write(event) {
+            Ok(()) => self.anew = None,
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn failed(&mut self, error: &RecordError) {
+        if self.anew.is_none() {
+            self.anew = Some(Instant::now() + ANEW);
+            let (vm, error) = (&self.vm, error as &dyn Error);
+            tracing::warn!(%vm, error, "the VM's network events are watched and audited, but not kept on record");
+        }
+    }
 }
 
 /// Watches the VMs of a provisioner until it is gone.
@@ -331,5 +407,103 @@ impl Custody for Inner {
 
     fn forget(&self) {
         self.network.forget_rules();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use dev_box_core::clock::SystemClock;
+
+    use super::*;
+
+    /// Yields these; then nothing, for ever.
+    struct Scripted(VecDeque<Result<Vec<NetEventKind>, Unheard>>);
+
+    impl Events for Scripted {
+        async fn next(&mut self) -> Result<Vec<NetEventKind>, Unheard> {
+            match self.0.pop_front() {
+                Some(next) => next,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn events_arrive_without_a_record_and_after_their_source_failed_until_the_task_is_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = "dev-box-1".parse::<VmName>().unwrap();
+        let news = NetworkNews::new(Arc::new(SystemClock));
+        let mut heard = news.subscribe();
+        let lost = |reports| NetEventKind::Lost { reports };
+        let script: [Result<_, Unheard>; 6] = [
+            Ok(vec![lost(1), lost(2)]),
+            Err("it is gone".into()),
+            Err("and still is".into()),
+            Ok(vec![lost(3)]),
+            Err("it is gone again".into()),
+            Ok(vec![lost(4)]),
+        ];
+        let record = Record::begin(vm.clone(), dir.path().join("removed/a.events"));
+        let began = Instant::now();
+        let task = EventsTask(tokio::spawn(async move {
+            hear(&vm, Scripted(script.into()), record, &news).await;
+        }));
+        for (reports, after_s) in [(1, 0), (2, 0), (3, 1 + 2), (4, 1 + 2 + 1)] {
+            assert_eq!(heard.recv().await.unwrap().what, lost(reports));
+            assert_eq!(began.elapsed().as_secs(), after_s, "{reports}");
+        }
+        let ended = task.0.abort_handle();
+        drop(task);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(ended.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_record_that_could_not_be_made_or_renamed_is_made_anew_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let (within, vm) = (dir.path().join("vms"), "dev-box-1".parse::<VmName>().unwrap());
+        let path = within.join("a.events");
+        let event =
+            NetEvent { at: SystemClock.now(), vm: vm.clone(), what: NetEventKind::Lost { reports: 1 } };
+        let mut record = Record::begin(vm, path.clone());
+        std::fs::create_dir(&within).unwrap();
+        record.take(&event);
+        assert!(!path.exists(), "not with every event");
+        tokio::time::advance(ANEW).await;
+        record.take(&event);
+        assert!(path.exists() && record.anew.is_none());
+
+        std::fs::remove_file(&path).unwrap();
+        // Full, it is to become the older one.
+        (0..10_000).for_each(|_| record.take(&event));
+        assert!(record.anew.is_some() && !path.exists());
+        tokio::time::advance(ANEW).await;
+        record.take(&event);
+        assert!(path.exists() && record.anew.is_none());
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_written_is_tried_again_and_said_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (within, vm) = (dir.path().join("vms"), "dev-box-1".parse::<VmName>().unwrap());
+        let what = NetEventKind::HostChanged { finding: "x".repeat(1000) };
+        let event = NetEvent { at: SystemClock.now(), vm: vm.clone(), what };
+        let none = Record::begin(vm.clone(), within.join("a.events"));
+        assert!(none.file.is_none() && none.anew.is_some(), "there is no directory");
+
+        std::fs::create_dir(&within).unwrap();
+        let mut record = Record::begin(vm, within.join("a.events"));
+        record.take(&event);
+        assert!(record.anew.is_none());
+        std::fs::remove_dir_all(&within).unwrap();
+        // Full, it is to become the older one.
+        (0..300).for_each(|_| record.take(&event));
+        assert!(record.anew.is_some());
+        std::fs::create_dir(&within).unwrap();
+        std::fs::write(within.join("a.events"), "").unwrap();
+        record.take(&event);
+        assert!(record.anew.is_none(), "it goes on where it can");
     }
 }

@@ -1,13 +1,20 @@
 //! [`HostWatch`]: looks at every VM of this process every few seconds, as a [`Watcher`] learns of them, and tells the
-//! observer and the metrics what it saw.
+//! observer and the metrics what it saw. What a VM has changed on the host is looked at when a job begins and ends as well.
+//!
+//! ```text
+//!  tick ─> each VM that is not still looked at: its agent is asked ──┬─> counters ─> what it claims
+//!                                               its files are walked ┘
+//! ```
+//! Each look is a task with a limit, so that what is slow, or hangs, for one VM does not hold up the others; only walks wait for
+//! one of a few seats.
 //!
 //! | from | host-observed? | becomes |
 //! |---|---|---|
 //! | libvirt's counters | yes | use of CPU, disk, network; each VM's series |
-//! | the guard's counters | yes | drops by reason |
+//! | the guard's counters | yes | drops by reason, and how many |
 //! | the guard's reports | yes, but for what is in the packets | destinations, dropped packets, names looked up |
 //! | `/proc/PID/smaps_rollup` | yes | what a VM's memory costs, shared pages divided |
-//! | the workspace share, live mounts | yes | files rewritten, and how random their new contents are |
+//! | the workspace share, live mounts | yes | files rewritten, and how random their contents were and are |
 //! | the jobs' output | yes | output flood |
 //! | the agent | no | free memory, processes, forks, the guest's clock |
 
@@ -29,15 +36,15 @@ use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
 use dev_box_core::libvirt::DomainStats;
 use dev_box_core::vm::Vm;
-use dev_box_exec::{ReadyVm, VmRequest, Watcher};
+use dev_box_exec::{BoxFuture, ReadyVm, VmRequest, Watcher};
 use dev_box_net::events::NetEvent;
 use dev_box_net::{NftThrottle, Traffic, VmNetwork};
 use dev_box_observe::anomaly::{Observation, Observer};
 use dev_box_observe::audit::Text;
 use dev_box_observe::metrics::{NET_DROPPED_PACKETS, VM_SERIES, VmUsage};
 use dev_box_observe::{AuditEvent, AuditSink, Entry};
-use tokio::sync::broadcast;
-use tokio::task::JoinHandle;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore, broadcast};
+use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use self::rates::Look;
@@ -47,6 +54,12 @@ use crate::blocking;
 
 /// How long a guest may take to say how it does.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a job may wait until its files were looked at.
+const JOB_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a look at a VM may take.
+const LIMIT: Duration = Duration::from_secs(10);
+/// At how many VMs' files to look at a time: they share the host's disks with the VMs.
+const AT_ONCE: usize = 8;
 /// Walking a process's pages is what costs most: every so many looks.
 const MEMORY_EVERY: u64 = 5;
 
@@ -82,9 +95,12 @@ struct Shared {
     parts: WatchParts,
     vms: Mutex<HashMap<VmName, Watched>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Looks under way: one a VM at most.
+    looks: Mutex<JoinSet<()>>,
+    seats: Semaphore,
 }
 
-/// What does not change of a VM.
+/// What is known of a VM. Clones share what is remembered from look to look.
 #[derive(Debug, Clone)]
 struct Watched {
     /// When it was handed out: the same VM, rewound, is another one.
@@ -102,6 +118,17 @@ struct Watched {
     still: Still,
     /// How often it did so far.
     stops: u64,
+    /// Its look's, while there is one.
+    memory: Arc<AsyncMutex<Memory>>,
+    /// The walk's through its files, while there is one.
+    files: Arc<AsyncMutex<ShareWatch>>,
+}
+
+impl Shared {
+    /// Whether this VM still is the one that was handed out then: what was rewound meanwhile is another one.
+    fn is(&self, name: &VmName, since: Instant) -> bool {
+        whole(&self.vms).get(name).is_some_and(|now| now.since == since)
+    }
 }
 
 impl Watched {
@@ -115,19 +142,15 @@ impl Watched {
 }
 
 /// What is remembered of a VM from look to look.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Memory {
-    since: Instant,
+    looks: u64,
     look: Option<Look>,
-    forks: Option<u64>,
+    /// What its agent said of memory last: at which look, and when.
+    said: Option<(u64, Instant)>,
+    /// How many processes it had started by then.
+    forks: Option<(u64, Instant)>,
     proportional_bytes: u64,
-    share: ShareWatch,
-}
-
-impl Memory {
-    fn of(vm: &Watched) -> Self {
-        Self { since: vm.since, look: None, forks: None, proportional_bytes: 0, share: ShareWatch::default() }
-    }
 }
 
 /// What the guard had counted at an address, and for which VM: its counters go on where that is rewound.
@@ -142,7 +165,13 @@ impl HostWatch {
     /// Looks every `every`, and listens to what the VMs' networks report; needs a tokio runtime.
     #[must_use]
     pub fn start(parts: WatchParts, events: broadcast::Receiver<NetEvent>, every: Duration) -> Self {
-        let shared = Arc::new(Shared { parts, vms: Mutex::default(), tasks: Mutex::default() });
+        let shared = Arc::new(Shared {
+            parts,
+            vms: Mutex::default(),
+            tasks: Mutex::default(),
+            looks: Mutex::default(),
+            seats: Semaphore::new(AT_ONCE),
+        });
         let domains = shared.parts.connection.subscribe();
         let looking = tokio::spawn(run(Arc::clone(&shared), every));
         let listening = tokio::spawn(network::listen(Arc::clone(&shared), events));
@@ -159,6 +188,9 @@ impl HostWatch {
             // It was aborted: that is no news.
             let _ = task.await;
         }
+        // Nobody begins another one by now.
+        let mut looks = std::mem::take(&mut *whole(&self.0.looks));
+        looks.shutdown().await;
     }
 }
 
@@ -182,6 +214,8 @@ impl Watcher for HostWatch {
             paused: false,
             still: Still::Runs,
             stops: 0,
+            memory: Arc::default(),
+            files: Arc::default(),
         };
         whole(&self.0.vms).insert(vm.name.clone(), watched);
     }
@@ -213,6 +247,19 @@ impl Watcher for HostWatch {
     fn output(&self, vm: &VmName, bytes: u64) {
         self.0.parts.observer.see(vm.as_str(), Observation::Output { bytes });
     }
+
+    fn look<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            let Some(watched) = whole(&self.0.vms).get(vm).cloned() else { return };
+            let look = async {
+                // What goes on was begun before what is to be seen had happened.
+                let files = Arc::clone(&watched.files).lock_owned().await;
+                look_at_files(&self.0, vm, &watched, files, false).await;
+            };
+            // A walk that has begun goes on, and tells what it finds.
+            let _ = timeout(JOB_PATIENCE, look).await;
+        })
+    }
 }
 
 async fn run(shared: Arc<Shared>, every: Duration) {
@@ -220,37 +267,26 @@ async fn run(shared: Arc<Shared>, every: Duration) {
     let mut ticks = interval(every);
     // On a host that is behind, the next look says more than two at once.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut memories: HashMap<VmName, Memory> = HashMap::new();
     let mut counted = Counted::new();
-    let mut looks = 0_u64;
     loop {
         ticks.tick().await;
+        while whole(&shared.looks).try_join_next().is_some() {}
         let vms = whole(&shared.vms).clone();
-        memories.retain(|name, memory| vms.get(name).is_some_and(|vm| vm.since == memory.since));
-        if vms.is_empty() {
-            continue;
-        }
-        looks += 1;
-        let traffic =
-            if vms.values().any(|vm| vm.address.is_some()) { drops(&shared).await } else { BTreeMap::new() };
-        let claims = ask(&shared, &vms).await;
         for (name, vm) in &vms {
-            let memory = memories.entry(name.clone()).or_insert_with(|| Memory::of(vm));
-            look(&shared, name, vm, memory, began, looks).await;
-            if let Some(address) = vm.address
-                && let Some(traffic) = traffic.get(&address)
-            {
-                report_drops(&shared, name, address, &mut counted, traffic);
+            // Where the last look is not at its end, another one would wait for the same.
+            if let Ok(memory) = Arc::clone(&vm.memory).try_lock_owned() {
+                let look = look(Arc::clone(&shared), name.clone(), vm.clone(), memory, began, every);
+                whole(&shared.looks).spawn(look);
             }
-            // One that was stopped meanwhile says what was true before, or by a clock that stood.
-            let ran =
-                whole(&shared.vms).get(name).is_some_and(|now| !now.stands_still() && now.stops == vm.stops);
-            if let Some(claims) = claims.get(name).filter(|_| ran) {
-                report_claims(&shared, name, memory, claims, looks, every);
-            }
-            if !whole(&shared.vms).contains_key(name) {
-                // It went while it was looked at: its series go after it.
-                VM_SERIES.remove(name.as_str());
+        }
+        if vms.values().any(|vm| vm.address.is_some()) {
+            let traffic = drops(&shared).await;
+            for (name, vm) in &vms {
+                if let Some(address) = vm.address
+                    && let Some(traffic) = traffic.get(&address)
+                {
+                    report_drops(&shared, name, vm, address, &mut counted, traffic);
+                }
             }
         }
     }
@@ -264,29 +300,29 @@ async fn drops(shared: &Shared) -> BTreeMap<Ipv4Addr, Traffic> {
     })
 }
 
-/// What a guest says, and how far its clock is off by that, in ms.
-type Claims = (GuestInfo, Option<i64>);
+/// What a guest says.
+struct Claims {
+    info: GuestInfo,
+    /// How far its clock is off by that.
+    offset_ms: Option<i64>,
+    at: Instant,
+}
 
-/// How the guests say they do; those that do not answer say nothing.
-async fn ask(shared: &Shared, vms: &HashMap<VmName, Watched>) -> HashMap<VmName, Claims> {
-    let mut asked = tokio::task::JoinSet::new();
-    for (name, vm) in vms.iter().filter(|(_, vm)| !vm.stands_still()) {
-        let (name, session, clock) = (name.clone(), vm.session.clone(), Arc::clone(&shared.parts.clock));
-        asked.spawn(async move {
-            let before = clock.now().unix_nanos();
-            let answers = timeout(PATIENCE, session.call(Request::Info)).await.ok()?.ok()?;
-            let info = answers.into_iter().find_map(|answer| match answer {
-                Message::Info(info) => Some(info),
-                _ => None,
-            });
-            let after = clock.now().unix_nanos();
-            info.map(|info| {
-                let offset = info.unix_time_ns.map(|theirs| clock_offset(theirs, before, after));
-                (name, (info, offset))
-            })
-        });
+/// How a guest says it does; one that does not answer says nothing.
+async fn ask(shared: &Shared, vm: &Watched) -> Option<Claims> {
+    if vm.stands_still() {
+        return None;
     }
-    asked.join_all().await.into_iter().flatten().collect()
+    let clock = &shared.parts.clock;
+    let before = clock.now().unix_nanos();
+    let answers = timeout(PATIENCE, vm.session.call(Request::Info)).await.ok()?.ok()?;
+    let info = answers.into_iter().find_map(|answer| match answer {
+        Message::Info(info) => Some(info),
+        _ => None,
+    })?;
+    let after = clock.now().unix_nanos();
+    let offset_ms = info.unix_time_ns.map(|theirs| clock_offset(theirs, before, after));
+    Some(Claims { info, offset_ms, at: Instant::now() })
 }
 
 /// How far a clock was off, in ms, that was read between two of the host's moments: on a busy host they are seconds apart, and a time
@@ -297,83 +333,155 @@ fn clock_offset(theirs: i64, before: i64, after: i64) -> i64 {
 }
 
 async fn look(
+    shared: Arc<Shared>,
+    name: VmName,
+    vm: Watched,
+    mut memory: OwnedMutexGuard<Memory>,
+    began: Instant,
+    every: Duration,
+) {
+    // What takes longer hangs; the next look sees what can be seen.
+    let _ = timeout(LIMIT, look_within(&shared, &name, &vm, &mut memory, began, every)).await;
+    if !whole(&shared.vms).contains_key(&name) {
+        // It went while it was looked at: its series go after it.
+        VM_SERIES.remove(name.as_str());
+    }
+}
+
+async fn look_within(
     shared: &Arc<Shared>,
     name: &VmName,
     vm: &Watched,
     memory: &mut Memory,
     began: Instant,
-    looks: u64,
+    every: Duration,
+) {
+    memory.looks += 1;
+    let weigh = memory.looks % MEMORY_EVERY == 1;
+    let files = async {
+        // A walk that hangs is left alone: no thread waits behind it.
+        let files = Arc::clone(&vm.files).try_lock_owned().ok()?;
+        look_at_files(shared, name, vm, files, weigh).await
+    };
+    let (claims, weight) = tokio::join!(ask(shared, vm), files);
+    memory.proportional_bytes = weight.unwrap_or(memory.proportional_bytes);
+    // After its agent's answer: whether it was stopped meanwhile is known by what libvirt says now.
+    look_at_counters(shared, name, vm, memory, began).await;
+    // One that was stopped meanwhile says what was true before, or by a clock that stood.
+    let ran = whole(&shared.vms)
+        .get(name)
+        .is_some_and(|now| now.since == vm.since && !now.stands_still() && now.stops == vm.stops);
+    if let Some(claims) = claims.filter(|_| ran) {
+        report_claims(shared, name, memory, &claims, every);
+    }
+}
+
+/// Looks at what a VM has changed on the host, and tells; gives what its QEMU weighs, if that is to be known.
+async fn look_at_files(
+    shared: &Arc<Shared>,
+    name: &VmName,
+    vm: &Watched,
+    mut files: OwnedMutexGuard<ShareWatch>,
+    weigh: bool,
+) -> Option<u64> {
+    // Given back when nobody waits any more: walks that hang keep nobody from theirs.
+    let _seat = shared.seats.acquire().await.ok()?;
+    let (roots, since, name) = (vm.shares.clone(), vm.since, name.clone());
+    // A walk that nobody waits for keeps nothing open that was stopped.
+    let shared = Arc::downgrade(shared);
+    let looked = spawn_blocking(move || {
+        let changed = files.look(&roots);
+        // Told from here: what a guest makes slow to see is seen all the same.
+        if let (Some(changed), Some(shared)) = (changed, shared.upgrade())
+            && shared.is(&name, since)
+        {
+            shared.parts.observer.see(name.as_str(), changed);
+        }
+        weigh.then(|| qemu_pid(&name).and_then(proportional_bytes)).flatten()
+    });
+    looked.await.ok().flatten()
+}
+
+async fn look_at_counters(
+    shared: &Arc<Shared>,
+    name: &VmName,
+    vm: &Watched,
+    memory: &mut Memory,
+    began: Instant,
 ) {
     let parts = &shared.parts;
     let info = match Vm::find(&parts.connection, name.as_str()).await {
         Ok(domain) => domain.info().await,
         Err(error) => Err(error),
     };
-    // One that is just ending is not there; `gone` follows.
-    let Ok(info) = info else { return };
+    // One that is just ending is not there; `gone` follows. And another one's counters are not this one's.
+    let Some(info) = info.ok().filter(|_| shared.is(name, vm.since)) else { return };
     still::saw(shared, name, info.state);
-    let now = Look::of(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX), &info.stats);
+    let now = Look::of(millis(began.elapsed()), &info.stats);
     if let Some(before) = memory.look.replace(now) {
         for observation in now.since(&before, vm.vcpus) {
             parts.observer.see(name.as_str(), observation);
         }
     }
-    let (roots, pid, mut share) = (vm.shares.clone(), qemu_pid(name), std::mem::take(&mut memory.share));
-    let weigh = looks % MEMORY_EVERY == 1;
-    let looked = tokio::task::spawn_blocking(move || {
-        let changed = share.look(&roots);
-        let weight = weigh.then(|| pid.and_then(proportional_bytes)).flatten();
-        (share, changed, weight)
-    });
-    if let Ok((share, changed, weight)) = looked.await {
-        memory.share = share;
-        memory.proportional_bytes = weight.unwrap_or(memory.proportional_bytes);
-        // What was rewound meanwhile has another one's files there.
-        let same = whole(&shared.vms).get(name).is_some_and(|now| now.since == vm.since);
-        if let Some(changed) = changed.filter(|_| same) {
-            parts.observer.see(name.as_str(), changed);
-        }
-    }
     VM_SERIES.set(name.as_str(), now.usage(&info.stats, memory.proportional_bytes));
 }
 
-fn report_drops(shared: &Shared, name: &VmName, address: Ipv4Addr, counted: &mut Counted, now: &Traffic) {
+fn report_drops(
+    shared: &Shared,
+    name: &VmName,
+    vm: &Watched,
+    address: Ipv4Addr,
+    counted: &mut Counted,
+    now: &Traffic,
+) {
     let before = counted.insert(address, (name.clone(), now.clone()));
     let before = before.filter(|(whose, _)| whose == name).map(|(_, before)| before).unwrap_or_default();
+    let mut all = 0_u64;
     for (reason, count) in &now.dropped {
         let before = before.dropped.get(reason).map_or(0, |before| before.packets);
         let packets = count.packets.saturating_sub(before);
         if packets == 0 {
             continue;
         }
+        all = all.saturating_add(packets);
         NET_DROPPED_PACKETS.add(packets, &[reason.as_str()]);
         let event =
             AuditEvent::NetDrop { reason: Text::new(reason.as_str()), address: None, port: None, packets };
         shared.parts.audit.note(Entry::fact(event).vm(name));
     }
+    if all > 0 && shared.is(name, vm.since) {
+        shared.parts.observer.see(name.as_str(), Observation::DroppedPackets { packets: all });
+    }
 }
 
-fn report_claims(
-    shared: &Shared,
-    name: &VmName,
-    memory: &mut Memory,
-    (info, clock_offset): &Claims,
-    looks: u64,
-    every: Duration,
-) {
+fn report_claims(shared: &Shared, name: &VmName, memory: &mut Memory, claims: &Claims, every: Duration) {
     let see = |observation| shared.parts.observer.see(name.as_str(), observation);
+    let Claims { info, offset_ms, at } = claims;
     if info.memory_bytes > 0 {
         let available = info.memory_available_bytes as f64 / info.memory_bytes as f64;
-        let span_ms = if looks > 1 { u64::try_from(every.as_millis()).unwrap_or(u64::MAX) } else { 0 };
-        see(Observation::Memory { span_ms, available });
+        let last = memory.said.replace((memory.looks, *at));
+        see(Observation::Memory { span_ms: covered_ms(last, (memory.looks, *at), every), available });
     }
     if let (Some(forks), Some(running)) = (info.forks, info.processes) {
-        let started = memory.forks.replace(forks).map_or(0, |before| forks.saturating_sub(before));
-        see(Observation::Processes { started, running });
+        let (before, last) = memory.forks.replace((forks, *at)).unwrap_or((forks, *at));
+        let (span_ms, started) = (millis(at.duration_since(last)), forks.saturating_sub(before));
+        see(Observation::Processes { span_ms, started, running });
     }
-    if let Some(offset_ms) = *clock_offset {
+    if let Some(offset_ms) = *offset_ms {
         see(Observation::ClockOffset { offset_ms });
     }
+}
+
+/// For how long what is said now may be taken to have been so, in ms: since the look before, if something was said at that. Of a
+/// longer silence nothing is known, so that no more than the usual `every` is covered.
+fn covered_ms(last: Option<(u64, Instant)>, (look, at): (u64, Instant), every: Duration) -> u64 {
+    last.map_or(0, |(before, then)| {
+        millis(if look == before.saturating_add(1) { at.duration_since(then) } else { every })
+    })
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// By libvirt's own pid file; a [`VmName`] is a plain file name.
@@ -405,6 +513,15 @@ mod tests {
         // The host's own clock was set back meanwhile.
         assert_eq!(clock_offset(103 * SECOND, heard, asked), -4_000);
         assert_eq!(clock_offset(i64::MIN, i64::MAX, i64::MAX), -18_446_744_073_709);
+    }
+
+    #[test]
+    fn a_silence_covers_no_more_than_a_look() {
+        let (every, start) = (Duration::from_secs(2), Instant::now());
+        let after = |look, seconds| (look, start + Duration::from_secs(seconds));
+        assert_eq!(covered_ms(None, after(7, 0), every), 0, "nothing is known of before");
+        assert_eq!(covered_ms(Some(after(7, 0)), after(8, 5), every), 5_000, "a look that took longer");
+        assert_eq!(covered_ms(Some(after(7, 0)), after(60, 106), every), 2_000);
     }
 
     #[test]

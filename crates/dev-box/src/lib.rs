@@ -47,7 +47,7 @@ use dev_box_core::id::VmName;
 use dev_box_core::libvirt::{Libvirt, LibvirtError};
 use dev_box_exec::{
     AgentExecutor, Cancel, ExecutionResult, Job, Mounts, NetworkMode, OutputSink, Provisioner, Resources,
-    TransportChoice, VmRequest, WatchedProvisioner,
+    TransportChoice, VmRequest, WatchedProvisioner, Watcher,
 };
 use dev_box_image::{ImageStore, SpaceLimits, StoreError, Template};
 use dev_box_net::network::NetworkShape;
@@ -332,6 +332,12 @@ impl DevBox {
     #[must_use]
     pub fn observer(&self) -> Option<&Observer> {
         self.observing.as_ref().map(|observing| &observing.observer)
+    }
+
+    /// Whom to tell what VMs do, where they are watched: for what passes jobs on to VMs itself.
+    #[must_use]
+    pub fn watcher(&self) -> Option<Arc<dyn Watcher>> {
+        self.observing.as_ref().map(Observing::watcher)
     }
 
     /// Puts what a running VM is, held still, into an archive. See [`forensics::collect`].

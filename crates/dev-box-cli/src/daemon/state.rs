@@ -280,7 +280,11 @@ impl Daemon {
         let known = self.vms.list().into_iter().find(|info| info.domain.as_ref() == Some(&domain));
         let vm = known.map_or_else(|| domain.clone(), |info| info.name);
         let telling = Telling { behind: self.dev_box.audit(), events: self.events.clone(), vm };
-        Gateway::new(domain, session, Arc::new(telling))
+        let gateway = Gateway::new(domain, session, Arc::new(telling));
+        match self.dev_box.watcher() {
+            Some(watcher) => gateway.watched_by(watcher),
+            None => gateway,
+        }
     }
 
     /// Serves one client of a VM's channel until one of the three is gone.

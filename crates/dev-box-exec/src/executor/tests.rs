@@ -1,6 +1,7 @@
 mod ending;
 mod files;
 mod hostile;
+mod looks;
 mod once;
 mod output;
 

@@ -76,6 +76,74 @@ async fn a_command_is_run_and_audited() {
     assert_eq!(bench.provisioner.violations(), Vec::<String>::new());
 }
 
+/// What it is told, in order.
+#[derive(Debug, Default)]
+struct Heard(std::sync::Mutex<Vec<String>>);
+
+impl Watcher for Heard {
+    fn ready(&self, _vm: &ReadyVm, _request: &crate::provisioner::VmRequest) {}
+
+    fn gone(&self, _vm: &VmName) {}
+
+    fn paused(&self, _vm: &VmName, _paused: bool) {}
+
+    fn output(&self, vm: &VmName, bytes: u64) {
+        self.0.lock().unwrap().push(format!("{vm} {bytes}"));
+    }
+
+    fn look<'a>(&'a self, _vm: &'a VmName) -> crate::sink::BoxFuture<'a, ()> {
+        self.0.lock().unwrap().push("look".to_owned());
+        Box::pin(async {})
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_output_of_clients_commands_is_told_and_a_holders_files_are_looked_at_before() {
+    for (holder, expected) in [(false, &["vm 8"][..]), (true, &["look", "vm 8"])] {
+        let acts =
+            [testing::Act::Stdout("out".into()), testing::Act::Stderr("error".into()), testing::Act::Exit(0)];
+        let bench = Bench::new(Script::new().runs(["a"], acts)).await;
+        let heard = Arc::new(Heard::default());
+        let gateway = bench.gateway().watched_by(heard.clone());
+        let gateway = if holder { gateway.for_holder() } else { gateway };
+        let (client, served) = bench.client_of(gateway).await;
+        run(&client, "a").await;
+        client.close();
+        served.await.unwrap().unwrap();
+        let (heard, name) = (heard.0.lock().unwrap(), bench.vm.name.to_string());
+        let lines: Vec<String> = heard.iter().map(|line| line.replace(&name, "vm")).collect();
+        assert_eq!(lines, expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_flood_every_byte_is_told_but_not_every_chunk() {
+    let acts = [testing::Act::Flood { stdout: 300_000, stderr: 7 }, testing::Act::Exit(0)];
+    let bench = Bench::new(Script::new().runs(["a"], acts)).await;
+    let heard = Arc::new(Heard::default());
+    let (client, served) = bench.client_of(bench.gateway().watched_by(heard.clone())).await;
+    let mut stream = client.open(exec("a")).await.unwrap().split();
+    let mut got = 0;
+    while let Some(bytes) = stream.output.next().await {
+        got += bytes.len();
+    }
+    while let Some(bytes) = stream.errors.next().await {
+        got += bytes.len();
+    }
+    while let Ok(Some(message)) = stream.receiver.recv().await {
+        if message.is_last() {
+            break;
+        }
+    }
+    client.close();
+    served.await.unwrap().unwrap();
+    let heard = heard.0.lock().unwrap();
+    let notes: Vec<usize> =
+        heard.iter().map(|line| line.split_once(' ').unwrap().1.parse().unwrap()).collect();
+    assert_eq!((got, notes.iter().sum::<usize>()), (300_007, 300_007));
+    assert!(notes.len() <= 5, "{notes:?}");
+}
+
 #[tokio::test]
 async fn what_is_the_owners_is_refused() {
     let bench = Bench::new(Script::new()).await;

@@ -37,6 +37,11 @@ impl Watcher for Diary {
     fn output(&self, _vm: &VmName, bytes: u64) {
         self.write(format!("output {bytes}"));
     }
+
+    fn look<'a>(&'a self, _vm: &'a VmName) -> BoxFuture<'a, ()> {
+        self.write("look".to_owned());
+        Box::pin(async {})
+    }
 }
 
 struct Bench {
@@ -93,7 +98,7 @@ fn a_life_is_on_record_from_its_intent_to_its_end() {
     assert!(recorded[3..].iter().all(|one| one.entry.actor == Actor::System));
     assert!(recorded[1..].iter().all(|one| one.entry.subject.vm.is_some()), "{recorded:?}");
     assert!(recorded[0].synced && recorded[3].synced, "before the act");
-    assert_eq!(bench.diary.lines(), ["ready default", "gone"]);
+    assert_eq!(bench.diary.lines(), ["ready default", "look", "gone"]);
     bench.counted("dev_box_vm_starts_total{accelerator=\"tcg\",outcome=\"ok\"} 1");
     bench.counted("dev_box_vms{state=\"running\"} 0");
     bench.counted("dev_box_vm_destroy_seconds_count{outcome=\"ok\"} 1");
@@ -109,7 +114,7 @@ fn a_vm_made_as_good_as_new_is_another_one_for_the_watcher_and_on_record() {
         let vm = bench.watched.reset(vm).await.unwrap();
         bench.counted("dev_box_vms{state=\"running\"} 1");
         assert_eq!(bench.sink.actions()[3..], ["vm.reset:intent", "vm.reset:ok"]);
-        assert_eq!(bench.diary.lines(), ["ready default", "gone", "ready default"]);
+        assert_eq!(bench.diary.lines(), ["ready default", "look", "gone", "ready default"]);
 
         // One that cannot be reset is gone, and its failure on record.
         bench.fake.fail_reset(ProvisionError::NotReset { why: "worn".to_owned() });

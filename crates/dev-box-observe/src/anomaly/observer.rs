@@ -2,16 +2,19 @@
 //!
 //! ```text
 //!  begin, see, end ──try──> queue ─> the task: VmWatch of each VM ──finding──> respond() on a task of its own
-//!        └ full: counted                                     └──> whoever follows findings
+//!         │                   ↑ once it is empty              └──> whoever follows findings
+//!         ├ full: see is lost, and counted
+//!         └ full: begin and end wait in `late`, and see is lost until they are in
 //! ```
 //! A response may take long (a webhook that hangs, a memory dump): the next observation does not wait for it.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::{broadcast, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -22,7 +25,7 @@ use super::{
 use crate::audit::{AuditSink, Entry, ResponseAction};
 use crate::metrics;
 
-/// Observations that may wait.
+/// What may wait.
 const QUEUE: usize = 4096;
 /// The most VMs watched at a time.
 const MAX_VMS: usize = 1024;
@@ -59,10 +62,52 @@ enum Note {
     Close(oneshot::Sender<()>),
 }
 
+/// Beginnings and ends that found the queue full, in order: a VM whose beginning was lost would not be watched at
+/// all, and one whose end was lost would be for ever. No more than two of a name, so that there are no more than VMs.
+#[derive(Debug, Clone, Default)]
+struct Late(Arc<Mutex<VecDeque<Note>>>);
+
+impl Late {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Note>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends, or keeps what there is no room for. Where some are kept already, this one is not to overtake them.
+    fn send(&self, notes: &mpsc::Sender<Note>, note: Note) {
+        let mut late = self.lock();
+        let note = if late.is_empty() {
+            match notes.try_send(note) {
+                // Closed: nobody watches any more.
+                Ok(()) | Err(TrySendError::Closed(_)) => return,
+                Err(TrySendError::Full(note)) => note,
+            }
+        } else {
+            note
+        };
+        let (Note::Begin { vm, .. } | Note::End { vm }) = &note else { return };
+        let begins = |kept: &Note| matches!(kept, Note::Begin { vm: kept, .. } if kept == vm);
+        let ends = |kept: &Note| matches!(kept, Note::End { vm: kept } if kept == vm);
+        let known = late.len();
+        late.retain(|kept| !begins(kept));
+        // What began and ended meanwhile was never watched, and the one before it has its end already.
+        let in_vain = matches!(note, Note::End { .. }) && (late.len() < known || late.iter().any(ends));
+        if !in_vain {
+            late.push_back(note);
+        }
+    }
+
+    /// All of them, once what was sent before them is out of the queue.
+    fn take(&self, inbox: &mpsc::Receiver<Note>) -> VecDeque<Note> {
+        let mut late = self.lock();
+        if inbox.is_empty() { std::mem::take(&mut *late) } else { VecDeque::new() }
+    }
+}
+
 /// A handle to the observer; a clone is another one to the same. When the last is dropped, what was begun is ended in order.
 #[derive(Debug, Clone)]
 pub struct Observer {
     notes: mpsc::Sender<Note>,
+    late: Late,
     findings: broadcast::Sender<VmFinding>,
     began: Instant,
 }
@@ -76,8 +121,10 @@ impl Observer {
         responder: Arc<dyn Responder>,
     ) -> Self {
         let (notes, inbox) = mpsc::channel(QUEUE);
+        let late = Late::default();
         let (findings, _) = broadcast::channel(FOLLOW);
         let task = Task {
+            late: late.clone(),
             settings: Arc::new(settings),
             sink,
             responder,
@@ -86,23 +133,28 @@ impl Observer {
             responses: JoinSet::new(),
         };
         tokio::spawn(task.run(inbox));
-        Self { notes, findings, began: Instant::now() }
+        Self { notes, late, findings, began: Instant::now() }
     }
 
-    /// A VM begins; `profile` says of what kind it is: VMs of one profile are compared with each other.
+    /// A VM begins; `profile` says of what kind it is: VMs of one profile are compared with each other. Never waits,
+    /// and is never lost.
     pub fn begin(&self, vm: &str, profile: &str) {
-        self.note(Note::Begin { vm: vm.to_owned(), profile: profile.to_owned() });
+        self.late.send(&self.notes, Note::Begin { vm: vm.to_owned(), profile: profile.to_owned() });
     }
 
     /// Something was seen of a VM, now. Never waits: what the task does not keep up with is lost, and counted.
     pub fn see(&self, vm: &str, observation: Observation) {
         let at_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.note(Note::See { vm: vm.to_owned(), at_ms, observation });
+        let note = Note::See { vm: vm.to_owned(), at_ms, observation };
+        // While a beginning or an end waits for the queue to empty, nothing more goes in.
+        if !self.late.lock().is_empty() || self.notes.try_send(note).is_err() {
+            metrics::OBSERVATIONS_LOST.add(1, &[]);
+        }
     }
 
-    /// A VM has ended: what it taught is kept.
+    /// A VM has ended: what it taught is kept. Never waits, and is never lost.
     pub fn end(&self, vm: &str) {
-        self.note(Note::End { vm: vm.to_owned() });
+        self.late.send(&self.notes, Note::End { vm: vm.to_owned() });
     }
 
     /// All findings from now on.
@@ -118,12 +170,6 @@ impl Observer {
         if self.notes.send(Note::Close(done)).await.is_ok() {
             // A response that takes longer goes on while the process lives.
             let _ = tokio::time::timeout(patience, waited).await;
-        }
-    }
-
-    fn note(&self, note: Note) {
-        if self.notes.try_send(note).is_err() {
-            metrics::OBSERVATIONS_LOST.add(1, &[]);
         }
     }
 }
@@ -154,6 +200,7 @@ impl Responder for WhileThere {
 }
 
 struct Task {
+    late: Late,
     settings: Arc<ObserverSettings>,
     sink: Arc<dyn AuditSink>,
     responder: Arc<dyn Responder>,
@@ -164,7 +211,16 @@ struct Task {
 
 impl Task {
     async fn run(mut self, mut inbox: mpsc::Receiver<Note>) {
-        while let Some(note) = inbox.recv().await {
+        let mut overdue = VecDeque::new();
+        loop {
+            if overdue.is_empty() {
+                overdue = self.late.take(&inbox);
+            }
+            let next = match overdue.pop_front() {
+                Some(note) => Some(note),
+                None => inbox.recv().await,
+            };
+            let Some(note) = next else { break };
             while self.responses.try_join_next().is_some() {}
             match note {
                 Note::Begin { vm, profile } => self.begin(vm, profile).await,
@@ -208,7 +264,8 @@ impl Task {
             }
             None => super::Baseline::default(),
         };
-        let watch = VmWatch::new(self.settings.rules.clone(), usual);
+        let watch =
+            VmWatch::new(self.settings.rules.clone(), usual).acting_from(self.settings.plan.act_from_score);
         self.vms.insert(vm, Watched { profile, watch, ended: Arc::default() });
     }
 
@@ -288,6 +345,79 @@ mod tests {
         assert!(findings.recv().await.is_err(), "nothing else");
         assert_eq!(responder.done(), [("b".to_owned(), ResponseAction::Alert, Rule::MetadataContact)]);
         assert_eq!(sink.actions()[0], "anomaly.finding:observed");
+    }
+
+    /// Nothing is taken out meanwhile: there is one thread.
+    fn fill(observer: &Observer, vm: &str) {
+        for _ in 0..2 * QUEUE {
+            observer.see(vm, Observation::Output { bytes: 1 });
+        }
+        assert_eq!(observer.notes.capacity(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_observations_loses_no_vms_beginning_or_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = BaselineStore::new(dir.path());
+        let settings = ObserverSettings { baselines: Some(store.clone()), ..ObserverSettings::default() };
+        let responder = Arc::new(RecordingResponder::of(&["a", "b"]));
+        let observer = Observer::start(settings, Arc::new(RecordingSink::new()), responder);
+        let mut findings = observer.findings();
+        observer.begin("a", "before");
+        for _ in 0..3 {
+            observer.see("a", Observation::Usage { span_ms: 60_000, cpu: 0.5, disk_bytes: 1, net_bytes: 1 });
+        }
+        observer.see("a", metadata());
+        fill(&observer, "a");
+        observer.end("a");
+        observer.begin("a", "after");
+        observer.begin("b", "after");
+        while !observer.late.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        observer.see("b", metadata());
+        // What was seen before the end is judged before it: the last observations of a VM may be the ones that matter.
+        assert_eq!(findings.recv().await.unwrap().vm, "a");
+        assert_eq!(findings.recv().await.unwrap().vm, "b");
+        // Another one of that name: it is not quiet about what the first was found at.
+        observer.see("a", metadata());
+        assert_eq!(findings.recv().await.unwrap().vm, "a");
+        assert_ne!(store.load("before"), super::super::Baseline::default(), "it has ended");
+        observer.close(Duration::from_secs(5)).await;
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_the_queue_is_no_more_than_two_notes_of_a_vm() {
+        let (notes, mut inbox) = mpsc::channel(1);
+        let late = Late::default();
+        let (begin, end) = (
+            |vm: &str, profile: &str| Note::Begin { vm: vm.to_owned(), profile: profile.to_owned() },
+            |vm: &str| Note::End { vm: vm.to_owned() },
+        );
+        late.send(&notes, begin("a", "first"));
+        assert!(late.take(&inbox).is_empty(), "there was room");
+        for _ in 0..100 {
+            late.send(&notes, end("a"));
+            late.send(&notes, begin("a", "next"));
+            // Came and went.
+            late.send(&notes, begin("b", "next"));
+            late.send(&notes, end("b"));
+        }
+        assert!(late.take(&inbox).is_empty(), "the first is not to be overtaken");
+        assert!(matches!(inbox.recv().await, Some(Note::Begin { profile, .. }) if profile == "first"));
+        late.send(&notes, begin("c", "next"));
+        let kept: Vec<String> = late
+            .take(&inbox)
+            .into_iter()
+            .filter_map(|note| match note {
+                Note::Begin { vm, .. } => Some(format!("begin {vm}")),
+                Note::End { vm } => Some(format!("end {vm}")),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(kept, ["end a", "begin a", "begin c"]);
+        late.send(&notes, end("a"));
+        assert!(matches!(inbox.recv().await, Some(Note::End { .. })), "there is room again");
     }
 
     #[tokio::test]

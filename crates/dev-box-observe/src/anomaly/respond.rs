@@ -52,7 +52,9 @@ pub trait Responder: std::fmt::Debug + Send + Sync {
 pub struct Plan {
     /// Actions by rule, in the order in which they are done. A rule that is not named is logged.
     pub actions: BTreeMap<Rule, Vec<ResponseAction>>,
-    /// Findings below this score, from 0 to 1, are logged only (0.5: none is).
+    /// Findings below this score, from 0 to 1, are logged only (0.5: none is). Contacts score 1; `beaconing` never
+    /// more than 0.75; what counts different things (`port_scan` by destinations, `fan_out`, `dns_tunnel`) never more
+    /// than 0.99; the rest gets to 1 with its size or with time.
     pub act_from_score: f64,
 }
 

@@ -1,7 +1,7 @@
 //! The rules: what honest work does not do. One [`VmRules`] a VM; thresholds with their reasons in [`RuleConfig`].
 //!
 //! Each rule is quiet for [`RuleConfig::quiet_ms`] after it found something, so that an attack is one finding a
-//! minute and not one a packet.
+//! minute and not one a packet; unless it gets so odd that more is done about it ([`VmRules::acting_from`]).
 
 mod config;
 mod dns;
@@ -28,6 +28,12 @@ pub enum Observation {
         /// Its port, where the protocol has ports.
         port: Option<u16>,
     },
+    /// Packets were dropped, by the counters: those that were reported one by one ([`Dropped`](Self::Dropped)), and
+    /// those that were too many for that.
+    DroppedPackets {
+        /// How many since the last such observation.
+        packets: u64,
+    },
     /// A connection was let through.
     Connected {
         /// Where to.
@@ -37,6 +43,8 @@ pub enum Observation {
     },
     /// Bytes crossed the VM's interface since the last such observation.
     Traffic {
+        /// How long this covers; 0 where that is not known.
+        span_ms: u64,
         /// Out of the VM.
         sent_bytes: u64,
         /// Into the VM.
@@ -71,11 +79,13 @@ pub enum Observation {
     FilesChanged {
         /// How many.
         count: u64,
-        /// The entropy of the new contents of a sample of them, in bits a byte (0 to 8); 0 of one too short to say.
-        entropies: Vec<f64>,
+        /// What became of a sample of them.
+        changes: Vec<ContentChange>,
     },
     /// Processes in the guest (the guest's claim).
     Processes {
+        /// How long this covers; 0 where that is not known.
+        span_ms: u64,
         /// Started since the last such observation.
         started: u64,
         /// Running now.
@@ -91,6 +101,15 @@ pub enum Observation {
         /// In milliseconds.
         offset_ms: i64,
     },
+}
+
+/// The contents of a file that was changed: entropies in bits a byte (0 to 8).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ContentChange {
+    /// Before, where that is known.
+    pub before: Option<f64>,
+    /// Now; 0 of a file too short to say.
+    pub after: f64,
 }
 
 /// The rules over one VM. Memory is bounded by the configuration's limits, whatever the guest does.
@@ -110,10 +129,12 @@ pub struct VmRules {
     network: network::NetworkRules,
     dns: dns::DnsRules,
     host: host::HostRules,
-    /// When each rule last found something.
-    last: [Option<u64>; Rule::ALL.len()],
+    /// When each rule last found something, and how odd that was.
+    last: [Option<(u64, f64)>; Rule::ALL.len()],
     /// The latest time seen.
     now_ms: u64,
+    /// The score from which more is done about a finding than to write it down.
+    act_from: f64,
 }
 
 impl VmRules {
@@ -128,7 +149,16 @@ impl VmRules {
             config,
             last: [None; Rule::ALL.len()],
             now_ms: 0,
+            act_from: 0.0,
         }
+    }
+
+    /// The same, where more is done about findings from this score on
+    /// ([`Plan::act_from_score`](super::Plan::act_from_score)): who has just crossed a threshold, which is written
+    /// down and no more, is not free to do as he likes while the rule is quiet.
+    #[must_use]
+    pub fn acting_from(self, score: f64) -> Self {
+        Self { act_from: score, ..self }
     }
 
     /// Takes an observation made at `at_ms` of a monotonic clock, and returns what it completes.
@@ -138,7 +168,10 @@ impl VmRules {
         let mut hits = Hits(Vec::new());
         let config = &self.config;
         match observation {
-            Observation::Dropped { .. } | Observation::Connected { .. } | Observation::Traffic { .. } => {
+            Observation::Dropped { .. }
+            | Observation::DroppedPackets { .. }
+            | Observation::Connected { .. }
+            | Observation::Traffic { .. } => {
                 self.network.observe(config, now, observation, &mut hits);
             }
             Observation::Query { name, nxdomain } => {
@@ -147,14 +180,20 @@ impl VmRules {
             _ => self.host.observe(config, now, observation, &mut hits),
         }
         let mut findings = Vec::new();
+        // The worst first: of several hits of one rule it is the one to be told.
+        hits.0.sort_by(|a, b| b.score.total_cmp(&a.score));
         for hit in hits.0 {
             let last =
                 Rule::ALL.iter().position(|rule| *rule == hit.rule).and_then(|at| self.last.get_mut(at));
             let Some(last) = last else { continue };
-            if last.is_some_and(|last| now.saturating_sub(last) < self.config.quiet_ms) {
+            let quiet = |(at, score): (u64, f64)| {
+                let more_is_done = score < self.act_from && hit.score >= self.act_from;
+                now.saturating_sub(at) < self.config.quiet_ms && !more_is_done
+            };
+            if last.is_some_and(quiet) {
                 continue;
             }
-            *last = Some(now);
+            *last = Some((now, hit.score));
             let evidence = match hit.rule {
                 Rule::ForkRate | Rule::ClockJump | Rule::MemoryPressure => Evidence::Guest,
                 _ => Evidence::Host,
@@ -163,6 +202,19 @@ impl VmRules {
         }
         findings
     }
+}
+
+/// How many different ones are told apart where `threshold` are odd: eight times as many, so that a score can say how
+/// far beyond (up to 0.99), and no more than eight thousand, since each is looked through.
+fn limit(threshold: usize) -> usize {
+    threshold.saturating_mul(8).min(8192)
+}
+
+/// What part of an amount is a window's, of an observation that covers more time than that: what was seen late is not
+/// all of now.
+fn within(window_ms: u64, span_ms: u64, amount: u64) -> f64 {
+    let amount = amount as f64;
+    if span_ms > window_ms { amount * window_ms as f64 / span_ms as f64 } else { amount }
 }
 
 struct Hit {

@@ -56,6 +56,12 @@ impl VmWatch {
         }
     }
 
+    /// The same, where more is done about findings from this score on: see [`VmRules::acting_from`].
+    #[must_use]
+    pub fn acting_from(self, score: f64) -> Self {
+        Self { rules: self.rules.acting_from(score), ..self }
+    }
+
     /// Takes an observation made at `at_ms` of a monotonic clock, and returns what it completes.
     pub fn observe(&mut self, at_ms: u64, observation: &Observation) -> Vec<Finding> {
         let mut findings = self.rules.observe(at_ms, observation);

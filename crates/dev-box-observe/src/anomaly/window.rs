@@ -55,7 +55,7 @@ impl<K: PartialEq> Distinct<K> {
 
     /// Notes a key and returns how many different ones there are now.
     pub(crate) fn see(&mut self, at_ms: u64, key: K) -> usize {
-        self.seen.retain(|(_, seen)| at_ms.saturating_sub(*seen) < self.window_ms);
+        self.count(at_ms);
         if let Some((_, seen)) = self.seen.iter_mut().find(|(known, _)| *known == key) {
             *seen = (*seen).max(at_ms);
         } else {
@@ -70,9 +70,10 @@ impl<K: PartialEq> Distinct<K> {
         self.seen.len()
     }
 
-    /// Those that are there now, as they were when they were first seen.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = &K> {
-        self.seen.iter().map(|(key, _)| key)
+    /// How many different ones there are now.
+    pub(crate) fn count(&mut self, at_ms: u64) -> usize {
+        self.seen.retain(|(_, seen)| at_ms.saturating_sub(*seen) < self.window_ms);
+        self.seen.len()
     }
 }
 

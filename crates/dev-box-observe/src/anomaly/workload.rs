@@ -6,7 +6,7 @@
 
 use std::net::IpAddr;
 
-use super::{Observation, Rule};
+use super::{ContentChange, Observation, Rule};
 
 /// Time between two looks at a VM.
 const STEP_MS: u64 = 2_000;
@@ -109,8 +109,8 @@ fn step(at: u64, phase: Phase, model: IpAddr, dice: &mut Dice, seen: &mut Vec<Se
         Phase::Format => (0.7 * noise, 8 << 20, 0, 0, 50, 20, 0.6, 3_000),
     };
     see(Observation::Usage { span_ms: STEP_MS, cpu, disk_bytes: disk, net_bytes: sent + received });
-    see(Observation::Traffic { sent_bytes: sent, received_bytes: received });
-    see(Observation::Processes { started: forks + dice.between(0, 1 + forks), running });
+    see(Observation::Traffic { span_ms: STEP_MS, sent_bytes: sent, received_bytes: received });
+    see(Observation::Processes { span_ms: STEP_MS, started: forks + dice.between(0, 1 + forks), running });
     see(Observation::Memory { span_ms: STEP_MS, available: (free - 0.2 * noise).max(0.04) });
     see(Observation::Output { bytes: output });
     match phase {
@@ -127,20 +127,25 @@ fn step(at: u64, phase: Phase, model: IpAddr, dice: &mut Dice, seen: &mut Vec<Se
             if dice.chance(0.2) {
                 let address = IpAddr::from([203, 0, 113, 200 + dice.between(0, 5) as u8]);
                 see(Observation::Dropped { address, port: Some(8443) });
+                see(Observation::DroppedPackets { packets: 4 });
             }
         }
         Phase::Git => {
             see(Observation::Connected { address: IpAddr::from([140, 82, 112, 3]), port: Some(22) });
+            // It moves and links what it packed before.
+            let changes = vec![ContentChange { before: Some(7.9), after: 7.9 }; 20];
+            see(Observation::FilesChanged { count: 400, changes });
         }
         Phase::Build => {
             // An archive or a picture among them.
-            let entropies = (0..20).map(|_| if dice.chance(0.05) { 7.8 } else { 5.0 + 1.5 * dice.part() });
-            let entropies = entropies.collect();
-            see(Observation::FilesChanged { count: dice.between(0, 60), entropies });
+            let after = (0..20).map(|_| if dice.chance(0.05) { 7.8 } else { 5.0 + 1.5 * dice.part() });
+            let changes = after.map(|after| ContentChange { before: None, after }).collect();
+            see(Observation::FilesChanged { count: dice.between(0, 60), changes });
         }
         Phase::Format => {
-            let entropies = (0..20).map(|_| 4.0 + dice.part()).collect();
-            see(Observation::FilesChanged { count: dice.between(50, 600), entropies });
+            let after = (0..20).map(|_| 4.0 + dice.part());
+            let changes = after.map(|after| ContentChange { before: Some(4.5), after }).collect();
+            see(Observation::FilesChanged { count: dice.between(50, 600), changes });
         }
         _ => {}
     }
@@ -196,6 +201,7 @@ pub fn attack(rule: Rule, seed: u64, at: u64, strength: f64) -> Vec<Seen> {
             seen
         }
         Rule::EgressVolume => spread(60, 120_000, &mut dice, &mut |_, _| Observation::Traffic {
+            span_ms: 2_000,
             sent_bytes: times(f64::from(1_u32 << 30)) / 60,
             received_bytes: 0,
         }),
@@ -215,9 +221,10 @@ pub fn attack(rule: Rule, seed: u64, at: u64, strength: f64) -> Vec<Seen> {
             .collect(),
         Rule::MassChange => spread(10, 20_000, &mut dice, &mut |_, dice| Observation::FilesChanged {
             count: times(200.0) / 10 + 1,
-            entropies: vec![7.6 + 0.3 * dice.part()],
+            changes: vec![ContentChange { before: Some(4.5), after: 7.6 + 0.3 * dice.part() }],
         }),
         Rule::ForkRate => spread(4, 8_000, &mut dice, &mut |_, _| Observation::Processes {
+            span_ms: 2_000,
             started: times(5_000.0) / 4 + 1,
             running: 90,
         }),

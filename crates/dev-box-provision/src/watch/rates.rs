@@ -47,7 +47,7 @@ impl Look {
         let net_bytes = sent.saturating_add(received);
         vec![
             Observation::Usage { span_ms, cpu, disk_bytes: disk, net_bytes },
-            Observation::Traffic { sent_bytes: sent, received_bytes: received },
+            Observation::Traffic { span_ms, sent_bytes: sent, received_bytes: received },
         ]
     }
 
@@ -90,14 +90,16 @@ mod tests {
             observations[0],
             Observation::Usage { span_ms: 2_000, cpu: 0.5, disk_bytes: 800, net_bytes: 1_200 }
         );
-        assert_eq!(observations[1], Observation::Traffic { sent_bytes: 400, received_bytes: 800 });
+        let traffic = Observation::Traffic { span_ms: 2_000, sent_bytes: 400, received_bytes: 800 };
+        assert_eq!(observations[1], traffic);
     }
 
     #[test]
     fn counters_that_go_back_and_time_that_stands_still_say_nothing() {
         assert_eq!(look(1_000, 5, 5).since(&look(1_000, 1, 1), 1), []);
         let observations = look(2_000, 0, 0).since(&look(1_000, 900, 900), 1);
-        assert_eq!(observations[1], Observation::Traffic { sent_bytes: 0, received_bytes: 0 });
+        let traffic = Observation::Traffic { span_ms: 1_000, sent_bytes: 0, received_bytes: 0 };
+        assert_eq!(observations[1], traffic);
         let Observation::Usage { cpu, .. } = look(2_000, 9_000, 0).since(&look(1_000, 0, 0), 1)[0] else {
             panic!()
         };

@@ -6,22 +6,29 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RuleConfig {
-    /// How long a rule is quiet after a finding, in ms (one a minute: enough to see that it goes on).
+    /// How long a rule is quiet after a finding, in ms (one a minute: enough to see that it goes on), unless it gets so odd that more is
+    /// done about it.
     pub quiet_ms: u64,
     /// Different destinations dropped in a minute that make a scan. Honest programs are dropped at a few (a mirror
     /// that is down, a telemetry port); a scan that stays below 21 a minute takes a day for a /16 of one port.
     pub scan_destinations: usize,
+    /// Packets dropped in a minute that are as odd as a scan, since a scan could be among them: some a second are
+    /// reported one by one, and no more. A program that is refused tries again some times a second at most.
+    pub drop_packets: u64,
     /// Different addresses reached in a minute that make a fan-out. A package installation reaches a dozen.
     pub fan_out_destinations: usize,
-    /// Different names below one domain in a minute before it can be a tunnel. Content networks use a handful.
+    /// Different names that may carry data, below one domain in a minute, that make a tunnel; four times as many of all
+    /// domains. Content networks use a handful. And different names that do not exist that make a search: see
+    /// `dns_nxdomain`.
     pub dns_names: usize,
-    /// Mean length of the part below the domain, in characters, from which those names carry data. A tunnel fills
-    /// labels (up to 63 each) because each query costs a round trip; people's names are short.
+    /// Length of the part below the domain, in characters, from which a name may carry data. A tunnel fills labels
+    /// (up to 63 each) because each query costs a round trip; people's names are short.
     pub dns_length: f64,
-    /// Mean entropy of that part, in bits a character, from which it is no language (English host names: below 3;
-    /// base32 of data: near 4).
+    /// Entropy of that part, in bits a character, from which half that length is enough, since it is no language
+    /// (English host names: below 3; base32 of data: near 4).
     pub dns_entropy: f64,
-    /// Share of answers "no such name", from which many names are a search (generated domains).
+    /// Share of the different names asked for that do not exist, from which `dns_names` of them are a search (generated
+    /// domains). Four times as many are one whatever else was asked for, since names that exist are as easy to make up.
     pub dns_nxdomain: f64,
     /// Regular intervals to one destination that make a beacon.
     pub beacon_intervals: usize,
@@ -29,9 +36,11 @@ pub struct RuleConfig {
     pub beacon_min_ms: u64,
     /// The largest relative deviation (MAD over median) that counts as regular. A person or a build is beyond 0.5.
     pub beacon_jitter: f64,
-    /// Bytes sent in ten minutes. A push of a large repository stays below a gibibyte.
+    /// Bytes sent in ten minutes (of what was seen late, its share). A push of a large repository stays below a
+    /// gibibyte.
     pub egress_bytes: u64,
-    /// Mean use of the CPUs, 0 to 1, from which they are saturated.
+    /// Use of the CPUs, 0 to 1, from which they are saturated; who mines has them so for 85 % of the time at least: a pause now and then is no
+    /// way around.
     pub mining_cpu: f64,
     /// For how long, in ms. Link steps and test suites touch the disk within five minutes.
     pub mining_ms: u64,
@@ -41,10 +50,12 @@ pub struct RuleConfig {
     pub mining_net_rate: f64,
     /// Existing files changed in a minute. A formatter over a large tree may do that too, hence the entropy.
     pub change_files: u64,
-    /// Entropy of its new contents, in bits a byte, from which such a file counts: text is below 6, compressed or encrypted data
+    /// Entropy of its new contents, in bits a byte, from which such a file counts, unless its contents before had
+    /// that as well (archives and pictures that are moved or linked): text is below 6, compressed or encrypted data
     /// above 7.5.
     pub change_entropy: f64,
-    /// Processes started in ten seconds. A parallel build starts some hundred a second at most.
+    /// Processes started in ten seconds (of what was seen late, its share). A parallel build starts some hundred a
+    /// second at most.
     pub forks: u64,
     /// Processes running at once.
     pub processes: u64,
@@ -63,6 +74,7 @@ impl Default for RuleConfig {
         Self {
             quiet_ms: 60_000,
             scan_destinations: 21,
+            drop_packets: 3_000,
             fan_out_destinations: 150,
             dns_names: 50,
             dns_length: 30.0,
@@ -146,6 +158,7 @@ impl RuleConfig {
             ("quiet_ms", self.quiet_ms as f64),
             ("dns_length", self.dns_length),
             ("beacon_min_ms", self.beacon_min_ms as f64),
+            ("drop_packets", self.drop_packets as f64),
             ("egress_bytes", self.egress_bytes as f64),
             ("mining_ms", self.mining_ms as f64),
             ("mining_disk_rate", self.mining_disk_rate),

@@ -2,47 +2,36 @@
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use super::{Hits, Rule, RuleConfig};
-use crate::anomaly::window::{Distinct, Recent, Sums};
+use super::{Hits, Rule, RuleConfig, limit};
+use crate::anomaly::window::Distinct;
 
 const MINUTE: u64 = 60_000;
 /// Domains watched at once.
 const DOMAINS: usize = 32;
+/// How many times the threshold of one domain is odd of all domains, and of names that do not exist beside others
+/// that do.
+const MANY: usize = 4;
 /// The longest name there is (RFC 1035, section 2.3.4); what is longer is cut before it costs anything.
 const MAX_NAME: usize = 255;
 
-/// What a name below a domain is like, known by its hash: asked for again and again it counts once.
-#[derive(Debug, Clone, Copy)]
-struct Name {
-    hash: u64,
-    /// In characters, without the dots.
-    length: f64,
-    /// Bits a character.
-    entropy: f64,
-}
-
-impl PartialEq for Name {
-    fn eq(&self, other: &Self) -> bool {
-        self.hash == other.hash
-    }
-}
-
+/// Names are known by their hashes: asked for again and again, one counts once. Of a domain only those that may carry
+/// data are remembered: short ones beside them, which cost nothing, hide none. With the default thresholds this is
+/// less than half a MiB, whatever is asked for.
 #[derive(Debug, Clone)]
 pub(super) struct DnsRules {
-    domains: Recent<String, Distinct<Name>>,
-    /// Over all domains: queries, and those for names that do not exist. Generated names share no domain.
-    answers: Sums<2>,
+    /// The latest used last.
+    domains: Vec<(String, Distinct<u64>)>,
+    /// Those names of all domains: whoever owns many spreads them.
+    suspects: Distinct<u64>,
+    /// Names that do not exist, and that do, of all domains: generated names share none.
     missing: Distinct<u64>,
+    present: Distinct<u64>,
 }
 
 impl DnsRules {
     pub(super) fn new(config: &RuleConfig) -> Self {
-        let limit = config.dns_names.saturating_mul(2).min(2048);
-        Self {
-            domains: Recent::new(DOMAINS),
-            answers: Sums::new(MINUTE),
-            missing: Distinct::new(MINUTE, limit),
-        }
+        let distinct = || Distinct::new(MINUTE, limit(config.dns_names.saturating_mul(MANY)));
+        Self { domains: Vec::new(), suspects: distinct(), missing: distinct(), present: distinct() }
     }
 
     pub(super) fn observe(
@@ -64,37 +53,57 @@ impl DnsRules {
         name.hash(&mut hasher);
         let hash = hasher.finish();
         let threshold = config.dns_names as f64;
+        let of_all = threshold * MANY as f64;
 
-        let [queries, missed] = self.answers.add(now, [1.0, f64::from(u8::from(nxdomain))]);
         if nxdomain {
-            let names = self.missing.see(now, hash) as f64;
-            if missed / queries.max(1.0) >= config.dns_nxdomain {
-                hits.over(Rule::DnsTunnel, names, threshold, || {
-                    format!("{names} different names that do not exist were asked for within a minute, lately {name:?}")
-                });
-            }
-        }
-        if below.is_empty() {
-            return;
-        }
-        let limit = config.dns_names.saturating_mul(2).min(2048);
-        let Some(state) = self.domains.entry(domain.to_owned(), || Distinct::new(MINUTE, limit)) else {
-            return;
-        };
-        let text = below.replace('.', "");
-        let name = Name { hash, length: text.len() as f64, entropy: entropy_of(&text) };
-        let names = state.see(now, name) as f64;
-        let mean = |of: fn(&Name) -> f64| state.keys().map(of).sum::<f64>() / names.max(1.0);
-        let (length, entropy) = (mean(|name| name.length), mean(|name| name.entropy));
-        // Random text of few characters cannot have much entropy, hence two ways to be suspect.
-        if length >= config.dns_length || (entropy >= config.dns_entropy && length >= config.dns_length / 2.0)
-        {
-            hits.over(Rule::DnsTunnel, names, threshold, || {
-                format!(
-                    "{names} different names below {domain:?} within a minute, {length:.0} characters and {entropy:.1} bits a character on average"
-                )
+            let (names, present) = (self.missing.see(now, hash) as f64, self.present.count(now) as f64);
+            // Names that exist are as easy to make up: so many that do not are a search whatever is beside them.
+            let mostly = names / (names + present) >= config.dns_nxdomain;
+            hits.over(Rule::DnsTunnel, names, if mostly { threshold } else { of_all }, || {
+                format!("{names} different names that do not exist were asked for within a minute, lately {name:?}")
             });
+        } else {
+            self.present.see(now, hash);
         }
+        let text = below.replace('.', "");
+        let (length, entropy) = (text.len() as f64, entropy_of(&text));
+        // Random text of few characters cannot have much entropy, hence two ways to be suspect.
+        let random = entropy >= config.dns_entropy && length >= config.dns_length / 2.0;
+        if length < config.dns_length && !random {
+            return;
+        }
+        let all = self.suspects.see(now, hash) as f64;
+        hits.over(Rule::DnsTunnel, all, of_all, || {
+            format!(
+                "{all} different long or random names were asked for within a minute, lately below {domain:?}"
+            )
+        });
+        let Some(names) = self.seen_below(domain, config, now, hash) else { return };
+        hits.over(Rule::DnsTunnel, names as f64, threshold, || {
+            format!(
+                "{names} different long or random names below {domain:?} within a minute, lately of {length} characters and {entropy:.1} bits a character"
+            )
+        });
+    }
+
+    /// Notes a name of a domain and returns how many there are of it. Where there are too many domains, the one goes
+    /// that has the fewest; of several, the least recently used: other domains cost a name each and reset no tunnel.
+    fn seen_below(&mut self, domain: &str, config: &RuleConfig, now: u64, hash: u64) -> Option<usize> {
+        let known = self.domains.iter().position(|(known, _)| known == domain);
+        let used = match known {
+            Some(at) => self.domains.remove(at),
+            None => {
+                if self.domains.len() >= DOMAINS {
+                    let counts = self.domains.iter_mut().map(|(_, names)| names.count(now)).enumerate();
+                    if let Some((fewest, _)) = counts.min_by_key(|(_, count)| *count) {
+                        self.domains.remove(fewest);
+                    }
+                }
+                (domain.to_owned(), Distinct::new(MINUTE, limit(config.dns_names)))
+            }
+        };
+        self.domains.push(used);
+        self.domains.last_mut().map(|(_, names)| names.see(now, hash))
     }
 }
 

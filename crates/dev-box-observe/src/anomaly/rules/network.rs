@@ -5,10 +5,11 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use super::{Hits, Observation, Rule, RuleConfig};
+use super::{Hits, Observation, Rule, RuleConfig, limit, within};
 use crate::anomaly::window::{Distinct, Recent, Sums};
 
 const MINUTE: u64 = 60_000;
+const EGRESS_MS: u64 = 10 * MINUTE;
 /// Destinations whose intervals are watched at once.
 const BEACONS: usize = 64;
 /// Contacts closer than this part of the shortest beacon's interval are one (the connections of one page).
@@ -17,6 +18,7 @@ const BURST: u64 = 5;
 #[derive(Debug, Clone)]
 pub(super) struct NetworkRules {
     dropped: Distinct<(IpAddr, Option<u16>)>,
+    dropped_packets: Sums<1>,
     reached: Distinct<IpAddr>,
     contacts: Recent<(IpAddr, Option<u16>), VecDeque<u64>>,
     sent: Sums<1>,
@@ -25,11 +27,11 @@ pub(super) struct NetworkRules {
 impl NetworkRules {
     pub(super) fn new(config: &RuleConfig) -> Self {
         Self {
-            // Twice the threshold, so that a score can say how far beyond.
-            dropped: Distinct::new(MINUTE, config.scan_destinations.saturating_mul(2).min(2048)),
-            reached: Distinct::new(MINUTE, config.fan_out_destinations.saturating_mul(2).min(2048)),
+            dropped: Distinct::new(MINUTE, limit(config.scan_destinations)),
+            dropped_packets: Sums::new(MINUTE),
+            reached: Distinct::new(MINUTE, limit(config.fan_out_destinations)),
             contacts: Recent::new(BEACONS),
-            sent: Sums::new(10 * MINUTE),
+            sent: Sums::new(EGRESS_MS),
         }
     }
 
@@ -58,8 +60,15 @@ impl NetworkRules {
                 });
                 self.beacon(config, now, *address, *port, hits);
             }
-            Observation::Traffic { sent_bytes, .. } => {
-                let [sent] = self.sent.add(now, [*sent_bytes as f64]);
+            Observation::DroppedPackets { packets } => {
+                // Reports are limited to some a second: in a flood of them a scan is not seen.
+                let [packets] = self.dropped_packets.add(now, [*packets as f64]);
+                hits.over(Rule::PortScan, packets, config.drop_packets as f64, || {
+                    format!("{packets:.0} packets were dropped within a minute, more than are told apart")
+                });
+            }
+            Observation::Traffic { span_ms, sent_bytes, .. } => {
+                let [sent] = self.sent.add(now, [within(EGRESS_MS, *span_ms, *sent_bytes)]);
                 hits.over(Rule::EgressVolume, sent, config.egress_bytes as f64, || {
                     format!("{:.0} MiB were sent within ten minutes", sent / f64::from(1 << 20))
                 });
