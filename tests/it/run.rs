@@ -259,7 +259,7 @@ fn a_qemu_that_is_killed_is_noticed_at_once() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
     let killed = std::time::Instant::now();
     running.finish().expect_code(125);
-    assert!(killed.elapsed() < Duration::from_secs(8), "{:?}", killed.elapsed());
+    assert!(killed.elapsed() < Duration::from_secs(30), "{:?}", killed.elapsed());
 }
 
 #[test]

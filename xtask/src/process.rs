@@ -252,7 +252,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", "sleep 60 & echo $!; wait"]);
         let error =
-            run_logged(&mut command, Some(&log), within(Duration::from_millis(300)), &mut || {}).unwrap_err();
+            run_logged(&mut command, Some(&log), within(Duration::from_secs(2)), &mut || {}).unwrap_err();
         assert!(matches!(error, ProcessError::Deadline { .. }), "{error:?}");
         let text = std::fs::read_to_string(log).unwrap();
         let grandchild: u32 = text.lines().last().unwrap().parse().unwrap();

@@ -228,8 +228,9 @@ impl<'a> Stage<'a> {
         let sockets: Vec<UdpSocket> = sockets.collect::<Result<_, _>>()?;
         let over = Arc::clone(&self.over);
         thread::spawn(move || {
-            // Each from a port of its own: to the kernel it is never part of what went before.
-            for socket in sockets {
+            // Each from a port of its own: to the kernel it is never part of what went before. A port comes again after minutes, when the
+            // kernel has forgotten it.
+            for socket in sockets.iter().cycle() {
                 if over.load(Ordering::Relaxed) {
                     return;
                 }

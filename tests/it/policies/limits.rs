@@ -88,7 +88,7 @@ fn limits_hold_a_guest_that_wants_more() {
     let rate = dropped("rate");
     assert!(rate > 0, "{}", site.shown(&vm));
 
-    let limit = 100_000.0;
+    let limit = 20_000.0;
     site.apply(&vm, &format!("{FREE}[limits]\negress-bytes-per-second = {limit}\n"));
     let (held, seconds) = flood();
     eprintln!("with a limit of {limit} bytes a second {held} bytes in {seconds} s");

@@ -205,8 +205,9 @@ impl Stage {
         let sockets = (0..300).map(|_| self.world.inside(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap());
         let sockets: Vec<UdpSocket> = sockets.collect();
         thread::spawn(move || {
-            // Each from a port of its own: to the kernel it is never part of what went before.
-            for socket in sockets {
+            // Each from a port of its own: to the kernel it is never part of what went before. A port comes again after minutes, when the
+            // kernel has forgotten it.
+            for socket in sockets.iter().cycle() {
                 if over.load(Ordering::Relaxed) {
                     return;
                 }

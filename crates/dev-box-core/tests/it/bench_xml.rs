@@ -18,7 +18,7 @@ fn xml_is_built_in_no_time() {
         })
         .collect();
     times.sort();
-    // Optimised it takes a fortieth of this.
-    assert!(times[100] < Duration::from_millis(2), "{:?}", times[100]);
+    // Optimised it takes a four-hundredth of this.
+    assert!(times[100] < Duration::from_millis(20), "{:?}", times[100]);
     eprintln!("xml.build p50: {:?}", times[100]);
 }
