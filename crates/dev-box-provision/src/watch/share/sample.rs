@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
@@ -41,13 +42,15 @@ impl Sampler {
 
     /// Reads the file that is there, if it is this one, and says what it looked like before that was done.
     pub(super) fn read(&self, path: &Path, id: Id) -> Option<(Outline, Sample)> {
-        // Between the walk and this it may have become anything: a link is refused, a FIFO does not block.
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
-        let meta = file.metadata().ok()?;
+        // Between the walk and this the path may have come to lead to anything on the host. What is there is looked at before it is opened:
+        // that alone does something to a device.
+        let flags = libc::O_PATH | libc::O_NOFOLLOW;
+        let there = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+        let meta = there.metadata().ok()?;
         if !meta.is_file() || Id::of(&meta) != id {
             return None;
         }
+        let file = File::open(format!("/proc/self/fd/{}", there.as_raw_fd())).ok()?;
         let size = meta.size();
         let mut hasher = self.0.build_hasher();
         hasher.write_u64(size);
