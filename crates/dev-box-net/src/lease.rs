@@ -1,24 +1,24 @@
 //! Which VM has which address, across processes.
 //!
 //! ```text
-//!   free --acquire: lock the address's file, write the record--> held --release: delete, unlock--> free
-//!                                                                 |
-//!                                          owner dies: the kernel unlocks; the record stays
-//!                                                                 v
-//!   held <--acquire: lock obtained, record replaced------------ abandoned --sweep--> free
+//!   free --acquire: lock the address, write the record--> held --release: delete the record, unlock--> free
+//!                                                           |
+//!                                    owner dies: the kernel unlocks; the record stays
+//!                                                           v
+//!   held <--acquire: lock obtained, record replaced------ abandoned --sweep--> free
 //! ```
 //!
-//! One file an address, `DIR/10.213.0.2.lease`, locked with flock(2) by the process that holds the lease: two
+//! Two files an address. `DIR/10.213.0.2.lock` is locked with flock(2) by the process that holds the lease: two
 //! processes never have one address, and a dead owner's is free at once, without anyone's clean-up.
+//! `DIR/10.213.0.2.lease` is the record. It is replaced by rename(2), so whoever reads it sees the old one or the new
+//! one, however slow or dead its writer is; a lock on this file would not outlast that, hence the other.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read as _, Seek as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use dev_box_core::id::VmName;
 use serde::{Deserialize, Serialize};
@@ -29,9 +29,6 @@ use crate::subnet::Subnet;
 
 /// Largest record that is read, in bytes: larger than any policy makes one.
 const MAX_RECORD_BYTES: u64 = 256 * 1024;
-
-/// How long a record that cannot be read is looked at again: by then it was written, or its writer is dead.
-const WRITTEN_WITHIN: Duration = Duration::from_millis(250);
 
 /// What is on record of a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,7 +100,9 @@ pub struct AddressLeases {
 /// A held lease. Dropping it leaves the record and frees the address, as the owner's death would.
 #[derive(Debug)]
 pub struct AddressLease {
-    file: File,
+    /// Locked for as long as this lives.
+    _lock: File,
+    lock_path: PathBuf,
     path: PathBuf,
     address: Ipv4Addr,
 }
@@ -173,7 +172,7 @@ impl AddressLeases {
         usable: impl Fn(Ipv4Addr) -> bool,
     ) -> Result<AddressLease, LeaseError> {
         for address in self.subnet.guests().filter(|address| usable(*address)) {
-            if let Some(mut lease) = self.try_lock(address, true)? {
+            if let Some(mut lease) = self.try_lock(address)? {
                 lease.write(record)?;
                 return Ok(lease);
             }
@@ -181,22 +180,21 @@ impl AddressLeases {
         Err(LeaseError::Exhausted { subnet: self.subnet, capacity: self.subnet.capacity() })
     }
 
-    /// Every lease on record, with its owner's state. A record that cannot be read is `None`: its writer died.
+    /// Every lease on record, with its owner's state. A record that cannot be read is `None`: it is not ours, or damaged.
     ///
     /// # Errors
     /// [`LeaseError::Io`].
     pub fn list(&self) -> Result<BTreeMap<Ipv4Addr, (Owner, Option<LeaseRecord>)>, LeaseError> {
         let mut leases = BTreeMap::new();
         for address in self.addresses()? {
+            let (owner, _unchanged) = self.owner(address)?;
             let path = self.path(address);
-            let record = match File::open(&path) {
-                Ok(file) => read(file),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            match File::open(&path) {
+                Ok(file) => _ = leases.insert(address, (owner, read(file))),
+                // Released meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(failed(&path, "read")(error)),
-            };
-            // The lock is let go at once; a process that looks for an address in this moment takes the next one.
-            let owner = if self.try_lock(address, false)?.is_some() { Owner::Dead } else { Owner::Alive };
-            leases.insert(address, (owner, record));
+            }
         }
         Ok(leases)
     }
@@ -221,9 +219,8 @@ impl AddressLeases {
     /// [`LeaseError::Io`], when there is no such lease among others.
     pub fn rewrite(&self, address: Ipv4Addr, record: &LeaseRecord) -> Result<(), LeaseError> {
         let path = self.path(address);
-        // The same file: it is what the owner's lock is on.
-        let file = OpenOptions::new().write(true).open(&path).map_err(failed(&path, "opened"))?;
-        write(&file, &path, record)
+        fs::metadata(&path).map_err(failed(&path, "examined"))?;
+        replace(&path, record)
     }
 
     /// Takes a lease whose owner is dead, so that what belongs to it can be removed before it is released.
@@ -231,7 +228,12 @@ impl AddressLeases {
     /// # Errors
     /// [`LeaseError::Io`].
     pub fn adopt(&self, address: Ipv4Addr) -> Result<Option<AddressLease>, LeaseError> {
-        self.try_lock(address, false)
+        // Only with the lock is it certain that there is still a record: its owner may be just giving the address back.
+        match self.try_lock(address)? {
+            Some(lease) if self.is_on_record(address) => Ok(Some(lease)),
+            Some(lease) => lease.unlock().map(|()| None),
+            None => Ok(None),
+        }
     }
 
     /// Whether the address has a record, its owner alive or dead.
@@ -255,29 +257,44 @@ impl AddressLeases {
         self.dir.join(format!("{address}.lease"))
     }
 
-    fn try_lock(&self, address: Ipv4Addr, create: bool) -> Result<Option<AddressLease>, LeaseError> {
-        let path = self.path(address);
+    fn lock_path(&self, address: Ipv4Addr) -> PathBuf {
+        self.dir.join(format!("{address}.lock"))
+    }
+
+    /// Whether an address's owner lives. While what comes with a dead one is held, nobody takes its place; a process
+    /// that looks for an address in this moment takes the next one.
+    fn owner(&self, address: Ipv4Addr) -> Result<(Owner, Option<File>), LeaseError> {
+        let path = self.lock_path(address);
         loop {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(create)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path);
-            let file = match file {
+            let file = match File::open(&path) {
                 Ok(file) => file,
-                Err(error) if !create && error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Owner::Dead, None)),
                 Err(error) => return Err(failed(&path, "opened")(error)),
             };
+            // Shared: who else lists at this moment is no owner.
+            match file.try_lock_shared() {
+                Ok(()) if same_file(&file, &path)? => return Ok((Owner::Dead, Some(file))),
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok((Owner::Alive, None)),
+                Err(TryLockError::Error(error)) => return Err(failed(&path, "locked")(error)),
+            }
+        }
+    }
+
+    fn try_lock(&self, address: Ipv4Addr) -> Result<Option<AddressLease>, LeaseError> {
+        let lock_path = self.lock_path(address);
+        loop {
+            let file =
+                OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&lock_path);
+            let file = file.map_err(failed(&lock_path, "opened"))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(None),
-                Err(TryLockError::Error(error)) => return Err(failed(&path, "locked")(error)),
+                Err(TryLockError::Error(error)) => return Err(failed(&lock_path, "locked")(error)),
             }
             // Released between our open and our lock: the name now belongs to nobody, or to another file.
-            if same_file(&file, &path)? {
-                return Ok(Some(AddressLease { file, path, address }));
+            if same_file(&file, &lock_path)? {
+                return Ok(Some(AddressLease { _lock: file, lock_path, path: self.path(address), address }));
             }
         }
     }
@@ -292,30 +309,19 @@ fn same_file(file: &File, path: &Path) -> Result<bool, LeaseError> {
     }
 }
 
-/// The record, also where it is being replaced: that is done in place, since the file is what the lock is on.
-fn read(mut file: File) -> Option<LeaseRecord> {
-    let began = Instant::now();
-    loop {
-        let mut text = String::new();
-        file.rewind().ok()?;
-        (&file).take(MAX_RECORD_BYTES).read_to_string(&mut text).ok()?;
-        match serde_json::from_str(&text) {
-            Ok(record) => return Some(record),
-            Err(_) if began.elapsed() < WRITTEN_WITHIN => thread::sleep(Duration::from_millis(1)),
-            Err(_) => return None,
-        }
-    }
+fn read(file: File) -> Option<LeaseRecord> {
+    let mut text = String::new();
+    file.take(MAX_RECORD_BYTES).read_to_string(&mut text).ok()?;
+    serde_json::from_str(&text).ok()
 }
 
-fn write(mut file: &File, path: &Path, record: &LeaseRecord) -> Result<(), LeaseError> {
+/// Replaces a record. Not synced: no tap outlives the machine's end.
+fn replace(path: &Path, record: &LeaseRecord) -> Result<(), LeaseError> {
     let text = serde_json::to_vec(record).map_err(|error| failed(path, "written")(error.into()))?;
-    let mut write = || {
-        file.rewind()?;
-        // First: what is there halfway is no record.
-        file.set_len(0)?;
-        file.write_all(&text)
-    };
-    write().map_err(failed(path, "written"))
+    let new = path.with_extension("new");
+    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
+    let written = file.and_then(|mut file| file.write_all(&text)).and_then(|()| fs::rename(&new, path));
+    written.map_err(failed(path, "written"))
 }
 
 impl AddressLease {
@@ -334,7 +340,7 @@ impl AddressLease {
     /// # Errors
     /// [`LeaseError::Io`].
     pub fn write(&mut self, record: &LeaseRecord) -> Result<(), LeaseError> {
-        write(&self.file, &self.path, record)
+        replace(&self.path, record)
     }
 
     /// Ends the lease: the record is deleted, the address free.
@@ -342,8 +348,13 @@ impl AddressLease {
     /// # Errors
     /// [`LeaseError::Io`]; the address is free even then.
     pub fn release(self) -> Result<(), LeaseError> {
+        fs::remove_file(&self.path).map_err(failed(&self.path, "removed"))?;
+        self.unlock()
+    }
+
+    fn unlock(self) -> Result<(), LeaseError> {
         // Deleted while locked: nobody can have opened this file and still find it under its name.
-        fs::remove_file(&self.path).map_err(failed(&self.path, "removed"))
+        fs::remove_file(&self.lock_path).map_err(failed(&self.lock_path, "removed"))
     }
 }
 
