@@ -158,8 +158,7 @@ impl AgentExecutor {
                 let mut leased = Leased { provisioner, vm: Some(vm) };
                 if let Some(vm) = &leased.vm {
                     report.runs_in(vm);
-                    let writes = request.mounts.list.iter().any(|mount| mount.writable);
-                    let place = Place { writes, ..Place::of(vm) };
+                    let place = Place { writes: request.mounts.any_writable(), ..Place::of(vm) };
                     self.execute_in(place, job, sink, cancel, &mut report).await;
                 }
                 report.enter(Phase::Reset);
@@ -259,12 +258,7 @@ impl AgentExecutor {
                 let results = self.results(vm, &injected, (state, answers), cancel, who, report);
                 results.instrument(info_span!("collect")).await
             }
-            None => {
-                if vm.writes {
-                    self.look(vm.name, cancel).await;
-                }
-                Ok(())
-            }
+            None => Ok(()),
         }
     }
 

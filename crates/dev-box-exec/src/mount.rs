@@ -124,6 +124,12 @@ impl Mounts {
         self.list.is_empty()
     }
 
+    /// Whether a guest may write to one of them.
+    #[must_use]
+    pub fn any_writable(&self) -> bool {
+        self.list.iter().any(|mount| mount.writable)
+    }
+
     /// Checks them as a whole, wherever they come from. Nothing is looked up on the host.
     ///
     /// # Errors
@@ -141,10 +147,9 @@ impl Mounts {
                 return Err(MountError::Twice(mount.target.clone()));
             }
         }
-        let writable = self.list.iter().any(|mount| mount.writable);
         match self.owner {
             Some(Owner { uid: 0, .. }) if !self.is_empty() => Err(MountError::NoOwner),
-            None if writable => Err(MountError::NoOwner),
+            None if self.any_writable() => Err(MountError::NoOwner),
             _ => Ok(()),
         }
     }

@@ -90,9 +90,12 @@ impl Shared {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Once more before it is over: what was done since the last look would be seen by nobody.
-    async fn look(&self, vm: &VmName) {
-        if let Some(watcher) = &self.watcher {
+    /// Once more before it is over, where it may write to what is the user's: what it did since the last look would be seen by
+    /// nobody. Staged files are looked at before they are collected, and belong to nobody afterwards.
+    async fn look(&self, vm: &VmName, request: Option<&VmRequest>) {
+        if let Some(watcher) = &self.watcher
+            && request.is_some_and(|request| request.mounts.any_writable())
+        {
             watcher.look(vm).await;
         }
     }
@@ -250,21 +253,18 @@ impl WatchedProvisioner {
         if let Some(watcher) = &self.shared.watcher {
             watcher.ready(vm, request);
         }
-        let (session, name) = (vm.session.clone(), vm.name.clone());
-        let (shared, actor) = (Arc::downgrade(&self.shared), self.actor.clone());
+        let (session, name, kept) = (vm.session.clone(), vm.name.clone(), request.clone());
+        let (shared, actor, request) = (Arc::downgrade(&self.shared), self.actor.clone(), request.clone());
         let death = tokio::spawn(async move {
             let why = session.closed().await;
             drop(session);
             if let Some(shared) = shared.upgrade() {
-                shared.look(&name).await;
+                shared.look(&name, Some(&request)).await;
                 shared.died(&name, &why, actor);
             }
         });
-        let live = Live {
-            _counted: metrics::VMS.hold(&["running"]),
-            death: death.abort_handle(),
-            request: request.clone(),
-        };
+        let live =
+            Live { _counted: metrics::VMS.hold(&["running"]), death: death.abort_handle(), request: kept };
         self.shared.live().insert(vm.name.clone(), live);
     }
 
@@ -272,7 +272,7 @@ impl WatchedProvisioner {
     async fn renew(&self, vm: ReadyVm) -> Result<ReadyVm, ProvisionError> {
         let name = vm.name.clone();
         let known = self.shared.live().remove(&name).map(|live| live.request.clone());
-        self.shared.look(&name).await;
+        self.shared.look(&name, known.as_ref()).await;
         if let Some(watcher) = &self.shared.watcher {
             watcher.gone(&name);
         }
@@ -312,8 +312,8 @@ impl WatchedProvisioner {
 
     async fn take_down(&self, vm: ReadyVm) -> Result<(), ProvisionError> {
         let name = vm.name.clone();
-        drop(self.shared.live().remove(&name));
-        self.shared.look(&name).await;
+        let known = self.shared.live().remove(&name).map(|live| live.request.clone());
+        self.shared.look(&name, known.as_ref()).await;
         if let Some(watcher) = &self.shared.watcher {
             watcher.gone(&name);
         }

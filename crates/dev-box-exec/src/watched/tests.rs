@@ -7,6 +7,7 @@ use dev_box_observe::metrics::Exporter;
 
 use super::*;
 use crate::testing::{FakeProvisioner, Script, request};
+use crate::{LiveMount, Mounts};
 
 #[derive(Debug, Default)]
 struct Diary(Mutex<Vec<String>>);
@@ -98,7 +99,7 @@ fn a_life_is_on_record_from_its_intent_to_its_end() {
     assert!(recorded[3..].iter().all(|one| one.entry.actor == Actor::System));
     assert!(recorded[1..].iter().all(|one| one.entry.subject.vm.is_some()), "{recorded:?}");
     assert!(recorded[0].synced && recorded[3].synced, "before the act");
-    assert_eq!(bench.diary.lines(), ["ready default", "look", "gone"]);
+    assert_eq!(bench.diary.lines(), ["ready default", "gone"]);
     bench.counted("dev_box_vm_starts_total{accelerator=\"tcg\",outcome=\"ok\"} 1");
     bench.counted("dev_box_vms{state=\"running\"} 0");
     bench.counted("dev_box_vm_destroy_seconds_count{outcome=\"ok\"} 1");
@@ -114,7 +115,7 @@ fn a_vm_made_as_good_as_new_is_another_one_for_the_watcher_and_on_record() {
         let vm = bench.watched.reset(vm).await.unwrap();
         bench.counted("dev_box_vms{state=\"running\"} 1");
         assert_eq!(bench.sink.actions()[3..], ["vm.reset:intent", "vm.reset:ok"]);
-        assert_eq!(bench.diary.lines(), ["ready default", "look", "gone", "ready default"]);
+        assert_eq!(bench.diary.lines(), ["ready default", "gone", "ready default"]);
 
         // One that cannot be reset is gone, and its failure on record.
         bench.fake.fail_reset(ProvisionError::NotReset { why: "worn".to_owned() });
@@ -123,6 +124,26 @@ fn a_vm_made_as_good_as_new_is_another_one_for_the_watcher_and_on_record() {
     });
     assert_eq!(bench.sink.actions()[5..], ["vm.reset:intent", "vm.reset:failed"]);
     assert_eq!(bench.fake.live(), 0);
+}
+
+#[test]
+fn what_a_vm_may_write_to_is_looked_at_before_it_is_gone() {
+    let bench = Bench::new();
+    let mount = |writable| LiveMount { source: "/srv".into(), target: "/mnt/srv".into(), writable };
+    let with = |list| VmRequest { mounts: Mounts { list, owner: None }, ..request() };
+    let (read, write) = (with(vec![mount(false)]), with(vec![mount(false), mount(true)]));
+    bench.run(async {
+        for request in [&read, &write] {
+            bench.fake.next(Script::new());
+            bench.fake.next_reset(Script::new());
+            let vm = bench.watched.provision(request).await.unwrap();
+            let vm = bench.watched.reset(vm).await.unwrap();
+            bench.watched.retire(vm).await.unwrap();
+        }
+    });
+    let unseen = ["ready default", "gone", "ready default", "gone"];
+    let seen = ["ready default", "look", "gone", "ready default", "look", "gone"];
+    assert_eq!(bench.diary.lines(), [&unseen[..], &seen].concat());
 }
 
 #[test]
