@@ -54,11 +54,14 @@ impl Counter {
 }
 
 fn count(answer: &[u8]) -> io::Result<u32> {
-    let id = attributes(answer)?.into_iter().find_map(|attribute| match attribute {
-        GenAttribute::Id(id) => Some(id),
+    number(&attributes(answer)?).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn number(attributes: &[GenAttribute]) -> Option<u32> {
+    attributes.iter().find_map(|attribute| match attribute {
+        GenAttribute::Id(id) => Some(*id),
         _ => None,
-    });
-    id.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    })
 }
 
 /// Hears of changes, in the network namespace of the thread that listens.
@@ -74,39 +77,40 @@ impl Changes {
         Ok(Self(socket))
     }
 
-    /// Whether a change of the process's took effect; `false` when it ended or complained before that was heard. In another PID
-    /// namespace than the kernel's first it is never heard.
-    pub(super) fn wait_for(&self, process: &Child) -> bool {
-        let Some(complaints) = &process.stderr else { return false };
+    /// What the kernel's count is with a change of the process's, once that took effect; `None` when it ended or complained before
+    /// that was heard. In another PID namespace than the kernel's first it is never heard.
+    pub(super) fn wait_for(&self, process: &Child) -> Option<u32> {
+        let complaints = process.stderr.as_ref()?;
         let mut buffer = vec![0; BUFFER];
         loop {
             let mut ready = [PollFd::new(&self.0, PollFlags::IN), PollFd::new(complaints, PollFlags::IN)];
             match poll(&mut ready, None) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(_) => return false,
+                Err(_) => return None,
             }
             let [heard, ended] = ready.map(|handle| !handle.revents().is_empty());
             if heard {
                 match self.0.recv(&mut &mut buffer[..], 0) {
-                    Ok(length) if is_by(buffer.get(..length).unwrap_or_default(), process.id()) => {
-                        return true;
-                    }
-                    Ok(_) => continue,
+                    Ok(length) => match change_by(buffer.get(..length).unwrap_or_default(), process.id()) {
+                        None => continue,
+                        count => return count,
+                    },
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(_) => return false,
+                    Err(_) => return None,
                 }
             }
             if ended {
-                return false;
+                return None;
             }
         }
     }
 }
 
-/// Whether this tells that a change of that process's is in force: the kernel says so in a datagram of its own, after all that was
-/// changed.
-fn is_by(bytes: &[u8], process: u32) -> bool {
-    attributes(bytes).is_ok_and(|attributes| attributes.contains(&GenAttribute::ProcPid(process)))
+/// The kernel's count with a change of that process's, where this tells that it is in force: the kernel says so in a datagram of its
+/// own, after all that was changed.
+fn change_by(bytes: &[u8], process: u32) -> Option<u32> {
+    let attributes = attributes(bytes).ok()?;
+    attributes.contains(&GenAttribute::ProcPid(process)).then(|| number(&attributes))?
 }
 
 /// What a `NFT_MSG_NEWGEN` says.
@@ -155,16 +159,16 @@ mod tests {
     #[test]
     fn a_change_is_told_by_whose_it_is() {
         let of_99 = [attribute(1, 1785), attribute(2, 99)].concat();
-        assert!(is_by(&message(0x0a0f, &of_99), 99));
-        assert!(!is_by(&message(0x0a0f, &of_99), 98));
-        assert!(!is_by(&message(0x0a0f, &attribute(1, 99)), 99), "a number");
-        assert!(!is_by(&message(0x0a06, &of_99), 99), "a rule that comes before");
+        assert_eq!(change_by(&message(0x0a0f, &of_99), 99), Some(1785));
+        assert_eq!(change_by(&message(0x0a0f, &of_99), 98), None);
+        assert_eq!(change_by(&message(0x0a0f, &attribute(1, 99)), 99), None, "a number");
+        assert_eq!(change_by(&message(0x0a06, &of_99), 99), None, "a rule that comes before");
     }
 
     proptest! {
         #[test]
         fn any_answer_is_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = (count(&bytes), is_by(&bytes, 1));
+            let _ = (count(&bytes), change_by(&bytes, 1));
         }
     }
 }

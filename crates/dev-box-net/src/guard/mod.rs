@@ -29,6 +29,7 @@ pub mod fake;
 mod filters;
 mod generation;
 mod listing;
+mod memory;
 mod network_rules;
 mod nft;
 mod render;

@@ -5,10 +5,11 @@ use std::ffi::OsString;
 use std::io::{self, ErrorKind, Write as _};
 use std::net::Ipv4Addr;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
-use super::generation::{Changes, Counter};
+use super::generation::Changes;
+use super::memory::Memory;
 use super::network_rules::NFT_TABLE;
 use super::render::{FAMILIES, TABLE, render_entries, render_forget_reached};
 use super::{
@@ -20,11 +21,13 @@ use crate::network::NetworkShape;
 /// How much of nft's complaint is kept, in characters.
 const MAX_MESSAGE: usize = 1000;
 
-/// What of the rules is known, and the kernel's count of changes at which it was so.
-type Known = (u32, BTreeMap<Ipv4Addr, Fingerprint>);
-
-/// What of libvirt's rules for a network is known, likewise.
-type KnownNetwork = (u32, NetworkShape, NetworkRules);
+/// What is remembered of the rules.
+#[derive(Debug, Default)]
+struct Known {
+    ours: Memory<BTreeMap<Ipv4Addr, Fingerprint>>,
+    filters: Memory<BTreeMap<Ipv4Addr, FilterRules>>,
+    network: Memory<(NetworkShape, NetworkRules)>,
+}
 
 /// Runs `nft`, `ebtables-save` and `iptables-save`.
 #[derive(Debug, Clone)]
@@ -33,8 +36,7 @@ pub struct NftFirewall {
     ebtables_save: Vec<OsString>,
     iptables_save: Vec<OsString>,
     /// `None` where the programs may see another network namespace than we do.
-    known: Option<Arc<Mutex<Option<Known>>>>,
-    known_network: Arc<Mutex<Option<KnownNetwork>>>,
+    known: Option<Arc<Known>>,
 }
 
 impl Default for NftFirewall {
@@ -52,7 +54,6 @@ impl NftFirewall {
             ebtables_save: words(ebtables_save),
             iptables_save: words(iptables_save),
             known: None,
-            known_network: Arc::default(),
         }
     }
 
@@ -100,7 +101,7 @@ impl NftFirewall {
     ) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
         let changes = self.changes();
         let running = Running::start(&self.nft, what, &["-f", "-"], script)?;
-        if changes.as_ref().is_some_and(|changes| changes.wait_for(&running.child)) {
+        if changes.as_ref().and_then(|changes| changes.wait_for(&running.child)).is_some() {
             let found = self.fingerprints();
             running.end()?;
             return found;
@@ -142,13 +143,6 @@ impl NftFirewall {
         }
     }
 
-    /// The kernel's count of changes; `None` where the programs may see another network namespace, or it is not told.
-    fn generation(&self) -> Option<u32> {
-        self.known.as_ref()?;
-        let uncounted = |error: &io::Error| tracing::debug!(%error, "changes of nftables cannot be counted");
-        Counter::open().and_then(|counter| counter.current()).inspect_err(uncounted).ok()
-    }
-
     /// What libvirt's rules for the network are, and whether changes of them are counted.
     fn look_at_network(&self, shape: &NetworkShape) -> Result<(NetworkRules, bool), FirewallError> {
         let (iptables, nft) = thread::scope(|scope| {
@@ -161,27 +155,23 @@ impl NftFirewall {
             (iptables, nft.join().unwrap_or_else(|_| lost()))
         });
         let iptables = iptables?;
-        let counted = iptables.lines().next().is_none_or(|line| line.contains("(nf_tables)"));
+        let counted = iptables.is_empty() || is_counted(&iptables);
         Ok((NetworkRules::read(&iptables, nft?.as_deref(), shape)?, counted))
     }
 
     /// What stands for every address that has rules.
     fn fingerprints(&self) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
-        let Some(known) = &self.known else { return Ok(self.tables()?.fingerprints()) };
-        // Held while listing, so that whoever asks meanwhile need not.
-        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-        // Asked before, so that what changes meanwhile is found the next time.
-        let uncounted = |error: &io::Error| tracing::debug!(%error, "changes of nftables cannot be counted");
-        let counter = Counter::open().inspect_err(uncounted).ok();
-        let generation = counter.as_ref().and_then(|counter| counter.current().inspect_err(uncounted).ok());
-        if let (Some(now), Some((then, fingerprints))) = (generation, known.as_ref())
-            && now == *then
-        {
-            return Ok(fingerprints.clone());
+        let look = || Ok((self.tables()?.fingerprints(), true));
+        match &self.known {
+            Some(known) => known.ours.get(|_| true, look),
+            None => look().map(|(found, _)| found),
         }
-        let fingerprints = self.tables()?.fingerprints();
-        *known = generation.map(|generation| (generation, fingerprints.clone()));
-        Ok(fingerprints)
+    }
+
+    /// What libvirt's filters are, and whether changes of them are counted.
+    fn look_at_filters(&self) -> Result<(BTreeMap<Ipv4Addr, FilterRules>, bool), FirewallError> {
+        let listing = run(&self.ebtables_save, "to list libvirt's filters", &["-t", "nat"], "")?;
+        Ok((filters::read(&listing)?, is_counted(&listing)))
     }
 }
 
@@ -214,52 +204,60 @@ impl Firewall for NftFirewall {
     }
 
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
-        // Each time: what the older ebtables changes is not among what nftables counts.
-        filters::read(&run(&self.ebtables_save, "to list libvirt's filters", &["-t", "nat"], "")?)
+        let look = || self.look_at_filters();
+        match &self.known {
+            Some(known) => known.filters.get(|_| true, look),
+            None => look().map(|(found, _)| found),
+        }
     }
 
     fn network_rules(&self, shape: &NetworkShape) -> Result<NetworkRules, FirewallError> {
-        let mut known = self.known_network.lock().unwrap_or_else(PoisonError::into_inner);
-        let generation = self.generation();
-        if let (Some(now), Some((then, of, rules))) = (generation, known.as_ref())
-            && now == *then
-            && of == shape
-        {
-            return Ok(*rules);
+        let look = || self.look_at_network(shape).map(|(rules, counted)| ((shape.clone(), rules), counted));
+        match &self.known {
+            Some(known) => known.network.get(|(of, _)| of == shape, look).map(|(_, rules)| rules),
+            None => look().map(|((_, rules), _)| rules),
         }
-        let (rules, counted) = self.look_at_network(shape)?;
-        *known = generation.filter(|_| counted).map(|generation| (generation, shape.clone(), rules));
-        Ok(rules)
     }
 
     fn forget_reached(&self, address: Ipv4Addr, ipv6: bool) -> Result<(), FirewallError> {
         let changes = self.changes();
         let script = render_forget_reached(address, ipv6);
         let running = Running::start(&self.nft, "to forget what a VM reached", &["-f", "-"], &script)?;
-        match changes {
-            Some(changes) if changes.wait_for(&running.child) => {
-                // In force. All that is left is the kernel's wait until what was there is freed, and a VM stands still for this.
-                thread::Builder::new().spawn(move || {
-                    let _ = running.end();
-                    drop(changes);
-                })?;
-                Ok(())
-            }
-            _ => running.end().map(drop),
+        let Some((changes, change)) =
+            changes.and_then(|heard| heard.wait_for(&running.child).map(|of| (heard, of)))
+        else {
+            return running.end().map(drop);
+        };
+        // What packets left in sets is no rule.
+        if let Some(Known { ours, filters, network }) = self.known.as_deref() {
+            ours.survives(change);
+            filters.survives(change);
+            network.survives(change);
         }
+        // In force. All that is left is the kernel's wait until what was there is freed, and a VM stands still for this.
+        thread::Builder::new().spawn(move || {
+            let _ = running.end();
+            drop(changes);
+        })?;
+        Ok(())
     }
 
     fn forget(&self) {
-        // Whoever lists just now began before, and is waited for.
-        if let Some(known) = &self.known {
-            *known.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if let Some(Known { ours, filters, network }) = self.known.as_deref() {
+            ours.forget();
+            filters.forget();
+            network.forget();
         }
-        *self.known_network.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn clear(&self) -> Result<(), FirewallError> {
         self.change("to remove the tables", &render_clear())
     }
+}
+
+/// Whether what iptables-save or ebtables-save lists is nftables', whose changes the kernel counts. The older ones' are not.
+fn is_counted(listing: &str) -> bool {
+    listing.lines().next().is_some_and(|line| line.contains("(nf_tables)"))
 }
 
 fn lost<T>() -> Result<T, FirewallError> {
@@ -394,7 +392,7 @@ mod tests {
         let heard = |script: &str| {
             let changes = Changes::listen().unwrap();
             let running = Running::start(&nft, "a test", &["-f", "-"], script).unwrap();
-            let heard = changes.wait_for(&running.child);
+            let heard = changes.wait_for(&running.child).is_some();
             (heard, running.end().is_ok())
         };
         assert_eq!(heard("add table inet a\n"), (true, true));
@@ -406,7 +404,7 @@ mod tests {
         let others: String = (0..300).map(|n| format!("add table inet t{n}\n")).collect();
         Running::start(&nft, "others", &["-f", "-"], &others).unwrap().end().unwrap();
         let running = Running::start(&nft, "a test", &["list", "tables"], "").unwrap();
-        assert!(!changes.wait_for(&running.child));
+        assert_eq!(changes.wait_for(&running.child), None);
         running.end().unwrap();
     }
 }
