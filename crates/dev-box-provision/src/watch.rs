@@ -60,7 +60,7 @@ const JOB_PATIENCE: Duration = Duration::from_secs(2);
 const LIMIT: Duration = Duration::from_secs(10);
 /// At how many VMs' files to look at a time: they share the host's disks with the VMs.
 const AT_ONCE: usize = 8;
-/// Walking a process's pages is what costs most: every so many looks.
+/// Walking a process's pages is what costs most: every so many looks, and not at the first, which is all that a short job gets.
 const MEMORY_EVERY: u64 = 5;
 
 /// What it looks with.
@@ -357,7 +357,7 @@ async fn look_within(
     every: Duration,
 ) {
     memory.looks += 1;
-    let weigh = memory.looks % MEMORY_EVERY == 1;
+    let weigh = memory.looks % MEMORY_EVERY == 2;
     let files = async {
         // A walk that hangs is left alone: no thread waits behind it.
         let files = Arc::clone(&vm.files).try_lock_owned().ok()?;
