@@ -276,7 +276,7 @@ fn an_agent_works_through_the_filter_of_its_profile() {
     let apply = ["net", "apply", vm, "--net", "nat-filtered"];
     host.spawn(Internet::resolves_for(&host).args(apply)).finish().expect_code(0);
     stdin.write_all(b"go on\n").unwrap();
-    wait_until("what is allowed now arrives", Duration::from_secs(60), || !other.lock().unwrap().is_empty());
+    wait_until("what is allowed now arrives", Duration::from_secs(120), || !other.lock().unwrap().is_empty());
     let done = agent.finish().expect_code(0);
     assert!(other.lock().unwrap().concat().ends_with("allowed"), "{other:?}");
 

@@ -73,7 +73,7 @@ fn refused(done: Finished, code: i32) {
     for word in ["the audit log takes no new work", "/audit", "make room", "`dev-box audit prune`"] {
         assert!(done.stderr.contains(word), "{word}: {}", done.stderr);
     }
-    assert!(done.elapsed < Duration::from_secs(10), "{done:?}");
+    assert!(done.elapsed < Duration::from_secs(60), "{done:?}");
 }
 
 fn verified(host: &Host) {
@@ -145,7 +145,7 @@ fn a_full_audit_disk_refuses_new_jobs_and_lets_running_ones_end() {
 
     // Room is all that it takes.
     disk.empty();
-    wait_until("new work is taken", Duration::from_secs(30), || {
+    wait_until("new work is taken", Duration::from_secs(90), || {
         host.dev_box(["start", "--name", "new", "--net", "isolated"]).status.success()
     });
     host.dev_box(["exec", "new", "--", "true"]).expect_code(0);

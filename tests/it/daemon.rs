@@ -67,7 +67,7 @@ fn vms_are_made_used_listed_and_removed() {
     running.signal(Signal::SIGKILL);
     assert!(running.finish().status.code().is_none());
     let still = "a=$(cat /root/beat); sleep 1; test \"$a\" = \"$(cat /root/beat)\"";
-    wait_until("the command is gone", Duration::from_secs(30), || {
+    wait_until("the command is gone", Duration::from_secs(90), || {
         host.dev_box(["exec", "work", "--", "sh", "-c", still]).status.success()
     });
 
@@ -150,13 +150,21 @@ fn paused_and_resumed(host: &Host) {
     assert!(refused.stderr.contains("dev-box resume work"), "{}", refused.stderr);
     host.dev_box(["pause", "work"]).expect_code(1);
     // Long enough for a clock that stood still to be wrong, and for those who ask the guest how it does.
-    wait_until("time passes", Duration::from_secs(10), || since.elapsed() > Duration::from_secs(5));
+    wait_until("time passes", Duration::from_secs(60), || since.elapsed() > Duration::from_secs(5));
     host.dev_box(["resume", "work"]).expect_code(0);
+    let ours = || {
+        let ours = std::process::Command::new("date").arg("+%s").output().unwrap().stdout;
+        String::from_utf8(ours).unwrap().trim().parse::<i64>().unwrap()
+    };
+    let asked = ours();
     let theirs = host.dev_box(["exec", "work", "--", "date", "+%s"]).expect_code(0).text();
-    let ours = std::process::Command::new("date").arg("+%s").output().unwrap().stdout;
-    let [theirs, ours] =
-        [theirs, String::from_utf8(ours).unwrap()].map(|at| at.trim().parse::<i64>().unwrap());
-    assert!((0..=3).contains(&(ours - theirs)), "the clock says {theirs}, and it is {ours}");
+    let theirs = theirs.trim().parse::<i64>().unwrap();
+    // By no more than the three seconds that it may be late, however long the question takes.
+    let answered = ours();
+    assert!(
+        (asked - 3..=answered).contains(&theirs),
+        "the clock says {theirs}, and it is {asked} to {answered}"
+    );
     host.dev_box(["exec", "work", "--", "touch", "/root/go"]).expect_code(0);
     running.wait_for_output("went on");
     running.finish().expect_code(0);
@@ -230,7 +238,7 @@ fn a_killed_daemons_vms_are_its_successors() {
     let jobs = host.dev_box(["ps", "lives", "--json"]).expect_code(0).text();
     assert!(jobs.contains(job.trim()), "{jobs}");
     assert_eq!(host.dev_box(["logs", "lives", job.trim()]).expect_code(0).text(), "begun\n");
-    wait_until("the client's command is gone", Duration::from_secs(30), || {
+    wait_until("the client's command is gone", Duration::from_secs(90), || {
         !host.dev_box(["ps", "lives", "--json"]).expect_code(0).text().contains("54321")
     });
     let audit = host.dev_box(["audit", "query", "--action", "vm.adopt"]).expect_code(0).text();
@@ -239,7 +247,7 @@ fn a_killed_daemons_vms_are_its_successors() {
     host.dev_box(["kill", "lives", job.trim()]).expect_code(0);
     for (job, exit) in [(ends.trim(), ("code", 7)), (job.trim(), ("signal", 15))] {
         let query = ["audit", "query", "--action", "exec.end", "--job", job];
-        wait_until("its end is on record", Duration::from_secs(30), || {
+        wait_until("its end is on record", Duration::from_secs(90), || {
             !host.dev_box(query).text().is_empty()
         });
         let end: serde_json::Value =

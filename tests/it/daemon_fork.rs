@@ -9,7 +9,7 @@ use dev_box_tests::{Daemon, Host, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Counts in the memory of a process, and says how far it is.
 const COUNT: &str = "n=0; while :; do n=$((n + 1)); echo $n > /dev/shm/n; sleep 0.1; done";

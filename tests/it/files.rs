@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::in_process::InProcess;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 /// Names and command lines that take six times as much on the wire, and lists that are longer than a frame.
 #[tokio::test(flavor = "multi_thread")]

@@ -31,7 +31,7 @@ pub(crate) fn free_port() -> u16 {
 /// The body of an answer, empty while there is none.
 pub(crate) fn get(port: u16, path: &str) -> String {
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return String::new() };
-    let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+    let _ = stream.set_read_timeout(Some(Duration::from_secs(60)));
     let _ = write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
     let mut answer = String::new();
     let _ = stream.read_to_string(&mut answer);
@@ -94,10 +94,10 @@ fn prometheus_scrapes_a_run_and_loads_the_rules() {
     let left =
         host.dev_box(["exec", "--detach", "work", "--", "sh", "-c", "sleep 3; exit 5"]).expect_code(0).text();
     let query = ["audit", "query", "--action", "exec.end", "--job", left.trim()];
-    wait_until("its end is on record", Duration::from_secs(30), || !host.dev_box(query).text().is_empty());
+    wait_until("its end is on record", Duration::from_secs(90), || !host.dev_box(query).text().is_empty());
     let end: Value = serde_json::from_str(host.dev_box(query).text().trim()).expect("one record");
     assert_eq!((&end["details"]["exit"]["code"], &end["evidence"]), (&5.into(), &"guest".into()), "{end}");
-    let patience = Duration::from_secs(60);
+    let patience = Duration::from_secs(120);
     wait_until("the run is scraped", patience, || {
         prometheus.value("dev_box_execs_total{outcome=\"ok\"}") >= Some(1.0)
             && prometheus.value("dev_box_execs_total{outcome=\"nonzero\"}") >= Some(1.0)

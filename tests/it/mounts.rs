@@ -11,7 +11,7 @@ use dev_box::core::state::VmState;
 use dev_box::core::vm::Vm;
 use dev_box_tests::{Daemon, Host, wait_until};
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_secs(90);
 
 /// `nobody`: a user that every host has.
 const NOBODY: u32 = 65_534;

@@ -89,7 +89,7 @@ fn the_control_of_the_above_reaches_its_listener() {
     };
     assert!(String::from_utf8_lossy(&out.stdout).contains("CONNECTED"));
     let (mut stream, _) = listener.accept().unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
 }
 
@@ -153,7 +153,7 @@ fn a_server_of_an_isolated_guest_is_reached_by_its_forwarded_port() {
     assert!(!matches!(refused.read(&mut [0]), Ok(1..)));
     // Bound to loopback: another address of this host has nobody at that port.
     assert!(
-        TcpStream::connect_timeout(&(Ipv4Addr::new(127, 0, 0, 2), port).into(), Duration::from_secs(5))
+        TcpStream::connect_timeout(&(Ipv4Addr::new(127, 0, 0, 2), port).into(), Duration::from_secs(60))
             .is_err()
     );
 

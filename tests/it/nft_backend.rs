@@ -11,7 +11,7 @@ use dev_box::net::guard::{Firewall as _, NetworkRules, NftFirewall};
 use dev_box::net::network::NetworkShape;
 use dev_box_tests::{Host, Running, skip, wait_until};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Pid 1 of the namespaces: what lives there lives as long as its standard input. Arguments: a directory of its own.
 const INIT: &str = r#"

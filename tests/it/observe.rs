@@ -6,13 +6,15 @@ use std::io::Read as _;
 use std::path::Path;
 use std::time::Duration;
 
-use dev_box::core::clock::{Clock as _, SystemClock};
+use dev_box::core::clock::{Clock as _, EasternTime, SystemClock};
 use dev_box_tests::{Collector, Host, Running, Screen, wait_until, write_private};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// How long it may take that something is done about a finding, on a machine that does other things as well.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
+/// What a slow machine may take for what a guest does.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Thresholds that a small guest under emulation can reach, and no patience.
 const CONFIG: &str = r#"
@@ -59,10 +61,24 @@ fn pair(rule: &str, response: &str) -> (String, String) {
     (rule.to_owned(), response.to_owned())
 }
 
-/// Within ten seconds of its having been done, which takes the guest `doing` seconds.
+/// Within ten seconds of its having been done, by the record's time: how long a guest takes for it is the machine's matter.
 #[track_caller]
-fn wait_for_rule(host: &Host, rule: &str, doing: u64) {
-    wait_until(rule, Duration::from_secs(doing + 10), || rules(host).iter().any(|found| found == rule));
+fn wait_for_rule(host: &Host, rule: &str, done: EasternTime) {
+    let found = || {
+        let records = records(host, "anomaly.finding").into_iter();
+        records.filter(|record| record["details"]["rule"] == rule).next_back()
+    };
+    wait_until(rule, LIMIT, || found().is_some());
+    let at = found().expect("it is there")["utc_ns"].as_i64().expect("a time");
+    let late = Duration::from_nanos(u64::try_from(at - done.unix_nanos()).unwrap_or_default());
+    eprintln!("{rule} was found within {late:?} of having been done");
+    assert!(late < Duration::from_secs(10), "{rule}: {late:?}");
+}
+
+/// When the guest said that it had done a step, which it waits after.
+fn when_done(running: &mut Running) -> EasternTime {
+    running.wait_for_output("done");
+    SystemClock.now()
 }
 
 #[test]
@@ -191,7 +207,7 @@ fn what_a_job_does_to_its_files_at_last_is_seen_though_nobody_looks_for_minutes(
 
 /// A guest that works honestly, close to each threshold, then not, a step for each line on its standard input.
 const GUEST: &str = r#"
-step() { read -r _; echo "step $1"; }
+step() { echo "done"; read -r _; echo "step $1"; }
 step honest
 i=0; while [ $i -lt 20 ]; do head -c 3000 /dev/urandom > "new$i.bin"; i=$((i+1)); done
 i=0; while [ $i -lt 25 ]; do head -c 3000 /dev/urandom > "data$i"; i=$((i+1)); done
@@ -211,7 +227,7 @@ for f in text*; do head -c 3000 /dev/urandom > "$f.locked"; rm "$f"; done
 step paused
 step clock
 date -s '2031-01-01' > /dev/null
-sleep 60
+sleep 1000
 "#;
 
 /// Gives the guest its next line, and waits until it has begun with it.
@@ -247,7 +263,7 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
         &work,
         "-i",
         "--timeout",
-        "100s",
+        "600s",
     ]);
     let told = Collector::start();
     let secret = host.root().join("secret");
@@ -260,20 +276,22 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
 
     next(&mut running, &mut stdin, "honest");
     next(&mut running, &mut stdin, "forks");
-    assert_eq!(rules(&host), Vec::<String>::new(), "honest work raises nothing");
-    wait_for_rule(&host, "fork_rate", 9);
+    wait_for_rule(&host, "fork_rate", when_done(&mut running));
+    // Looked at now: what comes after the honest work may be found at once.
+    assert_eq!(rules(&host), ["fork_rate"], "honest work raises nothing");
     let vm = host.vms().remove(0);
     wait_until("somebody is told", SOON, || told.has("\"rule\":\"fork_rate\"") && told.has(&vm));
     next(&mut running, &mut stdin, "flood");
-    wait_for_rule(&host, "output_flood", 3);
+    wait_for_rule(&host, "output_flood", when_done(&mut running));
     next(&mut running, &mut stdin, "memory");
-    wait_for_rule(&host, "memory_pressure", 6);
+    wait_for_rule(&host, "memory_pressure", when_done(&mut running));
     wait_until("a bundle is made", SOON, || done(&host).contains(&pair("memory_pressure", "snapshot")));
     let bundles: Vec<_> = fs::read_dir(host.root().join("forensics")).unwrap().flatten().collect();
     let name = bundles[0].file_name().into_string().unwrap();
     assert!(bundles.len() == 1 && name.starts_with(&format!("{vm}-memory_pressure-")), "{bundles:?}");
     next(&mut running, &mut stdin, "encrypt");
-    wait_for_rule(&host, "mass_change", 8);
+    // It is paused for it before it can say that it has done it.
+    wait_until("mass_change", LIMIT, || rules(&host).iter().any(|found| found == "mass_change"));
     let state = || {
         let shown =
             std::process::Command::new("virsh").args(["-c", "qemu:///system", "domstate", &vm]).output();
@@ -286,11 +304,10 @@ fn odd_behaviour_in_a_guest_is_found_and_honest_work_is_not() {
         .expect("virsh");
     next(&mut running, &mut stdin, "paused");
     next(&mut running, &mut stdin, "clock");
-    wait_for_rule(&host, "clock_jump", 1);
+    wait_for_rule(&host, "clock_jump", SystemClock.now());
     drop(stdin);
-    // Killed: its owner says so, and removes the rest.
-    let ended = running.finish().expect_code(125);
-    assert!(ended.elapsed < Duration::from_secs(90), "{ended:?}");
+    // Killed, long before it would have ended: its owner says so, and removes the rest.
+    running.finish().expect_code(125);
 
     let done = done(&host);
     for (rule, response) in [("fork_rate", "alert"), ("mass_change", "pause"), ("clock_jump", "kill")] {
@@ -324,7 +341,7 @@ fn a_forensic_bundle_holds_what_its_manifest_says_and_the_vm_goes_on() {
     let config = config.to_string_lossy();
     let mut running =
         host.start(["--config", &config, "run", "-i", "--json", "--", "python3", "-c", WITNESS]);
-    let patience = Duration::from_secs(60);
+    let patience = LIMIT;
     wait_until("there is a VM", patience, || !host.vms().is_empty());
     wait_until("the guest has asked for a name", patience, || !records(&host, "net.dns").is_empty());
     let vm = host.vms().remove(0);

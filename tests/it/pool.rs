@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use crate::in_process::{InProcess, TEMPLATE};
 
 /// Longer than anything here takes on a machine that does other things as well.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 async fn qemu_of(with: &InProcess, vm: &str) -> Pid {
     let domain = Vm::find(with.dev_box.connection(), vm).await.unwrap();
@@ -95,7 +95,7 @@ async fn a_pool_replaces_what_dies_and_says_what_it_cannot_make() {
     let last = acquire().await;
     drop((next, last));
     until(&pool, "making one fails", |status| status.failed > 0).await;
-    let error = pool.acquire(Duration::from_secs(20)).await.unwrap_err();
+    let error = pool.acquire(PATIENCE).await.unwrap_err();
     assert!(matches!(&error, PoolError::Unhealthy { why } if why.contains("damaged")), "{error}");
     pool.shutdown().await;
     wait_until("everything is gone", PATIENCE, || host.vms().is_empty() && host.qemu_pids().is_empty());
@@ -191,7 +191,7 @@ async fn a_template_that_is_replaced_or_truncated_is_in_no_vm_of_the_pool() {
         lease.release();
         let status = until(&pool, "none can be made", |status| status.failed > 0).await;
         assert_eq!((status.reset, status.ready, status.leased), (0, 0, 0), "{way}: {status:?}");
-        let error = pool.acquire(Duration::from_secs(20)).await.unwrap_err();
+        let error = pool.acquire(PATIENCE).await.unwrap_err();
         assert!(
             matches!(&error, PoolError::Unhealthy { why } if why.contains("damaged: ram")),
             "{way}: {error}"
@@ -244,7 +244,7 @@ async fn five_hundred() {
             Ok(()) => served += 1,
             Err((PoolError::Timeout { .. }, waited)) => {
                 late += 1;
-                assert!(waited >= WAIT && waited < WAIT + Duration::from_secs(5), "{waited:?}");
+                assert!(waited >= WAIT && waited < WAIT + Duration::from_secs(30), "{waited:?}");
             }
             Err((error, _)) => panic!("{error}"),
         }

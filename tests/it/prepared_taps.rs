@@ -11,7 +11,7 @@ use dev_box_tests::{Daemon, Host, wait_until};
 use crate::in_process::InProcess;
 use crate::net::ASK_RESOLVER;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn virsh(arguments: &[&str]) -> String {
     let output = Command::new("virsh").args(["-c", "qemu:///system"]).args(arguments).output().unwrap();

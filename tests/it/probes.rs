@@ -18,7 +18,7 @@ use guest::ALLOWED;
 use layers::{BridgeNetfilter, Layer};
 use stage::{Stage, Taps};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn what_a_guest_tries_arrives_only_where_its_policy_says() {

@@ -39,7 +39,8 @@ fn output_streams_while_the_job_runs() {
     let mut running = host.start(["run", "--", "sh", "-c", "echo first; sleep 6; echo second"]);
     let first = running.wait_for_output("first");
     let done = running.finish().expect_code(0);
-    assert!(done.elapsed - first > Duration::from_secs(5), "held back: {first:?} of {:?}", done.elapsed);
+    // Read late, it was written earlier still.
+    assert!(done.elapsed - first > Duration::from_secs(1), "held back: {first:?} of {:?}", done.elapsed);
 }
 
 #[test]
@@ -152,9 +153,9 @@ fn a_symlink_to_the_hosts_files_brings_nothing_of_them() {
 #[test]
 fn a_timeout_is_124_and_soon() {
     let Some(host) = Host::new("a_timeout_is_124_and_soon") else { return };
-    let done = host.run(&["--timeout", "2s", "--", "sh", "-c", "trap '' TERM; sleep 100"]).expect_code(124);
+    let done = host.run(&["--timeout", "2s", "--", "sh", "-c", "trap '' TERM; sleep 1000"]).expect_code(124);
     assert!(done.stderr.contains("timed out"), "{}", done.stderr);
-    assert!(done.elapsed < Duration::from_secs(60));
+    assert!(done.elapsed < Duration::from_secs(100));
 }
 
 #[test]
@@ -190,18 +191,19 @@ fn two_interrupts_end_it_at_once() {
     let Some(host) = Host::new("two_interrupts_end_it_at_once") else { return };
     // Longer than removing a VM takes on the busiest machine.
     let config = host.root().join("patient.toml");
-    fs::write(&config, "[timeouts]\ngrace_s = 90\n").unwrap();
+    fs::write(&config, "[timeouts]\ngrace_s = 300\n").unwrap();
     let config = config.to_str().unwrap();
-    let mut running =
-        host.start(["run", "--config", config, "--", "sh", "-c", "trap '' TERM; echo up; sleep 100"]);
+    let job = "trap 'echo deaf' TERM; echo up; while :; do sleep 1; done";
+    let mut running = host.start(["run", "--config", config, "--", "sh", "-c", job]);
     running.wait_for_output("up");
     running.signal(Signal::SIGINT);
-    std::thread::sleep(Duration::from_millis(300));
+    // Two at once may be one.
+    running.wait_for_output("deaf");
     running.signal(Signal::SIGINT);
     let interrupted = std::time::Instant::now();
     running.finish().expect_code(130);
     assert!(
-        interrupted.elapsed() < Duration::from_secs(45),
+        interrupted.elapsed() < Duration::from_secs(100),
         "it waited for the job: {:?}",
         interrupted.elapsed()
     );
@@ -212,7 +214,7 @@ fn two_interrupts_end_it_at_once() {
 fn an_interrupt_while_the_vm_boots_leaves_nothing() {
     let Some(host) = Host::new("an_interrupt_while_the_vm_boots_leaves_nothing") else { return };
     let running = host.start(["run", "--", "true"]);
-    wait_until("QEMU starts", Duration::from_secs(20), || !host.qemu_pids().is_empty());
+    wait_until("QEMU starts", Duration::from_secs(90), || !host.qemu_pids().is_empty());
     running.signal(Signal::SIGINT);
     running.finish().expect_code(130);
     host.assert_clean();
@@ -235,18 +237,22 @@ fn killed_with_9_the_next_run_takes_what_is_left_away() {
 #[test]
 fn a_guest_that_powers_off_is_noticed_at_once() {
     let Some(host) = Host::new("a_guest_that_powers_off_is_noticed_at_once") else { return };
-    let job = "echo o > /proc/sysrq-trigger; sleep 100";
-    let done = host.run(&["--timeout", "60s", "--", "sh", "-c", job]).expect_code(125);
-    assert!(done.elapsed < Duration::from_secs(45), "{:?}", done.elapsed);
+    let job = "echo up; echo o > /proc/sysrq-trigger; sleep 1000";
+    let mut running = host.start(["run", "--timeout", "600s", "--", "sh", "-c", job]);
+    let up = running.wait_for_output("up");
+    let done = running.finish().expect_code(125);
+    assert!(done.elapsed - up < Duration::from_secs(45), "{:?} after {up:?}", done.elapsed);
     host.assert_clean();
 }
 
 #[test]
 fn a_guest_whose_kernel_panics_is_noticed() {
     let Some(host) = Host::new("a_guest_whose_kernel_panics_is_noticed") else { return };
-    let job = "echo c > /proc/sysrq-trigger; sleep 100";
-    let done = host.run(&["--timeout", "60s", "--", "sh", "-c", job]).expect_code(125);
-    assert!(done.elapsed < Duration::from_secs(45), "{:?}", done.elapsed);
+    let job = "echo up; echo c > /proc/sysrq-trigger; sleep 1000";
+    let mut running = host.start(["run", "--timeout", "600s", "--", "sh", "-c", job]);
+    let up = running.wait_for_output("up");
+    let done = running.finish().expect_code(125);
+    assert!(done.elapsed - up < Duration::from_secs(45), "{:?} after {up:?}", done.elapsed);
     assert!(done.stderr.contains("panic") || done.stderr.contains("VM"), "{}", done.stderr);
 }
 

@@ -10,7 +10,7 @@ use dev_box_tests::{Daemon, Host, Screen, skip, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_secs(90);
 
 /// Of the package busybox-static: runs wherever it is copied.
 const BUSYBOX: &str = "/bin/busybox";

@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::in_process::InProcess;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A file system of its own, in memory: it can be full without anybody else noticing.
 struct Disk(PathBuf);
@@ -67,7 +67,7 @@ async fn a_disk_that_fills_up_under_a_pool() {
     let done = with.dev_box.executor().execute(lease.vm(), job, Arc::new(DiscardSink), Cancel::never()).await;
     assert!(!done.success, "there was no room for it: {done:#?}");
     drop(lease);
-    let refused = pool.acquire(Duration::from_secs(10)).await.unwrap_err();
+    let refused = pool.acquire(PATIENCE).await.unwrap_err();
     let told = refused.to_string();
     assert!(matches!(refused, PoolError::Unhealthy { .. }) && told.contains("free"), "{told}");
 
@@ -102,7 +102,7 @@ async fn a_pool_promises_no_more_memory_than_the_host_has() {
     with.request.resources.memory = ByteSize::mib(available / 1024 * 6 / 10);
     let pool = pool(&with, TemplateUse::Never);
     let first = pool.acquire(PATIENCE).await.unwrap();
-    let refused = pool.acquire(Duration::from_secs(10)).await.unwrap_err();
+    let refused = pool.acquire(PATIENCE).await.unwrap_err();
     assert!(refused.to_string().contains("memory"), "{refused}");
     assert_eq!(with.sh(first.vm(), "echo undisturbed").await, "undisturbed\n");
     drop(first);

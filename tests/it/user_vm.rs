@@ -138,7 +138,7 @@ fn a_vm_that_is_kept_from_its_making_to_its_end() {
     host.dev_box(["vm", "resume", vm]).expect_code(0);
     assert!(host.dev_box(["vm", "resume", vm]).expect_code(0).text().contains("runs already"));
     assert!(host.dev_box(["vm", "rm", vm]).expect_code(1).stderr.contains("--force"));
-    let stopped = host.dev_box(["vm", "stop", vm, "--grace", "60s"]).expect_code(0);
+    let stopped = host.dev_box(["vm", "stop", vm, "--grace", "100s"]).expect_code(0);
     assert!(stopped.text().contains("stopped"), "it powered off by itself: {}", stopped.text());
     assert_eq!(state(&host, vm), "shutoff");
     assert!(!std::path::Path::new(&format!("/run/dev-box/dev-box/{address}.lease")).exists(), "given back");
@@ -168,7 +168,7 @@ fn what_befalls_a_vm_that_is_kept() {
     let pid = i32::try_from(host.qemu_pids()[0]).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
     assert!(console.0.finish().expect_code(1).stderr.contains("has stopped"));
-    wait_until("libvirt notices", Duration::from_secs(20), || state(&host, vm) == "shutoff");
+    wait_until("libvirt notices", Duration::from_secs(60), || state(&host, vm) == "shutoff");
 
     // A person's terminal is raw while attached, and as it was on every way out: the escape key, a signal, the VM's end.
     let terminal = openpty(None, None).unwrap();
@@ -183,7 +183,7 @@ fn what_befalls_a_vm_that_is_kept() {
         command.args(["vm", "console", vm]).stdin(slave()).stdout(slave());
         assert!(canonical());
         let running = host.spawn(&mut command);
-        wait_until("the terminal is raw", Duration::from_secs(20), || !canonical());
+        wait_until("the terminal is raw", Duration::from_secs(60), || !canonical());
         running
     };
 
@@ -207,7 +207,7 @@ fn what_befalls_a_vm_that_is_kept() {
     keys.write_all(b"echo c > /proc/sysrq-trigger\r").unwrap();
     assert!(attached.finish().expect_code(1).stderr.contains("has stopped"));
     assert!(canonical());
-    wait_until("it is off", Duration::from_secs(20), || state(&host, vm) == "shutoff");
+    wait_until("it is off", Duration::from_secs(60), || state(&host, vm) == "shutoff");
     let log = host.dev_box(["vm", "console", vm, "--log"]).expect_code(0).text();
     assert!(log.contains("Kernel panic"), "{log}");
     assert!(host.dev_box(["vm", "pause", vm]).expect_code(1).stderr.contains("does not run"));

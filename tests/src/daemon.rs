@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use crate::{Finished, Host, Running, wait_until};
 
 /// Long enough for an open of libvirt and a sweep of what another left.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_secs(120);
 
 /// The daemon of one [`Host`].
 #[derive(Debug)]

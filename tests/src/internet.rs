@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use crate::{Host, wait_until};
 
 /// How long a name server may take to end.
-const END: Duration = Duration::from_secs(10);
+const END: Duration = Duration::from_secs(60);
 
 /// Runs a command to its end; the error is what it said.
 pub fn run(command: &str) -> Result<(), String> {

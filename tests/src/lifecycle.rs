@@ -40,7 +40,7 @@ impl Lifecycle {
         let listening = Self { virsh, told };
         // It says nothing when it begins to listen: until it tells of a domain that comes and goes.
         let passing = format!("dev-box-it-passing-{}", std::process::id());
-        wait_until("virsh listens", Duration::from_secs(30), || {
+        wait_until("virsh listens", Duration::from_secs(60), || {
             come_and_go(&passing);
             listening.count(&passing, "Undefined") > 0
         });

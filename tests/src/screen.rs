@@ -102,10 +102,12 @@ impl Screen {
         let Self { keys, terminal, running, shown, mut seen } = self;
         let finished = running.finish();
         let settings = tcgetattr(terminal.as_fd()).expect("a terminal");
-        while let Ok(bytes) = shown.recv_timeout(Duration::from_millis(200)) {
+        // With the last of its other ends what is shown comes to its end, unless somebody else holds one.
+        drop(terminal);
+        while let Ok(bytes) = shown.recv_timeout(Duration::from_secs(2)) {
             seen.extend(bytes);
         }
-        drop((keys, terminal));
+        drop(keys);
         (finished, settings, seen)
     }
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use dev_box_tests::{Daemon, Finished, Host, Internet, Running, skip, wait_until};
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// How a guest asks and connects. Each argument is one thing to do, and one line of output:
 /// `ask:NAME` (a question, and the answer's code and addresses), `ask:NAME@SERVER`, `go:ADDRESS:PORT` (a connection).

@@ -24,7 +24,7 @@ pub(crate) const INBOUND: &[u8] = b"probe:inbound-world;";
 pub(crate) const SETTLE: Duration = Duration::from_millis(1500);
 /// Each probe is sent every half second or two.
 const ROUND: Duration = Duration::from_secs(4);
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Whatever was on its way is nothing that arrived.
 pub(crate) fn forget(seen: &Seen) {

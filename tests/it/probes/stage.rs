@@ -24,7 +24,7 @@ use super::observers::{
 /// Of the wire to the world, and the host's end of it.
 const SUBNET: [u8; 3] = [45, 33, 32];
 const WAN: &str = "45.33.32.1";
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Whose taps the guests are on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
