@@ -2,10 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests may panic as the tests do")]
 
-use std::fs::File;
+use std::fs::{File, read_dir, read_to_string};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -15,8 +16,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 
-/// Signals of one kind that come sooner after one another may be one.
+/// Keys that come sooner after one another may be one signal, and what is not to happen has had its time.
 const APART: Duration = Duration::from_millis(300);
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Hung {
     dir: tempfile::TempDir,
@@ -53,9 +55,27 @@ impl Hung {
     }
 }
 
+/// Waits until the signals that it was sent were heard: two that wait at once may be one. Its threads sleep when they have nothing to do.
+fn until_heard(child: &Child) {
+    let process = PathBuf::from(format!("/proc/{}", child.id()));
+    let asleep = |task: &Path| {
+        let status = read_to_string(task.join("status")).unwrap_or_default();
+        let pending = |line: &str| u64::from_str_radix(line.split_whitespace().nth(1)?, 16).ok();
+        let none_waits = |line| pending(line).is_none_or(|mask| mask >> (Signal::SIGINT as u64 - 1) & 1 == 0);
+        let lines = |name| status.lines().filter(move |line| line.starts_with(name));
+        lines("State:").all(|line| line.contains("S ("))
+            && lines("SigPnd:").chain(lines("ShdPnd:")).all(none_waits)
+    };
+    let until = Instant::now() + LIMIT;
+    while !read_dir(process.join("task")).unwrap().flatten().all(|task| asleep(&task.path())) {
+        assert!(Instant::now() < until, "it does not hear");
+        sleep(Duration::from_millis(1));
+    }
+}
+
 /// Its exit code once it ends, which it is to do soon.
 fn ends(child: &mut Child) -> Option<i32> {
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + LIMIT;
     loop {
         if let Some(status) = child.try_wait().unwrap() {
             return status.code();
@@ -75,8 +95,9 @@ fn the_third_interrupt_gives_up() {
     let _libvirtd = hung.hangs();
     let interrupt = || kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     interrupt();
-    sleep(APART);
+    until_heard(&child);
     interrupt();
+    until_heard(&child);
     sleep(APART);
     assert!(child.try_wait().unwrap().is_none(), "two are the command's own to hear");
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
@@ -107,7 +128,9 @@ fn line_by_line(terminal: &OwnedFd) -> bool {
 fn without_keys_for_the_command_interrupts_are_heard_on_a_terminal_that_is_given_back() {
     let hung = Hung::new();
     let (mut child, mut keys, terminal, _libvirtd) = on_a_terminal(&hung, &["-t"]);
-    for _ in 0..3 {
+    let until = Instant::now() + LIMIT;
+    // Three, or more where two were one.
+    while child.try_wait().unwrap().is_none() && Instant::now() < until {
         sleep(APART);
         keys.write_all(b"\x03").unwrap();
     }
@@ -123,7 +146,11 @@ fn the_detach_keys_count_for_two_interrupts() {
     sleep(APART);
     assert!(child.try_wait().unwrap().is_none() && !line_by_line(&terminal), "they are the command's");
     keys.write_all(b"\x10\x11").unwrap();
-    sleep(APART);
+    let until = Instant::now() + LIMIT;
+    while !line_by_line(&terminal) && Instant::now() < until {
+        sleep(Duration::from_millis(10));
+    }
+    until_heard(&child);
     assert!(child.try_wait().unwrap().is_none() && line_by_line(&terminal), "it is given back first");
     keys.write_all(b"\x03").unwrap();
     assert_eq!(ends(&mut child), Some(130));

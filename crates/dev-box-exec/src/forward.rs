@@ -255,7 +255,7 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let server = listener.accept().await.unwrap().0;
         drop(client);
-        let done = tokio::time::timeout(Duration::from_secs(10), connect(&session, 80, server)).await;
+        let done = tokio::time::timeout(Duration::from_secs(60), connect(&session, 80, server)).await;
         done.unwrap().unwrap();
     }
 

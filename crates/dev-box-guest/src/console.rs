@@ -120,7 +120,7 @@ mod tests {
 
     async fn next(end: &mut File) -> String {
         let mut bytes = vec![0; 4096];
-        for _ in 0..1000 {
+        for _ in 0..12_000 {
             if let Ok(got @ 1..) = end.read(&mut bytes) {
                 return String::from_utf8(bytes[..got].to_vec()).unwrap();
             }

@@ -126,7 +126,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(20));
             std::fs::write(late, "").unwrap();
         });
-        assert_eq!(directories.wait_for(CHANNEL, Duration::from_secs(5)).unwrap(), node);
+        assert_eq!(directories.wait_for(CHANNEL, Duration::from_secs(60)).unwrap(), node);
         maker.join().unwrap();
         assert_eq!(PortDirectories::default().class, PathBuf::from("/sys/class/virtio-ports"));
     }

@@ -462,23 +462,33 @@ mod tests {
         assert!(matches!(error, Err(CommandError::Io { .. })), "{error:?}");
     }
 
+    const LIMIT: Duration = Duration::from_secs(60);
+
     #[test]
     fn a_stop_ends_the_whole_group_and_lets_it_tidy_up() {
         let directory = tempfile::tempdir().unwrap();
         let mark = directory.path().join("tidied");
-        let script = format!("trap 'echo x > {}; exit 1' TERM; sleep 60 & wait", mark.display());
+        let ready = directory.path().join("ready");
+        let script = format!(
+            "trap 'echo x > {}; exit 1' TERM; echo > {}; sleep 1000 & wait",
+            mark.display(),
+            ready.display()
+        );
         let cancel = Cancel::default();
         let remote = cancel.clone();
         let started = Instant::now();
         let stopper = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(300));
+            let begun = Instant::now();
+            while !ready.exists() && begun.elapsed() < LIMIT {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             remote.cancel();
         });
         let (result, _) = run(&script, &cancel);
         stopper.join().unwrap();
         assert!(matches!(result, Err(CommandError::Cancelled)), "{result:?}");
         assert!(mark.exists());
-        assert!(started.elapsed() < Duration::from_secs(10));
+        assert!(started.elapsed() < 2 * LIMIT);
         // And nothing is started any more.
         assert!(matches!(run("true", &cancel).0, Err(CommandError::Cancelled)));
     }
@@ -486,9 +496,9 @@ mod tests {
     #[test]
     fn a_helper_that_holds_the_pipe_does_not_hold_us() {
         let started = Instant::now();
-        let (result, _) = run("sleep 5 >/dev/null & echo done >&2", &Cancel::default());
+        let (result, _) = run("sleep 1000 >/dev/null & echo done >&2", &Cancel::default());
         assert!(result.is_ok());
-        assert!(started.elapsed() < Duration::from_secs(4));
+        assert!(started.elapsed() < LIMIT);
     }
 
     #[test]

@@ -85,7 +85,7 @@ fn spans_reach_the_collector_that_the_environment_names() {
         ("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=lab-7"),
     ]);
     assert!(printed.contains("exporting: true"), "{printed}");
-    let (head, body) = received.recv_timeout(Duration::from_secs(20)).unwrap();
+    let (head, body) = received.recv_timeout(Duration::from_secs(60)).unwrap();
     let head = head.to_lowercase();
     assert!(head.starts_with("post /v1/traces "), "{head}");
     assert!(

@@ -214,11 +214,11 @@ mod tests {
         let shell = |script: &str, limit| {
             succeeds_within(Command::new("sh").args(["-c", script]), Duration::from_millis(limit))
         };
-        assert!(shell("exit 0", 10_000));
-        assert!(!shell("exit 1", 10_000));
+        assert!(shell("exit 0", 60_000));
+        assert!(!shell("exit 1", 60_000));
         let began = Instant::now();
-        assert!(!shell("exec sleep 30", 50));
-        assert!(began.elapsed() < Duration::from_secs(10));
+        assert!(!shell("exec sleep 1000", 50));
+        assert!(began.elapsed() < Duration::from_secs(60));
         assert!(!succeeds_within(&mut Command::new("no-such-program"), Duration::from_secs(1)));
         assert_eq!(output("no-such-program", &[]), "");
     }

@@ -247,7 +247,7 @@ mod tests {
         first.abort();
         let _ = first.await;
         let second = serve(1);
-        tokio::time::timeout(Duration::from_secs(10), session.closed()).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(60), session.closed()).await.unwrap();
         let end = Port::from_descriptor(pty.slave.try_clone().unwrap()).connection().await.unwrap();
         let (session, _) = Session::connect(end, HostHello::fresh().unwrap()).await.unwrap();
         assert!(session.call(Request::Info).await.is_ok());

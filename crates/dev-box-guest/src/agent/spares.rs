@@ -221,7 +221,7 @@ mod tests {
     use crate::agent::tests::surroundings;
 
     async fn filled(agent: &Agent) {
-        for _ in 0..500 {
+        for _ in 0..6_000 {
             if agent.spares.count() == SPARES {
                 return;
             }

@@ -153,7 +153,7 @@ async fn a_dropped_job_is_killed() {
     drop(process);
     let mut nothing = Vec::new();
     output.read_to_end(&mut nothing).unwrap();
-    assert!(begin.elapsed() < Duration::from_secs(5));
+    assert!(begin.elapsed() < Duration::from_secs(60));
 }
 
 #[tokio::test]
@@ -292,7 +292,7 @@ async fn a_process_that_is_killed_while_it_waits_runs_nothing() {
         {
             break nix::unistd::Pid::from_raw(pid);
         }
-        assert!(begin.elapsed() < Duration::from_secs(5), "{text:?}");
+        assert!(begin.elapsed() < Duration::from_secs(60), "{text:?}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     };
     nix::sys::signal::kill(waiting, nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -385,7 +385,7 @@ async fn a_terminal_is_controlled_by_the_job() {
     let mut master = std::fs::File::from(pty.master);
     let mut seen = String::new();
     let begin = Instant::now();
-    while seen.matches('\n').count() < 2 && begin.elapsed() < Duration::from_secs(10) {
+    while seen.matches('\n').count() < 2 && begin.elapsed() < Duration::from_secs(60) {
         let mut bytes = [0; 256];
         match master.read(&mut bytes) {
             Ok(length) => seen.push_str(&String::from_utf8_lossy(&bytes[..length])),

@@ -185,15 +185,20 @@ fn two_builders_do_not_meet() {
     let patient = world.builder.clone().patience(Duration::from_secs(60)).cancelled_by(&cancel);
     assert!(matches!(patient.build(&world.store, &world.build, &progress), Err(BuildError::Cancelled)));
     let started = Instant::now();
-    let releaser = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(150));
-        drop(held);
+    let progress = RecordingProgress::default();
+    let waits = || progress.details().iter().any(|line| line.contains("waiting"));
+    let patient = world.builder.clone().patience(Duration::from_secs(600));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !waits() && started.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            drop(held);
+        });
+        assert!(patient.build(&world.store, &world.build, &progress).is_ok());
     });
-    let patient = world.builder.clone().patience(Duration::from_secs(60));
-    assert!(patient.build(&world.store, &world.build, &progress).is_ok());
-    releaser.join().unwrap();
-    assert!(started.elapsed() < Duration::from_secs(30));
-    assert!(progress.details().iter().any(|line| line.contains("waiting")));
+    assert!(started.elapsed() < Duration::from_secs(300));
+    assert!(waits());
 }
 
 #[test]

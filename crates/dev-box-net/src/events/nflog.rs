@@ -214,7 +214,7 @@ mod tests {
         let last = EventSource::open(address).unwrap();
         let refused = EventSource::open_when_free(address, AGAIN * 2).await.unwrap_err();
         assert!(refused.is_refused(), "{refused}");
-        let (next, ()) = tokio::join!(EventSource::open_when_free(address, Duration::from_secs(10)), async {
+        let (next, ()) = tokio::join!(EventSource::open_when_free(address, Duration::from_secs(60)), async {
             sleep(AGAIN * 2).await;
             drop(last);
         });

@@ -13,7 +13,7 @@ use dev_box_net::guard::{DropReason, Firewall as _, VmGuard};
 use dev_box_net::resolver::{DnsmasqResolver, NameService, Resolver as _};
 use tempfile::TempDir;
 
-use crate::guard::{answered, both_ways_in, custom, serve_lines};
+use crate::guard::{answered, both_ways_in, custom, serve_lines, silent};
 use crate::ipv6;
 use crate::lab::{GATEWAY, Lab, PUBLIC, PUBLIC_TOO, Place, SPECIAL, VM_A, VM_B, shape};
 use crate::probe::Probe;
@@ -27,7 +27,9 @@ const SHARED: Ipv4Addr = SPECIAL[4];
 /// How many addresses `long.example` has: an answer of more than a kilobyte.
 const LONG: usize = 80;
 
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long an answer is waited for, and one that is not to come.
+const PATIENCE: Duration = Duration::from_secs(30);
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// Of an IPv4 address; [`ASKS_FOR_IPV6`] at its place makes it one of an IPv6 address (RFC 3596).
 fn question(name: &str) -> Vec<u8> {
@@ -96,11 +98,12 @@ impl<'a> Names<'a> {
         }
     }
 
-    /// The answer's code and addresses; `None` for silence.
+    /// The answer's code and addresses; `None` for silence, which [`SERVER`] is to keep.
     fn ask(&self, from: Place, server: Ipv4Addr, name: &str) -> Option<(u8, Vec<Ipv4Addr>)> {
+        let patience = if server == SERVER { SILENCE } else { PATIENCE };
         let question = question(name);
         let socket = self.lab.within(from, || UdpSocket::bind("0.0.0.0:0").unwrap());
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(patience)).unwrap();
         socket.send_to(&question, (server, 53)).unwrap();
         let mut answer = [0; 1500];
         let length = socket.recv(&mut answer).ok()?;
@@ -125,9 +128,10 @@ impl<'a> Names<'a> {
     /// The same over TCP, where each message begins with its length (RFC 1035, 4.2.2).
     fn ask_by_tcp(&self, from: Place, server: Ipv4Addr, name: &str) -> Option<(u8, Vec<Ipv4Addr>)> {
         let question = question(name);
-        let connect = || TcpStream::connect_timeout(&(server, 53).into(), PATIENCE);
+        let patience = if server == SERVER { SILENCE } else { PATIENCE };
+        let connect = || TcpStream::connect_timeout(&(server, 53).into(), patience);
         let mut stream = self.lab.within(from, connect).ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(patience)).unwrap();
         let length = u16::try_from(question.len()).unwrap().to_be_bytes();
         stream.write_all(&[&length[..], &question].concat()).ok()?;
         let mut length = [0; 2];
@@ -139,6 +143,10 @@ impl<'a> Names<'a> {
 
     fn connects(&self, from: Place, to: Ipv4Addr) -> bool {
         Probe::connect(from, to, 443).arrives(self.lab)
+    }
+
+    fn fails(&self, from: Place, to: Ipv4Addr) -> bool {
+        Probe::connect(from, to, 443).is_lost(self.lab)
     }
 }
 
@@ -167,11 +175,11 @@ fn names_open_their_own_vm_s_way_and_nothing_else() {
         names.apply("dev-box-a", VM_A, &custom(listed));
         names.apply("dev-box-b", VM_B, &custom("domains = ['*.crates.io']"));
 
-        assert!(!names.connects(Place::VmA, PUBLIC), "nobody has asked for the name yet");
+        assert!(names.fails(Place::VmA, PUBLIC), "nobody has asked for the name yet");
         assert_eq!(names.ask(Place::VmA, GATEWAY, "github.com"), Some((0, vec![PUBLIC])));
         assert!(names.connects(Place::VmA, PUBLIC), "its name is on the list");
-        assert!(!names.connects(Place::VmB, PUBLIC), "the other VM's name opens no way for this one");
-        assert!(!Probe::connect(Place::VmA, PUBLIC, 8080).arrives(lab), "a name opens no other port");
+        assert!(names.fails(Place::VmB, PUBLIC), "the other VM's name opens no way for this one");
+        assert!(Probe::connect(Place::VmA, PUBLIC, 8080).is_lost(lab), "a name opens no other port");
 
         assert_eq!(names.ask_by_tcp(Place::VmA, GATEWAY, "github.com"), Some((0, vec![PUBLIC])));
         assert_eq!(names.ask_by_tcp(Place::VmA, GATEWAY, "other.org"), Some((3, vec![])), "its own resolver");
@@ -184,12 +192,12 @@ fn names_open_their_own_vm_s_way_and_nothing_else() {
             .for_each(missing);
         assert_eq!(names.ask(Place::VmB, GATEWAY, "crates.io"), Some((3, vec![])), "only what is below");
         assert_eq!(names.ask(Place::VmB, GATEWAY, "a.b.crates.io"), Some((0, vec![PUBLIC_TOO])));
-        assert!(names.connects(Place::VmB, PUBLIC_TOO) && !names.connects(Place::VmA, PUBLIC_TOO));
+        assert!(names.connects(Place::VmB, PUBLIC_TOO) && names.fails(Place::VmA, PUBLIC_TOO));
 
         // Rebinding: private answers are withheld, and one that is not known as such opens nothing all the same.
         assert_eq!(names.ask(Place::VmA, GATEWAY, "inside.example"), Some((0, vec![])));
         assert_eq!(names.ask(Place::VmA, GATEWAY, "shared.example"), Some((0, vec![SHARED])));
-        assert!(!names.connects(Place::VmA, PRIVATE) && !names.connects(Place::VmA, SHARED));
+        assert!(names.fails(Place::VmA, PRIVATE) && names.fails(Place::VmA, SHARED));
         assert_eq!(names.ask(Place::VmA, SERVER, "github.com"), None, "no other server");
 
         let dropped = lab.firewall.traffic().unwrap().remove(&VM_A).unwrap().dropped;
@@ -238,7 +246,7 @@ fn names_open_ipv6_addresses_too() {
         ipv6::with_addresses(lab);
         let names = Names::new(lab);
         let public: Ipv6Addr = ipv6::PUBLIC.parse().unwrap();
-        let reaches = || Probe::datagram(Place::VmA, public, ipv6::PORT).arrives(lab);
+        let probe = Probe::datagram(Place::VmA, public, ipv6::PORT);
         let policy = |first: &str| {
             custom(&format!(
                 "{first}\nports = ['udp/{}']\ndomains = ['six.example', 'inside6.example']",
@@ -246,15 +254,15 @@ fn names_open_ipv6_addresses_too() {
             ))
         };
         names.apply("dev-box-a", VM_A, &policy("ipv6 = true"));
-        assert!(!reaches(), "nobody has asked for the name yet");
+        assert!(probe.is_lost(lab), "nobody has asked for the name yet");
         assert_eq!(names.ask_for_ipv6("six.example"), (0, vec![public]));
-        assert!(reaches(), "its name is on the list");
+        assert!(probe.arrives(lab), "its name is on the list");
         assert_eq!(names.ask_for_ipv6("inside6.example"), (0, vec![]), "rebinding");
         names.apply("dev-box-a", VM_A, &policy("ipv6 = true"));
-        assert!(!reaches(), "forgotten");
+        assert!(probe.is_lost(lab), "forgotten");
         names.apply("dev-box-a", VM_A, &policy(""));
         assert_eq!(names.ask_for_ipv6("six.example"), (0, vec![]), "no IPv6, no such address");
-        assert!(!reaches());
+        assert!(probe.is_lost(lab));
     });
 }
 
@@ -268,7 +276,7 @@ fn other_names_cut_what_the_old_ones_opened() {
         let stream = lab.within(Place::VmA, || TcpStream::connect((PUBLIC, 9000)).unwrap());
         assert!(answered(&stream));
         names.apply("dev-box-a", VM_A, &custom("ports = ['tcp/9000']\ndomains = ['crates.io']"));
-        assert!(!answered(&stream), "its name is no longer on the list");
+        assert!(silent(&stream), "its name is no longer on the list");
         assert_eq!(names.ask(Place::VmA, GATEWAY, "github.com"), Some((3, vec![])));
         assert_eq!(names.ask(Place::VmA, GATEWAY, "crates.io"), Some((0, vec![PUBLIC_TOO])));
         lab.firewall.remove(VM_A).unwrap();

@@ -15,8 +15,9 @@ use crate::frame::{BROADCAST, Packet, arp, other};
 use crate::frame6::Packet6;
 use crate::lab::{Lab, Place, VM_A};
 
-/// How long a packet is waited for.
-const WAIT: Duration = Duration::from_millis(700);
+/// How long a packet is waited for that is not to arrive, and one that is.
+const SILENCE: Duration = Duration::from_millis(700);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone)]
 pub(crate) enum Kind {
@@ -63,8 +64,17 @@ impl Probe {
         Self { from, kind: Kind::Seen(packet, at) }
     }
 
-    /// Sends it, and says whether it arrived.
+    /// Sends it, and says whether it arrived, as it is to.
     pub(crate) fn arrives(&self, lab: &Lab) -> bool {
+        self.arrives_within(PATIENCE, lab)
+    }
+
+    /// Sends it, and says whether it was lost, as it is to be.
+    pub(crate) fn is_lost(&self, lab: &Lab) -> bool {
+        !self.arrives_within(SILENCE, lab)
+    }
+
+    fn arrives_within(&self, wait: Duration, lab: &Lab) -> bool {
         let number = MARK.fetch_add(1, Ordering::Relaxed);
         let mark = format!("dev-box-mark-{number:016x}");
         let mark = mark.as_bytes();
@@ -78,7 +88,7 @@ impl Probe {
             ..packet.clone()
         };
         match &self.kind {
-            Kind::Connect(to) => lab.within(self.from, || TcpStream::connect_timeout(to, WAIT).is_ok()),
+            Kind::Connect(to) => lab.within(self.from, || TcpStream::connect_timeout(to, wait).is_ok()),
             Kind::Datagram(to) => {
                 let local = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
                 let (socket, sent) = lab.within(self.from, || {
@@ -86,7 +96,7 @@ impl Probe {
                     let sent = socket.send_to(mark, to).is_ok();
                     (socket, sent)
                 });
-                let arrived = sent && reached(lab, mark);
+                let arrived = sent && reached(lab, mark, wait);
                 // Closed only now: a reply to a closed socket would make the VM send an ICMP error.
                 thread::sleep(Duration::from_millis(20));
                 drop(socket);
@@ -94,37 +104,46 @@ impl Probe {
             }
             Kind::Raw(packet) => {
                 inject(lab, self.from, &fresh(packet).frame(mark));
-                reached(lab, mark)
+                reached(lab, mark, wait)
             }
             Kind::Seen(packet, at) => {
-                self.sniffed(lab, *at, &fresh(packet).frame(mark), |frame| contains(frame, mark))
+                self.sniffed(wait, lab, *at, &fresh(packet).frame(mark), |frame| contains(frame, mark))
             }
             Kind::Seen6(packet, at) => {
                 let frame = packet.frame(20_000 + (number % 20_000) as u16, mark);
-                self.sniffed(lab, *at, &frame, |frame| contains(frame, mark))
+                self.sniffed(wait, lab, *at, &frame, |frame| contains(frame, mark))
             }
-            Kind::Arp(operation, mac, ip, target, at) => {
-                self.sniffed(lab, *at, &arp(*operation, BROADCAST, (*mac, *ip), *target, mark), |frame| {
-                    contains(frame, mark)
-                })
-            }
+            Kind::Arp(operation, mac, ip, target, at) => self.sniffed(
+                wait,
+                lab,
+                *at,
+                &arp(*operation, BROADCAST, (*mac, *ip), *target, mark),
+                |frame| contains(frame, mark),
+            ),
             Kind::HostTells(group, address) => {
                 let question = arp(1, *group, (mac_of(VM_A), VM_A), *address, mark);
                 // ARP's operation is at 20, the sender's IP address at 28.
-                self.sniffed(lab, self.from, &question, |frame| {
+                self.sniffed(wait, lab, self.from, &question, |frame| {
                     frame.get(20..22) == Some(&[0, 2]) && frame.get(28..32) == Some(&address.octets())
                 })
             }
             Kind::Other(target, number, at) => {
-                self.sniffed(lab, *at, &other(*target, *number, mark), |frame| contains(frame, mark))
+                self.sniffed(wait, lab, *at, &other(*target, *number, mark), |frame| contains(frame, mark))
             }
         }
     }
 
-    fn sniffed(&self, lab: &Lab, at: Place, frame: &[u8], is_it: impl Fn(&[u8]) -> bool) -> bool {
+    fn sniffed(
+        &self,
+        wait: Duration,
+        lab: &Lab,
+        at: Place,
+        frame: &[u8],
+        is_it: impl Fn(&[u8]) -> bool,
+    ) -> bool {
         let sniffer = lab.within(at, || packet_socket("eth0"));
         inject(lab, self.from, frame);
-        let end = Instant::now() + WAIT;
+        let end = Instant::now() + wait;
         let mut buffer = [0; 2048];
         while Instant::now() < end {
             match recv(sniffer.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
@@ -137,16 +156,16 @@ impl Probe {
     }
 }
 
-/// Whether all arrive; sent side by side.
-pub(crate) fn all(lab: &Lab, probes: &[Probe]) -> Vec<bool> {
+/// What it says of each; sent side by side.
+pub(crate) fn all(probes: &[Probe], says: impl Fn(&Probe) -> bool + Sync) -> Vec<bool> {
     thread::scope(|scope| {
-        let threads: Vec<_> = probes.iter().map(|probe| scope.spawn(|| probe.arrives(lab))).collect();
+        let threads: Vec<_> = probes.iter().map(|probe| scope.spawn(|| says(probe))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
 
-fn reached(lab: &Lab, mark: &[u8]) -> bool {
-    let end = Instant::now() + WAIT;
+fn reached(lab: &Lab, mark: &[u8], wait: Duration) -> bool {
+    let end = Instant::now() + wait;
     while Instant::now() < end {
         if lab.arrived.lock().unwrap().iter().any(|(_, payload)| contains(payload, mark)) {
             return true;

@@ -17,7 +17,7 @@ use crate::lab::{Lab, METADATA, PUBLIC, PUBLIC_TOO, Place, SPECIAL, VM_A};
 use crate::probe::Probe;
 
 /// For a report that is to come.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// As many destinations as are remembered.
 const SET_SIZE: u32 = 8192;
 

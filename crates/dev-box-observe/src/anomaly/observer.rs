@@ -339,7 +339,7 @@ mod tests {
             observer.see("a", dropped(last));
             observer.see("b", dropped(last + 100));
         }
-        observer.close(Duration::from_secs(5)).await;
+        observer.close(Duration::from_secs(60)).await;
         let found = findings.recv().await.unwrap();
         assert_eq!((found.vm.as_str(), found.finding.rule), ("b", Rule::MetadataContact));
         assert!(findings.recv().await.is_err(), "nothing else");
@@ -383,7 +383,7 @@ mod tests {
         observer.see("a", metadata());
         assert_eq!(findings.recv().await.unwrap().vm, "a");
         assert_ne!(store.load("before"), super::super::Baseline::default(), "it has ended");
-        observer.close(Duration::from_secs(5)).await;
+        observer.close(Duration::from_secs(60)).await;
     }
 
     #[tokio::test]
@@ -432,7 +432,7 @@ mod tests {
             observer.see("a", Observation::Usage { span_ms: 60_000, cpu: 0.5, disk_bytes: 1, net_bytes: 1 });
         }
         observer.end("a");
-        observer.close(Duration::from_secs(5)).await;
+        observer.close(Duration::from_secs(60)).await;
         assert_ne!(store.load("default-1x256"), super::super::Baseline::default());
     }
 
@@ -482,7 +482,7 @@ mod tests {
         // The first was ended by then.
         findings.recv().await.unwrap();
         slow.go_on.add_permits(16);
-        observer.close(Duration::from_secs(5)).await;
+        observer.close(Duration::from_secs(60)).await;
         let mut done: Vec<ResponseAction> =
             slow.behind.done().into_iter().map(|(_, action, _)| action).collect();
         done.sort_by_key(|action| format!("{action:?}"));

@@ -43,7 +43,7 @@ impl Place {
     fn options(&self) -> AuditOptions {
         let mut options = AuditOptions::new(self.log_dir(), self.key());
         options.heads = vec![self.heads()];
-        options.lock_timeout = std::time::Duration::from_millis(300);
+        options.lock_timeout = std::time::Duration::from_secs(60);
         options
     }
 
@@ -53,6 +53,11 @@ impl Place {
 
     fn try_journal(&self) -> Result<Journal, OpenError> {
         Journal::open(self.options(), self.clock.clone(), Arc::new(Disk))
+    }
+
+    /// For a lock that is held.
+    fn impatient(&self) -> AuditOptions {
+        AuditOptions { lock_timeout: std::time::Duration::from_millis(300), ..self.options() }
     }
 
     fn journal_with(&self, options: AuditOptions) -> Journal {

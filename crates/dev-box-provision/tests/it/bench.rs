@@ -84,7 +84,8 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) async fn new(guest: Guest) -> Self {
-        Self::that_waits(guest, Duration::from_millis(400)).await
+        let never_ready = matches!(guest, Guest::Silent | Guest::FallsSilent | Guest::HangsUp);
+        Self::that_waits(guest, Duration::from_millis(if never_ready { 400 } else { 10_000 })).await
     }
 
     /// As [`Bench::new`], with another patience for the guest.

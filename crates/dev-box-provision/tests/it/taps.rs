@@ -61,7 +61,7 @@ async fn one_that_could_not_be_made_is_tried_again() {
     let bench = Bench::new(Guest::Obeys).await;
     bench.libvirt.fail_next("bind_filter", LibvirtError::InvalidXml { message: "scripted".to_owned() });
     bench.keep_taps(1).await;
-    tokio::time::timeout(Duration::from_secs(30), bench.wait_for_taps(1)).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(60), bench.wait_for_taps(1)).await.unwrap();
     bench.provisioner.drain().await;
     bench.assert_bare();
 }

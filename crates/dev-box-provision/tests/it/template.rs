@@ -21,7 +21,7 @@ pub(crate) fn new(name: &str) -> NewTemplate {
         name: name.parse().unwrap(),
         request: request(),
         setup: Vec::new(),
-        timeout: Duration::from_secs(5),
+        timeout: Duration::from_secs(60),
         replace: false,
     }
 }

@@ -17,7 +17,7 @@ use dev_box_provision::{NewVm, UserVmError};
 
 use crate::bench::{Bench, Guest, this_user};
 
-const GRACE: Duration = Duration::from_secs(2);
+const GRACE: Duration = Duration::from_secs(60);
 
 fn name(text: &str) -> VmName {
     text.parse().unwrap()

@@ -12,7 +12,7 @@ async fn a_call_is_answered() {
     assert_eq!(host.call(Request::Info).await, Ok(vec![Message::Info(Default::default())]));
     let error = host.call(Request::Jobs).await.unwrap_err();
     assert!(matches!(error, CallError::Guest(_)), "{error}");
-    assert!(host.ping().await.unwrap() < Duration::from_secs(5));
+    assert!(host.ping().await.unwrap() < Duration::from_secs(60));
 }
 
 #[tokio::test]

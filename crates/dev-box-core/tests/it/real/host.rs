@@ -127,9 +127,21 @@ impl Scratch {
         String::from_utf8_lossy(&fs::read(self.path("console.log")).unwrap_or_default()).into_owned()
     }
 
+    /// The console's whole text once the VM stands still: what it said before may arrive late.
+    pub(crate) async fn console_of_one_that_stands_still(&self) -> String {
+        for _ in 0..20 {
+            let text = self.console();
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            if self.console() == text {
+                return text;
+            }
+        }
+        panic!("it goes on: {}", self.console());
+    }
+
     /// Waits until the console's text from byte `from` on satisfies `found`.
     pub(crate) async fn console_says<T>(&self, from: usize, found: impl Fn(&str) -> Option<T>) -> T {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         loop {
             let text = self.console();
             if let Some(it) = text.get(from.min(text.len())..).and_then(&found) {

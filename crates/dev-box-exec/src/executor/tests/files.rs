@@ -67,13 +67,13 @@ async fn what_changed_comes_back() {
 
 #[tokio::test]
 async fn a_job_that_fails_or_times_out_leaves_results_too() {
-    for (end, outcome) in [
-        (vec![Act::Exit(1)], Outcome::Exited),
-        (vec![Act::AwaitSignal(15), Act::Killed(15)], Outcome::TimedOut),
+    for (end, outcome, timeout) in [
+        (vec![Act::Exit(1)], Outcome::Exited, Duration::from_secs(60)),
+        (vec![Act::AwaitSignal(15), Act::Killed(15)], Outcome::TimedOut, Duration::from_millis(300)),
     ] {
         let bench = Bench::new();
         let mut job = with(bench.workspace(CollectTo::WriteBack { delete: false }));
-        job.timeout = Some(Duration::from_millis(300));
+        job.timeout = Some(timeout);
         let result = bench.execute(then(end), job).await;
         assert_eq!(result.outcome, outcome);
         assert_eq!(fs::read_to_string(bench.path("source/input")).unwrap(), "new");
@@ -128,8 +128,8 @@ async fn half_of_something_is_not_written_back() {
 async fn a_guest_that_fell_silent_is_not_waited_for_and_nothing_of_it_is_written_back() {
     let bench = Bench::new();
     let moment = Duration::from_millis(50);
-    let executor =
-        AgentExecutor::new(Arc::new(FakeClock::default()), bench.audit.clone()).with_patience(moment, moment);
+    let executor = AgentExecutor::new(Arc::new(FakeClock::default()), bench.audit.clone())
+        .with_patience(Duration::from_secs(60), moment);
     let vm = bench.vm(then([Act::Hang])).await;
     let mut job = with(bench.workspace(CollectTo::WriteBack { delete: true }));
     (job.timeout, job.grace) = (Some(moment), moment);

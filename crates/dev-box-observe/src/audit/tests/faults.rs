@@ -309,12 +309,12 @@ fn a_rotation_whose_write_fails_can_be_tried_again() {
 #[test]
 fn a_lock_that_is_held_is_waited_for_only_so_long() {
     let place = Place::new();
-    let mut journal = place.journal();
+    let mut journal = place.journal_with(place.impatient());
     let lock = fs::File::open(place.log_dir().join("lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let error = append(&mut journal, fact(1)).unwrap_err();
     assert!(matches!(error, AuditError::Write(_)), "{error}");
-    let open = place.try_journal().unwrap_err();
+    let open = Journal::open(place.impatient(), place.clock.clone(), Arc::new(Disk)).unwrap_err();
     assert!(matches!(open, OpenError::Busy { .. }), "{open}");
     journal.export_head();
     drop(lock);

@@ -13,8 +13,27 @@ impl Process {
     fn start(program: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new(program);
         let child = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        sleep(Duration::from_millis(100));
         Self(child)
+    }
+
+    /// As [`Process::start`], once it sleeps, and has for a moment: what it was to do first is done.
+    fn that_waits(program: &str, arguments: &[&str]) -> Self {
+        let (process, began) = (Self::start(program, arguments), Instant::now());
+        let mut asleep = 0;
+        while asleep < 20 {
+            assert!(began.elapsed() < Duration::from_secs(60), "{program} does not come to rest");
+            sleep(Duration::from_millis(5));
+            asleep = if [") S ", ") Z "].iter().any(|at_rest| process.state().contains(at_rest)) {
+                asleep + 1
+            } else {
+                0
+            };
+        }
+        process
+    }
+
+    fn state(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap()
     }
 
     fn discard(&self, start: u64, length: u64) -> io::Result<()> {
@@ -32,7 +51,7 @@ impl Drop for Process {
 
 #[test]
 fn a_read_goes_on_waiting_for_what_comes() {
-    let mut cat = Process::start("cat", &[]);
+    let mut cat = Process::that_waits("cat", &[]);
     for word in [b"one\n", b"two\n"] {
         cat.discard(0, 0).unwrap();
         let error = cat.discard(0x1000, 0x1000).unwrap_err();
@@ -48,7 +67,7 @@ fn a_read_goes_on_waiting_for_what_comes() {
 
 #[test]
 fn signals_that_come_meanwhile_are_handed_on() {
-    let mut cat = Process::start("cat", &[]);
+    let mut cat = Process::that_waits("cat", &[]);
     let thread = Pid::from_raw(cat.0.id().cast_signed());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -74,9 +93,13 @@ fn signals_that_come_meanwhile_are_handed_on() {
 #[test]
 fn a_sleep_lasts_as_long_as_it_was_to() {
     let began = Instant::now();
-    let mut sleeper = Process::start("sleep", &["0.5"]);
+    let mut sleeper = Process::that_waits("sleep", &["0.5"]);
     for _ in 0..10 {
-        sleeper.discard(0, 0).unwrap();
+        match sleeper.discard(0, 0) {
+            // On a slow machine it is over by then.
+            Err(_) if began.elapsed() >= Duration::from_millis(500) => break,
+            done => done.unwrap(),
+        }
     }
     assert!(sleeper.0.wait().unwrap().success());
     assert!(began.elapsed() >= Duration::from_millis(500));
@@ -84,10 +107,10 @@ fn a_sleep_lasts_as_long_as_it_was_to() {
 
 #[test]
 fn one_that_never_waits_is_given_up_and_goes_on() {
-    let busy = Process::start("sh", &["-c", "while :; do :; done"]);
+    let mut busy = Process::start("sh", &["-c", "echo; while :; do :; done"]);
+    busy.0.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
     assert_eq!(busy.discard(0, 0).unwrap_err().kind(), io::ErrorKind::TimedOut);
-    let state = || std::fs::read_to_string(format!("/proc/{}/stat", busy.0.id())).unwrap();
-    assert!(state().contains(") R "), "{}", state());
+    assert!(busy.state().contains(") R "), "{}", busy.state());
 }
 
 #[test]
@@ -100,7 +123,7 @@ fn one_that_has_ended_is_an_error() {
 
 #[test]
 fn a_call_is_made_again_as_the_kernel_would() {
-    let mut cat = Process::start("cat", &[]);
+    let mut cat = Process::that_waits("cat", &[]);
     let mut found = Traced::seize(Pid::from_raw(cat.0.id().cast_signed())).unwrap().stop().unwrap();
     let place = places(&found).next().unwrap();
     assert_eq!(found.orig_rax, libc::SYS_read.unsigned_abs());
