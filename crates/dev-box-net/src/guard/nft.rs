@@ -117,10 +117,11 @@ impl NftFirewall {
         Changes::listen().inspect_err(deaf).ok()
     }
 
-    /// All tables; an absent one is an empty listing. (One run for all of them lists nothing in nft 1.0.6.)
-    fn tables(&self) -> Result<listing::Tables, FirewallError> {
+    /// All tables, or of all of them what `WHAT table` lists; an absent one is an empty listing. (One run for all of them lists
+    /// nothing in nft 1.0.6.)
+    fn tables(&self, what: &[&str]) -> Result<listing::Tables, FirewallError> {
         let texts: Vec<Result<Option<String>, FirewallError>> = thread::scope(|scope| {
-            let runs = FAMILIES.map(|family| scope.spawn(move || self.table([family, TABLE])));
+            let runs = FAMILIES.map(|family| scope.spawn(move || self.table(what, [family, TABLE])));
             runs.into_iter().map(|run| run.join().unwrap_or_else(|_| lost())).collect()
         });
         let mut tables = listing::Tables::default();
@@ -133,8 +134,9 @@ impl NftFirewall {
     }
 
     /// A table's listing; `None` for an absent one.
-    fn table(&self, [family, name]: [&str; 2]) -> Result<Option<String>, FirewallError> {
-        match self.run("to list a table", &["-j", "list", "table", family, name], "") {
+    fn table(&self, what: &[&str], [family, name]: [&str; 2]) -> Result<Option<String>, FirewallError> {
+        let arguments = [&["-j", "list"], what, &["table", family, name]].concat();
+        match self.run("to list a table", &arguments, "") {
             Ok(text) => Ok(Some(text)),
             Err(FirewallError::Refused { message, .. }) if message.contains("No such file or directory") => {
                 Ok(None)
@@ -146,7 +148,7 @@ impl NftFirewall {
     /// What libvirt's rules for the network are, and whether changes of them are counted.
     fn look_at_network(&self, shape: &NetworkShape) -> Result<(NetworkRules, bool), FirewallError> {
         let (iptables, nft) = thread::scope(|scope| {
-            let nft = scope.spawn(|| self.table(NFT_TABLE));
+            let nft = scope.spawn(|| self.table(&[], NFT_TABLE));
             let iptables = match run(&self.iptables_save, "to list libvirt's rules", &[], "") {
                 // Not everybody has it who has libvirt with nftables.
                 Err(FirewallError::NotInstalled { .. }) => Ok(String::new()),
@@ -161,7 +163,7 @@ impl NftFirewall {
 
     /// What stands for every address that has rules.
     fn fingerprints(&self) -> Result<BTreeMap<Ipv4Addr, Fingerprint>, FirewallError> {
-        let look = || Ok((self.tables()?.fingerprints(), true));
+        let look = || Ok((self.tables(&[])?.fingerprints(), true));
         match &self.known {
             Some(known) => known.ours.get(|_| true, look),
             None => look().map(|(found, _)| found),
@@ -200,7 +202,8 @@ impl Firewall for NftFirewall {
     }
 
     fn traffic(&self) -> Result<BTreeMap<Ipv4Addr, Traffic>, FirewallError> {
-        Ok(self.tables()?.traffic())
+        // The rules are several times as much to list and to read.
+        Ok(self.tables(&["counters"])?.traffic())
     }
 
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
