@@ -100,10 +100,10 @@ step('private')
 # The metadata's neighbour.
 kept.append(knock('169.254.169.253', 80))
 step('metadata')
-# Among what is dropped for the same reason, and far more than is reported.
-for _ in range(1000): s.sendto(b'x', ('198.18.0.1', 9))
+# Among what is dropped for the same reason, and more than is reported; with the push 2,800 of 3,000 packets a minute.
+for _ in range(100): s.sendto(b'x', ('198.18.0.1', 9))
 kept.append(knock('169.254.169.254', 80))
-for _ in range(1000): s.sendto(b'x', ('198.18.0.1', 9))
+for _ in range(100): s.sendto(b'x', ('198.18.0.1', 9))
 step('scan')
 for port in range(40): kept.append(knock('45.33.130.7', 1000 + port)); time.sleep(0.25)
 step('tunnel')
@@ -225,7 +225,7 @@ fn odd_traffic_of_a_guest_is_found_and_honest_traffic_is_not() {
     let unreported = dropped.iter().filter(|record| record["details"]["address"].is_null());
     let special = unreported.filter(|record| record["details"]["reason"] == "special");
     let packets: u64 = special.filter_map(|record| record["details"]["packets"].as_u64()).sum();
-    assert!(packets > 1_000, "{packets} packets of the flood were dropped");
+    assert!(packets > 150, "{packets} packets of the flood were dropped");
     assert!(dropped.iter().any(|record| record["details"]["address"] == "169.254.169.254"), "{dropped:?}");
     let names = records(&host, "net.dns");
     assert!(names.iter().any(|record| record["details"]["name"] == "mirror1.example.net"), "{names:?}");

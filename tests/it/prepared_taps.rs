@@ -1,6 +1,7 @@
 //! Taps that wait for VMs, their filter in force, on a real host.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -31,19 +32,18 @@ fn is_bound(tap: &str) -> bool {
     virsh(&["nwfilter-binding-list"]).contains(tap)
 }
 
-/// The records of the addresses that a daemon holds.
-fn leases(daemon: &Daemon) -> Vec<PathBuf> {
-    let mut files = daemon.files();
-    files.retain(|file| file.extension().is_some_and(|extension| extension == "lease"));
-    files
+/// The locks of the addresses that a daemon holds, and these.
+fn leases(daemon: &Daemon) -> Vec<(PathBuf, Ipv4Addr)> {
+    let lease = |file: PathBuf| {
+        let address = file.file_name()?.to_str()?.strip_suffix(".lock")?.parse().ok()?;
+        Some((file, address))
+    };
+    daemon.files().into_iter().filter_map(lease).collect()
 }
 
 /// Waits until a daemon without VMs has so many taps, their filters bound.
 pub(crate) fn wait_for_taps(daemon: &Daemon, count: usize) -> Vec<String> {
-    let tap_of = |lease: PathBuf| {
-        let address = lease.file_stem().and_then(|address| address.to_str()?.parse().ok());
-        dev_box::net::identity::tap_of(address.expect("an address"))
-    };
+    let tap_of = |(_, address): (PathBuf, Ipv4Addr)| dev_box::net::identity::tap_of(address);
     let taps = || leases(daemon).into_iter().map(tap_of).collect::<Vec<_>>();
     wait_until("taps wait", PATIENCE, || taps().len() == count && taps().iter().all(|tap| is_bound(tap)));
     taps()
@@ -110,7 +110,7 @@ async fn a_tap_whose_owner_died_is_swept() {
     for tap in &taps {
         assert!(!Path::new("/sys/class/net").join(tap).exists() && !is_bound(tap), "{tap} is left");
     }
-    assert!(leases.iter().all(|lease| !lease.exists()));
+    assert!(leases.iter().all(|(lock, _)| !lock.exists() && !lock.with_extension("lease").exists()));
     host.dev_box(["template", "rm", "default"]).expect_code(0);
     host.assert_clean();
 }
