@@ -50,6 +50,10 @@ use super::{
     volume::{Reserved, Volume},
 };
 
+/// The pause after the first try for the lock, and the longest: most writers hold it for one sync of an idle disk.
+const POLL: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(5));
+/// How long what can be done later waits for the lock: entries queue behind it.
+const LATER: Duration = Duration::from_secs(1);
 /// A clock that goes back by less is noise (NTP slews by milliseconds).
 const CLOCK_BACK: Duration = Duration::from_secs(1);
 
@@ -77,6 +81,8 @@ pub(crate) struct Journal {
     health: Health,
     /// The last head exported by this process.
     head_seq: u64,
+    /// Until when the lock is waited for at all, once the log ends.
+    ends: Option<Instant>,
 }
 
 pub(super) fn at(path: &Path) -> impl FnOnce(io::Error) -> OpenError + use<> {
@@ -122,6 +128,7 @@ impl Journal {
             lost: None,
             health: Health::Good,
             head_seq: 0,
+            ends: None,
         };
         let _guard =
             journal.locked().map_err(|_| OpenError::Busy { waited: journal.options.lock_timeout })?;
@@ -146,20 +153,31 @@ impl Journal {
         }
     }
 
+    /// From now on there is one time for the lock, however many groups are left: whoever closes the log waits for them.
+    pub(crate) fn end_soon(&mut self) {
+        self.ends.get_or_insert_with(|| Instant::now() + self.options.lock_timeout);
+    }
+
     /// Waits for the lock. The guard lets go.
     fn locked(&self) -> Result<Lock, AuditError> {
+        self.locked_within(self.options.lock_timeout)
+    }
+
+    /// Polls: a thread that the kernel queues for it could not be called off.
+    fn locked_within(&self, timeout: Duration) -> Result<Lock, AuditError> {
         let file = self.lock.try_clone().map_err(write_error)?;
-        let deadline = Instant::now() + self.options.lock_timeout;
-        let mut pause = Duration::from_micros(50);
+        let began = Instant::now();
+        let deadline = self.ends.map_or(began + timeout, |ends| ends.min(began + timeout));
+        let mut pause = POLL.0;
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(Lock(file)),
                 Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) if Instant::now() < deadline => {
                     std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_millis(5));
+                    pause = (pause * 2).min(POLL.1);
                 }
                 Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {
-                    let text = format!("another process held its lock for {:?}", self.options.lock_timeout);
+                    let text = format!("another process held its lock for {timeout:?}");
                     return Err(write_error(io::Error::new(io::ErrorKind::TimedOut, text)));
                 }
                 Err(error) => return Err(write_error(error.into())),
@@ -243,8 +261,12 @@ impl Journal {
 
     /// Writes a group. One result an entry, in order.
     pub(crate) fn append(&mut self, entries: Vec<Entry>) -> Vec<Result<Receipt, AuditError>> {
+        self.append_within(self.options.lock_timeout, entries)
+    }
+
+    fn append_within(&mut self, timeout: Duration, entries: Vec<Entry>) -> Vec<Result<Receipt, AuditError>> {
         let count = entries.len();
-        let outcome = self.locked().and_then(|_guard| {
+        let outcome = self.locked_within(timeout).and_then(|_guard| {
             let mut state = self.load()?;
             let mut prelude = self.catch_up(&mut state)?;
             let skipped = prelude.len();
@@ -270,7 +292,7 @@ impl Journal {
     /// What is done now and then without entries: says what was lost, tries whether there is room again.
     pub(crate) fn tick(&mut self) {
         if self.lost.is_some() || !matches!(self.health, Health::Good) {
-            let _ = self.append(Vec::new());
+            let _ = self.append_within(LATER.min(self.options.lock_timeout), Vec::new());
         }
     }
 

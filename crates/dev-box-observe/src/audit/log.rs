@@ -159,7 +159,8 @@ impl AuditLog {
         Ok(Self { shared, writer: Some(writer) })
     }
 
-    /// Writes what is queued, exports a last head, and ends. Later entries fail. Blocks.
+    /// Writes what is queued, exports a last head, and ends. Later entries fail. Blocks, at most about twice
+    /// [`AuditOptions::lock_timeout`] when others write.
     pub fn close(mut self) {
         self.end();
     }
@@ -266,6 +267,9 @@ fn write_groups(shared: &Shared, mut journal: Journal) {
         let wake = next_head.min(next_retry);
         let (group, dropped, closed) = next_group(shared, &mut pace, window, wake);
         journal.count_lost(dropped, "the queue was full");
+        if closed {
+            journal.end_soon();
+        }
         let empty = group.is_empty();
         if !empty {
             let oldest = group.iter().map(|queued| queued.since).min();

@@ -4,6 +4,10 @@ use std::{path::PathBuf, time::Duration};
 
 use super::{keyfile::KeyFileError, sink::how_to_go_on};
 
+/// Whoever has the lock syncs, dozens may wait, in no order, and a job that cannot be recorded fails: longer than a busy disk
+/// stalls.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How an [`AuditLog`](super::AuditLog) behaves.
 #[derive(Debug, Clone)]
 pub struct AuditOptions {
@@ -32,7 +36,8 @@ pub struct AuditOptions {
     pub group_window: Duration,
     /// How many entries may wait to be written (default 1024).
     pub queue: usize,
-    /// How long to wait for another process that writes (default 5 s).
+    /// How long to wait for other processes that write (default 60 s: a disk may stall). When it is closed the log waits so long
+    /// once more, however much is queued.
     pub lock_timeout: Duration,
     /// Whether the writer's thread goes before all that is not real-time, as `SCHED_RR` of the least priority (sched(7); default no): on a host
     /// whose processors are all taken, intents wait for the disk then, and not for a turn. It computes for some tens of microseconds an entry. What
@@ -63,7 +68,7 @@ impl AuditOptions {
             reserve_bytes: 4 << 20,
             group_window: Duration::from_millis(10),
             queue: 1024,
-            lock_timeout: Duration::from_secs(5),
+            lock_timeout: LOCK_TIMEOUT,
             real_time: false,
         }
     }

@@ -4,7 +4,7 @@
 //! read the ends of closed segments -> lock: as they were? say what goes -> unlock -> remove, oldest first
 //! ```
 //!
-//! Whoever writes waits for the lock a few seconds at most, so nothing long is done under it. A process that dies over the
+//! Whoever writes waits for the lock, and a job for whoever writes, so nothing long is done under it. A process that dies over the
 //! last step leaves segments that a record says are gone: the log is whole all the same, and the next one removes them.
 
 use std::{

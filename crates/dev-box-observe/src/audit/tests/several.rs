@@ -195,6 +195,30 @@ fn a_full_queue_counts_what_it_dropped() {
     assert_eq!(place.verify().problem, None);
 }
 
+#[test]
+fn an_end_waits_for_the_lock_once_and_not_for_each_group() {
+    let place = Place::new();
+    let timeout = Duration::from_secs(1);
+    let mut journal = place.journal_with(AuditOptions { lock_timeout: timeout, ..place.options() });
+    let lock = std::fs::File::open(place.log_dir().join("lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let began = std::time::Instant::now();
+    for number in 0..30 {
+        journal.end_soon();
+        assert!(matches!(append(&mut journal, fact(number)), Err(AuditError::Write(_))));
+    }
+    // Far below the thirty times, however slow the machine.
+    assert!((timeout..20 * timeout).contains(&began.elapsed()), "{:?}", began.elapsed());
+    drop(lock);
+    append(&mut journal, fact(30)).unwrap();
+}
+
+#[test]
+fn a_writer_outwaits_a_disk_that_stalls() {
+    let options = AuditOptions::new("audit", "first.key");
+    assert!(options.lock_timeout >= Duration::from_secs(30), "{:?}", options.lock_timeout);
+}
+
 #[tokio::test]
 async fn refusal_shows_in_check_and_ends_by_itself() {
     let place = Place::new();
