@@ -223,12 +223,8 @@ impl Journal {
         state.store(&self.state, &*self.volume).map_err(at(&dir.join("state")))?;
         self.volume.sync(&self.state).map_err(at(&dir.join("state")))?;
         let first = FirstKey { chain: state.chain.clone(), key: state.key.clone() };
-        if key_path.exists() {
-            if FirstKey::read(&key_path)? != first {
-                return Err(OpenError::LogGone { key: key_path, dir });
-            }
-        } else {
-            first.write_new(&key_path)?;
+        if first.put(&key_path)? != first {
+            return Err(OpenError::LogGone { key: key_path, dir });
         }
         let genesis = Entry::fact(AuditEvent::AuditGenesis { chain: Text::new(&state.chain) });
         // Whatever an earlier try left in the first segment was never acknowledged.
