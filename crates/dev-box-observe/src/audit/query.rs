@@ -14,6 +14,9 @@ use super::{
     segment::{self, Line, read_line},
 };
 
+/// How often [`tail`] looks for the end anew because its segment went between the list and the look into it.
+const MAX_AGAIN: usize = 8;
+
 /// Which records are wanted; everything set must fit.
 ///
 /// # Examples
@@ -241,12 +244,18 @@ pub fn tail(dir: &Path, filter: Filter) -> Result<Tail, ReadError> {
         let path = path.to_owned();
         move |source| ReadError::Io { path, source }
     };
-    if let Some(last) = segment::list(dir).map_err(io_error(dir))?.pop() {
+    for again in 0.. {
+        let Some(last) = segment::list(dir).map_err(io_error(dir))?.pop() else { break };
         let path = segment::path(dir, last);
-        let mut file = File::open(&path).map_err(io_error(&path))?;
+        let mut file = match File::open(&path) {
+            // Closed and pruned since it was listed: there is a later one then.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && again < MAX_AGAIN => continue,
+            opened => opened.map_err(io_error(&path))?,
+        };
         tail.offset = end_of_lines(&mut file).map_err(io_error(&path))?;
         tail.line_number = None;
         tail.open = Some((last, BufReader::new(file)));
+        break;
     }
     Ok(tail)
 }

@@ -136,6 +136,13 @@ fn a_reader_goes_on_behind_what_was_pruned() {
     assert_eq!(rest, (kept.first_seq..=kept.last_seq).collect::<Vec<_>>());
 }
 
+#[test]
+fn an_end_that_is_listed_and_never_there_is_an_error() {
+    let (place, ..) = grown();
+    std::os::unix::fs::symlink("nowhere", segment::path(&place.log_dir(), 1_000)).unwrap();
+    assert!(matches!(tail(&place.log_dir(), Filter::default()), Err(ReadError::Io { .. })));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_readers_and_pruners_do_not_disturb_one_another() {
     let place = Place::new();
@@ -166,6 +173,7 @@ async fn writers_readers_and_pruners_do_not_disturb_one_another() {
         let (dir, key) = (place.log_dir(), place.key());
         let report = tokio::task::spawn_blocking(move || {
             assert!(query(&dir, Filter::default()).all(|record| record.is_ok()));
+            assert!(tail(&dir, Filter::default()).unwrap().all(|record| record.is_ok()));
             verify(&dir, &key, &[]).unwrap()
         });
         assert_eq!(report.await.unwrap().problem, None);
