@@ -251,6 +251,42 @@ async fn waiting_survives_a_restarted_daemon() {
 }
 
 #[tokio::test]
+async fn waiting_survives_a_look_that_the_connection_broke_under() {
+    let libvirt = FakeLibvirt::new();
+    let vm = created(&libvirt).await;
+    let lost = || LibvirtError::ConnectionLost { message: "scripted".into() };
+    // The first look, and two in a row.
+    for nth in [1, 3, 4] {
+        libvirt.fail_nth("state", nth, lost());
+    }
+    let looks = || libvirt.calls().iter().filter(|call| *call == "state").count();
+    let before = looks();
+    let waiting = tokio::spawn({
+        let vm = vm.clone();
+        async move { vm.wait_stopped(SOON).await }
+    });
+    until(|| looks() >= before + 5).await;
+    assert!(libvirt.guest_powers_off(NAME));
+    assert_eq!(waiting.await.unwrap().unwrap(), VmState::Undefined);
+}
+
+#[tokio::test]
+async fn waiting_for_a_connection_that_stays_away_ends_in_time_and_with_one_that_is_closed_at_once() {
+    let libvirt = FakeLibvirt::new();
+    let connection =
+        options().patience(Duration::from_millis(10)).open_with(libvirt.connector()).await.unwrap();
+    let vm = Vm::create(&connection, &template(plain(Accelerator::Tcg))).await.unwrap();
+    libvirt.stop_daemon();
+    let error = vm.wait_stopped(Duration::from_secs(1)).await.unwrap_err();
+    assert!(matches!(&error, VmError::Libvirt(error) if error.is_connection_lost()), "{error:?}");
+    connection.close().await;
+    let begin = std::time::Instant::now();
+    let error = vm.wait_stopped(SOON).await.unwrap_err();
+    assert!(matches!(&error, VmError::Libvirt(error) if error.is_connection_lost()), "{error:?}");
+    assert!(begin.elapsed() < SOON);
+}
+
+#[tokio::test]
 async fn removing_is_idempotent_and_races_nobody() {
     let libvirt = FakeLibvirt::new();
     let vm = defined(&libvirt).await;
