@@ -15,6 +15,7 @@
 //! the first. What implementations owe is written down once, as tests: the feature `testing` has a `contract` module
 //! that the fake, libvirt's `test:///` driver and real QEMU all pass.
 
+mod conflict;
 mod error;
 mod types;
 
@@ -34,6 +35,7 @@ use std::time::Duration;
 use crate::id::VmId;
 use crate::size::ByteSize;
 
+pub use conflict::past_conflicts;
 pub use error::LibvirtError;
 pub use types::{
     BlockStats, CloseReason, DeleteScope, DomainEvent, DomainEventKind, DomainStats, DomainSummary,

@@ -15,7 +15,7 @@ use crate::connection::{LibvirtConnection, Seen, Times};
 use crate::id::VmId;
 use crate::libvirt::{
     DomainStats, DomainSummary, Libvirt, LibvirtError, PowerMethod, StartMode, StateReport, UndefineMode,
-    XmlView,
+    XmlView, past_conflicts,
 };
 use crate::spec::{LinkState, Ownership};
 use crate::state::{IllegalTransition, Operation, StateReason, VmState};
@@ -398,7 +398,7 @@ impl Vm {
         let id = self.id;
         self.operate(Operation::Plug, move |libvirt| {
             // Nothing says that libvirt would keep this order within one call.
-            filter(libvirt, id, &filtered)?;
+            past_conflicts(|| libvirt.update_device(id, &filtered))?;
             libvirt.update_device(id, &plugged)
         })
         .await
@@ -469,24 +469,6 @@ fn ours<T, E>(
 }
 
 /// The state, of which "no such domain" is one.
-/// How often libvirt is asked to put a filter in force, and how long it is left alone in between.
-const FILTER_ATTEMPTS: u32 = 4;
-const FILTER_PAUSE: Duration = Duration::from_millis(100);
-
-/// Gives an interface its filter, again when somebody else's rules came in between.
-fn filter(libvirt: &dyn Libvirt, id: VmId, interface: &str) -> Result<(), LibvirtError> {
-    for attempt in 1..FILTER_ATTEMPTS {
-        match libvirt.update_device(id, interface) {
-            Err(error) if error.is_rule_conflict() => {
-                tracing::info!(%error, attempt, "libvirt's filter is put in force again");
-                std::thread::sleep(FILTER_PAUSE * attempt);
-            }
-            done => return done,
-        }
-    }
-    libvirt.update_device(id, interface)
-}
-
 fn report(libvirt: &dyn Libvirt, id: VmId) -> Result<StateReport, LibvirtError> {
     match libvirt.state(id) {
         Err(error) if error.is_not_found() => {

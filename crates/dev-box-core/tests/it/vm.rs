@@ -122,14 +122,10 @@ async fn a_filter_whose_rules_met_somebody_elses_is_put_in_force_again() {
             "failed to add new filter rules to 'x' - attempting to restore old rules",
         )
     };
-    for nth in 1..=3 {
+    for nth in 1..=5 {
         libvirt.fail_nth("update_device", nth, conflict());
     }
     vm.plug_in(&template).await.unwrap();
-    for nth in 1..=4 {
-        libvirt.fail_nth("update_device", nth, conflict());
-    }
-    assert!(matches!(vm.plug_in(&template).await, Err(VmError::Libvirt(error)) if error.is_rule_conflict()));
     libvirt.fail_next("update_device", LibvirtError::from_libvirt(9, "another"));
     assert!(vm.plug_in(&template).await.is_err(), "anything else is told at once");
     vm.plug_in(&template).await.unwrap();

@@ -10,11 +10,9 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::thread;
-use std::time::Duration;
 
 use dev_box_core::id::VmName;
-use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters};
+use dev_box_core::libvirt::{LibvirtError, Networks, NwFilters, past_conflicts};
 
 use super::upkeep::LOOKS;
 use super::{NetError, NetLease, VmNetwork, libvirt_failed};
@@ -24,10 +22,6 @@ use crate::network::NetworkShape;
 use crate::policy::EgressPolicy;
 use crate::xml::filter_binding::filter_binding;
 use crate::xml::nwfilter::FilterDefinition;
-
-/// How often libvirt is asked to bind a filter, when somebody else's rules come in between.
-const ATTEMPTS: u32 = 4;
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// A tap that waits for a VM, its filter in force. When its process dies, or drops this, [`VmNetwork::sweep`] removes it.
 #[derive(Debug)]
@@ -162,13 +156,7 @@ impl VmNetwork {
 fn bind<L: NwFilters + ?Sized>(libvirt: &L, record: &LeaseRecord, address: Ipv4Addr) -> Result<(), NetError> {
     let parameters = FilterDefinition::parameters(record.filter_policy(), address);
     let xml = filter_binding(&record.filter, &parameters, address);
-    for attempt in 1.. {
-        match libvirt.bind_filter(&xml) {
-            Err(error) if error.is_rule_conflict() && attempt < ATTEMPTS => thread::sleep(PAUSE),
-            bound => return bound.map_err(libvirt_failed("put the tap's filter in force")),
-        }
-    }
-    Ok(())
+    past_conflicts(|| libvirt.bind_filter(&xml)).map_err(libvirt_failed("put the tap's filter in force"))
 }
 
 fn unbind<L: NwFilters + ?Sized>(libvirt: &L, address: Ipv4Addr) -> Result<(), NetError> {

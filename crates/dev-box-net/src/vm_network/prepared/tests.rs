@@ -137,7 +137,10 @@ fn whatever_fails_nothing_is_left() {
 fn rules_of_others_in_between_are_no_failure() {
     let world = World::new();
     let message = "internal error: Failed to add: failed to add new filter rules".to_owned();
-    world.libvirt.fail_next("bind_filter", LibvirtError::OperationFailed { code: 1, message });
+    for nth in 1..=5 {
+        let message = message.clone();
+        world.libvirt.fail_nth("bind_filter", nth, LibvirtError::OperationFailed { code: 1, message });
+    }
     let tap = world.prepare().unwrap();
     world.network.discard(&world.libvirt, tap).unwrap();
     assert!(world.is_bare());
