@@ -208,8 +208,8 @@ impl LibvirtConnection {
         self.call_or_undo(call, |_, _| ()).await
     }
 
-    /// As [`LibvirtConnection::call`]; when the future is dropped before the call ends, and the call succeeds, `undo`
-    /// is called with its result. So nothing is made that nobody knows of.
+    /// As [`LibvirtConnection::call`]; when the future is dropped before it gave the result, and the call succeeds, `undo`
+    /// is called with that. So nothing is made that nobody knows of.
     ///
     /// # Errors
     /// As [`LibvirtConnection::call`].

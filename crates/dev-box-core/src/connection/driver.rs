@@ -159,21 +159,52 @@ where
     let (answer, answered) = oneshot::channel();
     spawn_blocking(move || {
         let result = call(&*driver);
-        if let Err(Ok(unwanted)) = answer.send(result) {
-            undo(&*driver, unwanted);
+        let made = result.map(|value| Made(Some((value, undo, Arc::downgrade(&driver)))));
+        if let Err(Ok(mut unwanted)) = answer.send(made)
+            && let Some((value, undo, _)) = unwanted.0.take()
+        {
+            undo(&*driver, value);
         }
         drop(driver);
         drop(lane);
     });
-    let result = answered.await.unwrap_or_else(|_| {
-        Err(LibvirtError::OperationFailed { code: 1, message: "the call panicked or was cut off".into() })
-    });
+    let cut_off =
+        || LibvirtError::OperationFailed { code: 1, message: "the call panicked or was cut off".into() };
+    let result = match answered.await {
+        Ok(made) => made.and_then(|mut made| made.0.take().map(|(value, ..)| value).ok_or_else(cut_off)),
+        Err(_) => Err(cut_off()),
+    };
     if let Err(error) = &result
         && error.is_connection_lost()
     {
         inner.lost(generation, CloseReason::Error);
     }
     result
+}
+
+/// What a call made, on its way to whoever asked: who goes away between the answer and the look at it has it undone too.
+struct Made<T, U>(Option<(T, U, Weak<dyn Libvirt>)>)
+where
+    T: Send + 'static,
+    U: FnOnce(&dyn Libvirt, T) + Send + 'static;
+
+impl<T, U> Drop for Made<T, U>
+where
+    T: Send + 'static,
+    U: FnOnce(&dyn Libvirt, T) + Send + 'static,
+{
+    fn drop(&mut self) {
+        let Some((value, undo, driver)) = self.0.take() else { return };
+        // Undoing blocks, and this is a thread of tokio's; so does closing, if this is the driver's last use.
+        let undoing = std::thread::Builder::new().spawn(move || {
+            if let Some(driver) = driver.upgrade() {
+                undo(&*driver, value);
+            }
+        });
+        if let Err(error) = undoing {
+            warn!(%error, "what a call made that nobody waited for is not undone");
+        }
+    }
 }
 
 pub(super) async fn close(inner: &Arc<Inner>) {

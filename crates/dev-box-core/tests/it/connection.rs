@@ -1,6 +1,9 @@
 //! The shared connection, on the fake.
 
-use std::sync::Arc;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::task::Poll;
 use std::time::Duration;
 
 use dev_box_core::accel::Accelerator;
@@ -9,7 +12,9 @@ use dev_box_core::connection::{
     ConnectionEvent, LibvirtConnection, Link, OpenOptions, Requirement, RequirementError,
 };
 use dev_box_core::libvirt::fake::FakeLibvirt;
-use dev_box_core::libvirt::{Access, CloseReason, DomainEventKind, LibvirtError, StartMode, Versions};
+use dev_box_core::libvirt::{
+    Access, CloseReason, DomainEventKind, Libvirt, LibvirtError, StartMode, Versions,
+};
 use dev_box_core::template::VmTemplate;
 use dev_box_core::vm::Vm;
 
@@ -173,6 +178,43 @@ async fn what_nobody_waits_for_is_undone() {
         }
     }
     panic!("it always ended in time");
+}
+
+#[tokio::test]
+async fn what_was_answered_and_never_looked_at_is_undone() {
+    let libvirt = FakeLibvirt::new();
+    let connection = options().concurrent_calls(1).open_with(libvirt.connector()).await.unwrap();
+    let undone = Arc::new(AtomicUsize::new(0));
+    let call = |begin: mpsc::Receiver<()>| {
+        let undone = undone.clone();
+        let undo = move |_: &dyn Libvirt, seven| {
+            undone.fetch_add(seven, Ordering::SeqCst);
+        };
+        let seven = move |_: &dyn Libvirt| {
+            begin.recv().unwrap();
+            Ok(7)
+        };
+        connection.call_or_undo(seven, undo)
+    };
+    let (go, begin) = mpsc::sync_channel(1);
+    let mut called = Box::pin(call(begin));
+    poll_fn(|context| {
+        assert!(called.as_mut().poll(context).is_pending());
+        Poll::Ready(())
+    })
+    .await;
+    go.send(()).unwrap();
+    // There is one lane: whoever has it next comes after the answer.
+    soon(connection.domains()).await.unwrap();
+    assert_eq!(undone.load(Ordering::SeqCst), 0, "somebody may still look");
+    drop(called);
+    until(|| undone.load(Ordering::SeqCst) == 7).await;
+
+    let (go, begin) = mpsc::sync_channel(1);
+    go.send(()).unwrap();
+    assert_eq!(soon(call(begin)).await, Ok(7));
+    soon(connection.domains()).await.unwrap();
+    assert_eq!(undone.load(Ordering::SeqCst), 7, "looked at");
 }
 
 #[tokio::test]
