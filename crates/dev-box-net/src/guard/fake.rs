@@ -18,8 +18,8 @@ pub enum Call {
     Apply,
     /// [`Firewall::remove`]
     Remove,
-    /// [`Firewall::list`], [`Firewall::inspect`], [`Firewall::traffic`], [`Firewall::filters`] and
-    /// [`Firewall::network_rules`]
+    /// [`Firewall::list`], [`Firewall::inspect`], [`Firewall::traffic`], [`Firewall::filters`],
+    /// [`Firewall::filters_mark`] and [`Firewall::network_rules`]
     List,
     /// [`Firewall::forget_reached`]
     Forget,
@@ -40,6 +40,10 @@ struct State {
     names: BTreeMap<Ipv4Addr, BTreeSet<Ipv4Addr>>,
     reached: BTreeMap<Ipv4Addr, BTreeSet<IpAddr>>,
     filters: BTreeMap<Ipv4Addr, FilterRules>,
+    /// What libvirt is making, and for how many looks yet.
+    making: Option<(u32, Ipv4Addr, FilterRules)>,
+    /// How often somebody was at the filters.
+    filters_changed: u64,
     /// `None` for whole ones.
     network_rules: Option<NetworkRules>,
     faults: VecDeque<Call>,
@@ -105,12 +109,22 @@ impl FakeFirewall {
 
     /// What someone does who flushes ebtables: libvirt puts no filter back by itself.
     pub fn flush_filters(&self) {
-        self.state().filters.clear();
+        let mut state = self.state();
+        state.filters.clear();
+        state.filters_changed += 1;
     }
 
     /// What libvirt does when it puts a VM's filter in force.
     pub fn put_filter(&self, address: Ipv4Addr, rules: FilterRules) {
-        self.state().filters.insert(address, rules);
+        let mut state = self.state();
+        state.filters.insert(address, rules);
+        state.filters_changed += 1;
+    }
+
+    /// What libvirt does when it takes its time for that: at each of so many looks other rules are there, and with the last one the
+    /// filter is in force.
+    pub fn make_filter(&self, address: Ipv4Addr, rules: FilterRules, looks: u32) {
+        self.state().making = Some((looks, address, rules));
     }
 
     /// What becomes of libvirt's own rules for the network; whole until then.
@@ -176,7 +190,19 @@ impl Firewall for FakeFirewall {
     }
 
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
-        Ok(self.enter(Call::List)?.filters.clone())
+        let mut state = self.enter(Call::List)?;
+        if let Some((looks, address, rules)) = state.making.take() {
+            state.filters_changed += 1;
+            match looks.checked_sub(1) {
+                Some(left) => state.making = Some((left, address, rules)),
+                None => drop(state.filters.insert(address, rules)),
+            }
+        }
+        Ok(state.filters.clone())
+    }
+
+    fn filters_mark(&self) -> Result<Option<u64>, FirewallError> {
+        Ok(Some(self.enter(Call::List)?.filters_changed))
     }
 
     fn network_rules(&self, _: &NetworkShape) -> Result<NetworkRules, FirewallError> {

@@ -10,6 +10,7 @@
 //! that ebtables writes.)
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::{IpAddr, Ipv4Addr};
 
 use dev_box_core::spec::MacAddress;
@@ -204,6 +205,14 @@ fn leads_past(chains: &Chains<'_>, rule: &FilterRule, jumps: usize) -> bool {
     }
 }
 
+/// See [`Firewall::filters_mark`](super::Firewall::filters_mark).
+pub(super) fn mark(listing: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    // The head has the time in it, and other programs' rules are no filters.
+    listing.lines().filter(|line| line.contains("libvirt-")).for_each(|line| line.hash(&mut hasher));
+    hasher.finish()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -261,6 +270,24 @@ mod tests {
 
     fn found(listing: &str) -> Option<FilterRules> {
         read(listing).unwrap().remove(&VM)
+    }
+
+    #[test]
+    fn the_mark_is_of_all_chains_and_rules_and_of_nothing_else() {
+        let same = LISTING.replace("01:32:28", "01:32:29") + "-A PREROUTING -i eth7 -j ACCEPT\n";
+        assert_eq!(mark(LISTING), mark(&same));
+        let lines: Vec<&str> = LISTING.lines().filter(|line| line.contains("libvirt-")).collect();
+        assert!(lines.len() > 4);
+        for gone in lines {
+            let rest: String =
+                LISTING.lines().filter(|line| *line != gone).map(|line| format!("{line}\n")).collect();
+            assert_ne!(mark(LISTING), mark(&rest), "{gone}");
+        }
+        assert_ne!(
+            mark(LISTING),
+            mark(&(LISTING.to_owned() + ":libvirt-J-dbt0ad50009 ACCEPT\n")),
+            "on its way"
+        );
     }
 
     #[test]

@@ -190,6 +190,15 @@ pub trait Firewall: fmt::Debug + Send + Sync {
     /// [`FirewallError`].
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError>;
 
+    /// A number that is another one when anything of libvirt's filters is, of whatever VM, whole or in pieces: whether somebody is at them.
+    /// `None` where that cannot be told.
+    ///
+    /// # Errors
+    /// [`FirewallError`].
+    fn filters_mark(&self) -> Result<Option<u64>, FirewallError> {
+        Ok(None)
+    }
+
     /// What stands of libvirt's own rules for the network: NAT, and that it is forwarded.
     ///
     /// # Errors

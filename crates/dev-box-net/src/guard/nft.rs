@@ -21,11 +21,14 @@ use crate::network::NetworkShape;
 /// How much of nft's complaint is kept, in characters.
 const MAX_MESSAGE: usize = 1000;
 
+/// Libvirt's filters, and the mark of all that there is of them.
+type Filters = (BTreeMap<Ipv4Addr, FilterRules>, u64);
+
 /// What is remembered of the rules.
 #[derive(Debug, Default)]
 struct Known {
     ours: Memory<BTreeMap<Ipv4Addr, Fingerprint>>,
-    filters: Memory<BTreeMap<Ipv4Addr, FilterRules>>,
+    filters: Memory<Filters>,
     network: Memory<(NetworkShape, NetworkRules)>,
 }
 
@@ -171,9 +174,17 @@ impl NftFirewall {
     }
 
     /// What libvirt's filters are, and whether changes of them are counted.
-    fn look_at_filters(&self) -> Result<(BTreeMap<Ipv4Addr, FilterRules>, bool), FirewallError> {
+    fn look_at_filters(&self) -> Result<(Filters, bool), FirewallError> {
         let listing = run(&self.ebtables_save, "to list libvirt's filters", &["-t", "nat"], "")?;
-        Ok((filters::read(&listing)?, is_counted(&listing)))
+        Ok(((filters::read(&listing)?, filters::mark(&listing)), is_counted(&listing)))
+    }
+
+    fn all_filters(&self) -> Result<Filters, FirewallError> {
+        let look = || self.look_at_filters();
+        match &self.known {
+            Some(known) => known.filters.get(|_| true, look),
+            None => look().map(|(found, _)| found),
+        }
     }
 }
 
@@ -207,11 +218,11 @@ impl Firewall for NftFirewall {
     }
 
     fn filters(&self) -> Result<BTreeMap<Ipv4Addr, FilterRules>, FirewallError> {
-        let look = || self.look_at_filters();
-        match &self.known {
-            Some(known) => known.filters.get(|_| true, look),
-            None => look().map(|(found, _)| found),
-        }
+        Ok(self.all_filters()?.0)
+    }
+
+    fn filters_mark(&self) -> Result<Option<u64>, FirewallError> {
+        Ok(Some(self.all_filters()?.1))
     }
 
     fn network_rules(&self, shape: &NetworkShape) -> Result<NetworkRules, FirewallError> {

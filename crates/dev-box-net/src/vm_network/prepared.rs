@@ -109,7 +109,7 @@ impl VmNetwork {
         };
         let in_force = || {
             let records = BTreeMap::from([(address, record.clone())]);
-            let in_force = self.filters_in_force(&lease.shape, &records, LOOKS)?;
+            let in_force = self.filters_in_force(&lease.shape, &records, LOOKS, &mut None)?;
             Ok::<_, NetError>(in_force.get(&address) == Some(&true))
         };
         if !lease.is_prepared() || self.settings.host.has_open_tap(&tap_of(address)) || !in_force()? {

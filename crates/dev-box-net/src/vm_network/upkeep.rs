@@ -2,7 +2,7 @@
 //! on record of its lease, so that the process that owns the VM need not be asked.
 
 use std::collections::BTreeMap;
-use std::fs::TryLockError;
+use std::fs::{File, TryLockError};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::thread;
@@ -26,8 +26,12 @@ use crate::xml::nwfilter::nwfilter;
 pub(super) const LOOKS: u32 = 3;
 /// From one look to the next.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(150);
-/// How long whoever changes a VM's network has for it before what is missing meanwhile counts as gone.
-const CHANGED_WITHIN: Duration = Duration::from_secs(4);
+/// How long whoever changes a VM's policy, or libvirt that makes filters, has for it before what is missing meanwhile counts as gone:
+/// an end of dnsmasq and its start, programs that wait for a busy host's processors, a second and more a filter. Only root
+/// can have it last.
+const CHANGED_WITHIN: Duration = Duration::from_secs(15);
+/// The same, where something is missing that no change of a policy takes away.
+const LOCKED_WITHIN: Duration = Duration::from_secs(4);
 /// From one try for the lock to the next.
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
@@ -44,8 +48,8 @@ impl VmNetwork {
     }
 
     /// Whether every layer stands, of the VMs on record that are `wanted`: one look at the firewall and two questions to
-    /// libvirt, however many there are. What is missing counts once nobody is just changing it: another look follows
-    /// then, after at most four seconds.
+    /// libvirt, however many there are. What is missing counts at once where nothing moves: when nobody is just changing a VM's
+    /// network, nor libvirt's filters. Otherwise other looks follow, for fifteen seconds at most.
     ///
     /// # Errors
     /// [`NetError`] when that cannot be found out.
@@ -54,21 +58,55 @@ impl VmNetwork {
         libvirt: &L,
         wanted: impl Fn(&VmName) -> bool,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
-        let found = self.look(libvirt, &wanted, LOOKS)?;
-        if found.values().all(|found| found.finding().is_none()) {
-            return Ok(found);
-        }
+        self.verify_within(CHANGED_WITHIN, libvirt, wanted)
+    }
+
+    fn verify_within<L: Networks + NwFilters + ?Sized>(
+        &self,
+        limit: Duration,
+        libvirt: &L,
+        wanted: impl Fn(&VmName) -> bool,
+    ) -> Result<BTreeMap<VmName, Verification>, NetError> {
         let began = Instant::now();
+        loop {
+            let mut mark = None;
+            let found = self.look(libvirt, &wanted, LOOKS, &mut mark)?;
+            if found.values().all(|found| found.finding().is_none()) {
+                return Ok(found);
+            }
+            let patience = match found.values().all(may_be_changing) {
+                true => limit,
+                false => limit.min(LOCKED_WITHIN),
+            };
+            let settled = match self.lock_within(began, patience)? {
+                // Libvirt had its time already. Let go after that: whoever changes something must not wait for libvirt as well.
+                Some(_lock) => self.look(libvirt, &wanted, 1, &mut None)?,
+                // Who takes longer hides nothing.
+                None => found,
+            };
+            let others = |found: &Verification| {
+                Verification { filter_in_force: None, ..found.clone() }.finding().is_some()
+            };
+            let no_filter = |found: &Verification| found.filter_in_force == Some(false);
+            if settled.values().any(others) || !settled.values().any(no_filter) || began.elapsed() >= limit {
+                return Ok(settled);
+            }
+            // A filter alone, and libvirt may just be making it, with those of other VMs before it.
+            let now = self.firewall.filters_mark()?;
+            if now.is_none() || now == mark {
+                return Ok(settled);
+            }
+        }
+    }
+
+    /// The lock, where nobody has it for that long.
+    fn lock_within(&self, began: Instant, patience: Duration) -> Result<Option<File>, NetError> {
         let (lock, path) = self.lock_file()?;
         loop {
             match lock.try_lock() {
-                // Libvirt had its time already.
-                Ok(()) => return self.look(libvirt, &wanted, 1),
-                Err(TryLockError::WouldBlock) if began.elapsed() < CHANGED_WITHIN => {
-                    thread::sleep(BETWEEN_TRIES);
-                }
-                // Who takes longer hides nothing.
-                Err(TryLockError::WouldBlock) => return Ok(found),
+                Ok(()) => return Ok(Some(lock)),
+                Err(TryLockError::WouldBlock) if began.elapsed() < patience => thread::sleep(BETWEEN_TRIES),
+                Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(source)) => {
                     return Err(NetError::Host { path, what: "locked", source });
                 }
@@ -81,6 +119,7 @@ impl VmNetwork {
         libvirt: &L,
         wanted: impl Fn(&VmName) -> bool,
         looks: u32,
+        mark: &mut Option<u64>,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
         let Some((shape, network_active)) = self.find_active(libvirt)? else { return Ok(BTreeMap::new()) };
         let mut records = self.leases(&shape)?.records()?;
@@ -92,7 +131,7 @@ impl VmNetwork {
         let rules = self.firewall.inspect(&addresses)?;
         let filters = libvirt.filters().map_err(libvirt_failed("list its filters"))?;
         let serving = self.resolver.serving()?;
-        let in_force = self.filters_in_force(&shape, &records, looks)?;
+        let in_force = self.filters_in_force(&shape, &records, looks, mark)?;
         let network_rules = self.firewall.network_rules(&shape)?;
         let verification = |(address, record): (Ipv4Addr, LeaseRecord)| {
             let names = self.names_of(&record.vm, &shape, address, &record.policy);
@@ -118,12 +157,14 @@ impl VmNetwork {
         Ok(records.into_iter().map(verification).collect())
     }
 
-    /// Whether libvirt's filter is in force, of each VM on record that has a tap.
+    /// Whether libvirt's filter is in force, of each VM on record that has a tap. Where one is not, `mark` is that of the first
+    /// look that found so.
     pub(super) fn filters_in_force(
         &self,
         shape: &NetworkShape,
         records: &BTreeMap<Ipv4Addr, LeaseRecord>,
         looks: u32,
+        mark: &mut Option<u64>,
     ) -> Result<BTreeMap<Ipv4Addr, bool>, NetError> {
         let has_tap = |address: Ipv4Addr| self.settings.host.has_interface(&tap_of(address));
         let plugged: Vec<_> = records.iter().filter(|(address, _)| has_tap(**address)).collect();
@@ -146,7 +187,11 @@ impl VmNetwork {
             };
             let states: BTreeMap<Ipv4Addr, bool> =
                 plugged.iter().map(|(address, record)| (**address, in_force(**address, record))).collect();
-            if look >= looks || states.values().all(|in_force| *in_force) {
+            let sound = states.values().all(|in_force| *in_force);
+            if !sound && mark.is_none() {
+                *mark = self.firewall.filters_mark()?;
+            }
+            if sound || look >= looks {
                 return Ok(states);
             }
             thread::sleep(BETWEEN_LOOKS);
@@ -344,6 +389,15 @@ impl VmNetwork {
         let record = LeaseRecord { fingerprint: Some(fingerprint), ..record };
         Ok(self.leases(shape)?.rewrite(address, &record)?)
     }
+}
+
+/// Whether nothing is missing of a VM but what is while its policy is being changed.
+fn may_be_changing(found: &Verification) -> bool {
+    let guard = match found.guard {
+        GuardState::Changed => GuardState::Intact,
+        other => other,
+    };
+    Verification { guard, names_served: None, ..found.clone() }.finding().is_none()
 }
 
 #[cfg(test)]

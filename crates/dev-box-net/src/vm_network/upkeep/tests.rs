@@ -4,9 +4,11 @@ use std::thread;
 
 use super::super::tests::{World, name};
 use super::*;
+use crate::guard::FilterRules;
 use crate::guard::fake::Call;
 use crate::lease::AddressLeases;
 use crate::resolver::Resolver as _;
+use crate::tap::Taps as _;
 
 /// Time enough for a thread that does not wait to have come to its end.
 const A_WHILE: Duration = Duration::from_millis(200);
@@ -106,8 +108,61 @@ fn what_is_just_being_changed_is_not_found_gone() {
     world.resolver.crash(lease.address);
     assert_eq!(verify().names_served, Some(false), "nobody changes anything");
     let lock = world.network.lock().unwrap();
-    assert_eq!(verify().names_served, Some(false), "nobody hides it for ever");
+    let found = world.network.verify_within(A_WHILE, &world.libvirt, |_| true).unwrap();
+    assert_eq!(found[&name("a")].names_served, Some(false), "nobody hides it for ever");
+
+    // No change takes rules away, so none has that long for it.
+    world.firewall.flush();
+    let found = world.network.verify_within(Duration::from_secs(3600), &world.libvirt, |_| true).unwrap();
+    assert_eq!(found[&name("a")].guard, GuardState::Missing);
     drop(lock);
+}
+
+/// A VM that runs, and the rules of its filter.
+fn plugged() -> (World, NetLease, FilterRules) {
+    let (world, lease) = world();
+    fs::create_dir_all(world.network.settings.host.interfaces.join(tap_of(lease.address))).unwrap();
+    world.taps.rejoin(&tap_of(lease.address), lease.shape().bridge()).unwrap();
+    let rules = nwfilter(lease.shape(), lease.record().filter_policy()).in_force(lease.mac, lease.address);
+    world.firewall.put_filter(lease.address, rules.clone());
+    (world, lease, rules)
+}
+
+#[test]
+fn a_filter_that_libvirt_is_just_making_is_not_found_gone() {
+    let (world, lease, rules) = plugged();
+    let verify = |limit| world.network.verify_within(limit, &world.libvirt, |_| true).unwrap();
+    let ever = Duration::from_secs(3600);
+    assert!(verify(ever)[&name("a")].is_sound());
+    world.firewall.flush_filters();
+    world.firewall.make_filter(lease.address, rules.clone(), 3 * LOOKS);
+    assert!(verify(ever)[&name("a")].is_sound(), "longer than one turn's looks");
+
+    world.firewall.flush_filters();
+    assert_eq!(verify(ever)[&name("a")].filter_in_force, Some(false), "at once where nothing moves");
+    world.firewall.make_filter(lease.address, rules.clone(), u32::MAX);
+    let began = Instant::now();
+    let found = verify(Duration::from_secs(2)).remove(&name("a")).unwrap();
+    assert_eq!(found.filter_in_force, Some(false), "nobody hides it for ever");
+    assert!(began.elapsed() >= Duration::from_secs(2));
+
+    // Whatever libvirt makes, nobody else's layer waits for it.
+    world.firewall.flush();
+    assert_eq!(verify(ever)[&name("a")].guard, GuardState::Missing);
+}
+
+#[test]
+fn whoever_changes_something_does_not_wait_until_libvirt_is_done() {
+    let (world, lease, rules) = plugged();
+    world.firewall.flush_filters();
+    world.firewall.make_filter(lease.address, rules.clone(), u32::MAX);
+    thread::scope(|scope| {
+        let verifying = scope.spawn(|| world.network.verify_all(&world.libvirt).unwrap().remove(&name("a")));
+        let new = names("new.example");
+        assert!(world.network.change_policy_of(&world.libvirt, &name("a"), &new).unwrap());
+        world.firewall.make_filter(lease.address, rules.clone(), 0);
+        assert!(verifying.join().unwrap().unwrap().is_sound());
+    });
 }
 
 #[test]
