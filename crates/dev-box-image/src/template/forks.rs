@@ -120,8 +120,12 @@ impl TemplateStore {
     fn forget_locks(&self) {
         let Ok(locks) = fs::read_dir(self.templates.join(LOCKS)) else { return };
         for lock in locks.flatten() {
-            let made = self.templates.join(lock.file_name()).exists();
-            if !made && matches!(Lock::try_alone(&lock.path()), Ok(Some(_))) {
+            let made = || self.templates.join(lock.file_name()).exists();
+            // Held until it is gone: who has it by then has another file.
+            if !made()
+                && let Ok(Some(_alone)) = Lock::try_alone(&lock.path())
+                && !made()
+            {
                 let _ = fs::remove_file(lock.path());
             }
         }
@@ -215,6 +219,31 @@ mod tests {
         store.remove_unused().unwrap();
         assert_eq!(fs::read_dir(root.path().join(FORKS)).unwrap().count(), 1);
         assert_eq!(fs::read_dir(root.path().join(FORKS).join(LOCKS)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_lock_is_not_forgotten_under_its_holder() {
+        use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+        let root = tempfile::tempdir().unwrap();
+        let store = TemplateStore::forks(root.path()).unwrap();
+        let (path, done) = (root.path().join(FORKS).join(LOCKS).join("fork-1"), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(SeqCst) {
+                        store.forget_locks();
+                    }
+                });
+            }
+            let mut went = 0;
+            for _ in 0..3000 {
+                let Ok(_alone) = store.lock(&name("fork-1")) else { continue };
+                (0..20).for_each(|_| std::thread::yield_now());
+                went += i32::from(!path.exists());
+            }
+            done.store(true, SeqCst);
+            assert_eq!(went, 0, "under its holder");
+        });
     }
 
     #[test]
