@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dev_box_core::size::ByteSize;
 
@@ -12,9 +12,13 @@ use crate::lock::Lock;
 use crate::qcow2::{self, Point, Qcow2Error};
 use crate::space::{self, SpaceError, SpaceLimits};
 
-/// How often, and how many times, a base that someone else holds alone is tried: for two seconds.
+/// How often a base is tried that someone else holds alone.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-const LOCK_TRIES: u32 = 200;
+/// For how long: whoever looks at it, or removes it, is done within moments, but on a host that is behind.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is done with a base first.
+const FIND: &str = "find";
 
 /// Why an overlay was not made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +68,18 @@ pub enum OverlayError {
         #[source]
         source: io::Error,
     },
+}
+
+impl OverlayError {
+    /// Whether the base is gone, or about to go.
+    #[must_use]
+    pub fn has_no_base(&self) -> bool {
+        match self {
+            Self::Vanishing { .. } => true,
+            Self::Io { verb: FIND, source, .. } => source.kind() == io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
 }
 
 /// An overlay that exists. Dropping this value leaves the file but no longer holds the image; an image is in use as long as either is
@@ -124,8 +140,8 @@ impl Overlay {
         point: Option<Point<'_>>,
     ) -> Result<Self, OverlayError> {
         // The real file: what a link points at may change, what an overlay lies on must not.
-        let base = base.canonicalize().map_err(io("find", base))?;
-        let lock = hold(&base)?;
+        let base = base.canonicalize().map_err(io(FIND, base))?;
+        let lock = hold(&base, LOCK_PATIENCE)?;
         let fail = |source| OverlayError::Base { base: base.clone(), source };
         let own = qcow2::header_of(&base).map_err(fail)?.size;
         let size = size.unwrap_or(own);
@@ -186,23 +202,19 @@ impl Overlay {
 
 /// Shares the lock of a base. One that is held alone may be about to be removed, or just be looked at: a superseded
 /// build may share its disk with the image that took its place.
-fn hold(base: &Path) -> Result<Lock, OverlayError> {
+fn hold(base: &Path, patience: Duration) -> Result<Lock, OverlayError> {
     let vanishing = || OverlayError::Vanishing { base: base.to_owned() };
-    let mut tries = 0;
-    let lock = loop {
+    let began = Instant::now();
+    loop {
         match Lock::try_shared(base) {
-            Ok(Some(lock)) => break lock,
-            Ok(None) if tries < LOCK_TRIES => {
-                tries += 1;
-                std::thread::sleep(LOCK_INTERVAL);
-            }
+            Ok(Some(lock)) => return Ok(lock),
+            Ok(None) if began.elapsed() < patience => std::thread::sleep(LOCK_INTERVAL),
             Ok(None) => return Err(vanishing()),
-            Err(error) if tries > 0 && error.kind() == io::ErrorKind::NotFound => return Err(vanishing()),
+            // It was there when its links were resolved.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(vanishing()),
             Err(error) => return Err(io("lock", base)(error)),
         }
-    };
-    // Removed between the opening and the locking: what is locked then is no longer there.
-    if base.is_file() { Ok(lock) } else { Err(vanishing()) }
+    }
 }
 
 fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OverlayError {
@@ -284,13 +296,30 @@ mod tests {
         assert!(matches!(Overlay::create(&odd, &path, None), Err(OverlayError::Base { .. })));
         let disk = base(directory.path());
         let removing = Lock::try_existing(&disk).unwrap().unwrap();
-        assert!(matches!(Overlay::create(&disk, &path, None), Err(OverlayError::Vanishing { .. })));
+        let held = hold(&disk, Duration::from_millis(50));
+        assert!(matches!(held, Err(OverlayError::Vanishing { .. })));
         let looking = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(100));
             drop(removing);
         });
         Overlay::create(&disk, &path, None).unwrap();
         looking.join().unwrap();
+    }
+
+    #[test]
+    fn a_base_that_goes_while_it_is_waited_for_is_not_waited_for_any_longer() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = base(directory.path());
+        let removing = Lock::try_existing(&disk).unwrap().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(50));
+                fs::remove_file(&disk).unwrap();
+            });
+            let held = hold(&disk, Duration::MAX);
+            assert!(matches!(held, Err(OverlayError::Vanishing { .. })));
+        });
+        drop(removing);
     }
 
     #[test]

@@ -18,9 +18,13 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
+use dev_box_core::size::ByteSize;
+
 use crate::lock::Lock;
 use crate::manifest::{Manifest, ManifestError};
 use crate::name::ImageName;
+use crate::overlay::{Overlay, OverlayError};
+use crate::space::SpaceLimits;
 use crate::staging::Staging;
 use crate::usage;
 
@@ -201,22 +205,61 @@ impl ImageStore {
     /// # Errors
     /// [`StoreError::Missing`], [`StoreError::Incomplete`], [`StoreError::Manifest`].
     pub fn get(&self, name: &ImageName) -> Result<Image, StoreError> {
-        let link = self.images.join(name);
-        let dir = match link.canonicalize() {
-            Ok(dir) => dir,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(StoreError::Missing { name: name.clone() });
+        let mut dir = self.dir_of(name)?;
+        loop {
+            let found = Self::read(name, &dir);
+            if found.is_ok() {
+                return found;
             }
-            Err(error) => return Err(io("find", &link)(error)),
-        };
+            // A build may have taken its name, and removed what was just looked at.
+            let now = self.dir_of(name)?;
+            if now == dir {
+                return found;
+            }
+            dir = now;
+        }
+    }
+
+    fn dir_of(&self, name: &ImageName) -> Result<PathBuf, StoreError> {
+        let link = self.images.join(name);
+        link.canonicalize().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => StoreError::Missing { name: name.clone() },
+            _ => io("find", &link)(error),
+        })
+    }
+
+    fn read(name: &ImageName, dir: &Path) -> Result<Image, StoreError> {
         let manifest =
-            Manifest::read(&dir).map_err(|source| StoreError::Manifest { name: name.clone(), source })?;
+            Manifest::read(dir).map_err(|source| StoreError::Manifest { name: name.clone(), source })?;
         for file in [KERNEL, INITRAMFS, DISK] {
             if !dir.join(file).is_file() {
                 return Err(StoreError::Incomplete { name: name.clone(), file });
             }
         }
-        Ok(Image { manifest, dir })
+        Ok(Image { manifest, dir: dir.to_owned() })
+    }
+
+    /// Makes an overlay as [`Overlay::create_within`] does on an image that was looked up, or on what has its name by now where a
+    /// build has removed that meanwhile; says on which.
+    ///
+    /// # Errors
+    /// [`OverlayError`]; nothing is left behind then.
+    pub fn overlay(
+        &self,
+        mut image: Image,
+        path: &Path,
+        size: Option<ByteSize>,
+        limits: &SpaceLimits,
+    ) -> Result<(Overlay, Image), OverlayError> {
+        loop {
+            match Overlay::create_within(&image.disk(), path, size, limits) {
+                Ok(overlay) => return Ok((overlay, image)),
+                Err(error) => match self.get(&image.manifest.name) {
+                    Ok(now) if error.has_no_base() && now.dir != image.dir => image = now,
+                    _ => return Err(error),
+                },
+            }
+        }
     }
 
     /// All names, sorted, each with its image or with what is wrong with it.

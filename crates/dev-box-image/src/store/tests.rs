@@ -1,7 +1,4 @@
-use dev_box_core::size::ByteSize;
-
 use super::*;
-use crate::Overlay;
 use crate::manifest::tests::sample;
 use crate::manifest::{FileEntry, Files};
 
@@ -94,6 +91,51 @@ fn a_second_build_replaces_the_first_but_not_under_a_vm() {
     let third = publish(&store, "x", "two");
     assert_ne!(third.dir, second.dir);
     assert_eq!(store.sweep().unwrap(), [second.dir]);
+}
+
+#[test]
+fn a_vm_whose_image_a_build_has_just_removed_lies_on_the_new_one() {
+    let (directory, store) = store();
+    let path = directory.path().join("overlay.qcow2");
+    let make = |image: &Image| store.overlay(image.clone(), &path, None, &SpaceLimits::default());
+    let first = publish(&store, "x", "one");
+    let second = publish(&store, "x", "two");
+    // As long as it is there it is the one that was asked for.
+    let (overlay, lies_on) = make(&first).unwrap();
+    assert_eq!((&lies_on, overlay.base()), (&first, first.disk().as_path()));
+    drop(overlay);
+    Overlay::remove(&path).unwrap();
+    assert_eq!(store.sweep().unwrap(), std::slice::from_ref(&first.dir));
+    let (overlay, lies_on) = make(&first).unwrap();
+    assert_eq!((&lies_on, overlay.base()), (&second, second.disk().as_path()));
+    // Other errors are its own, and one that is gone for good is.
+    assert!(matches!(make(&second), Err(OverlayError::Io { verb: "make", .. })));
+    drop(overlay);
+    Overlay::remove(&path).unwrap();
+    store.remove(&name("x")).unwrap();
+    assert!(make(&first).unwrap_err().has_no_base());
+}
+
+#[test]
+fn an_image_is_found_while_builds_take_its_name() {
+    let (_directory, store) = store();
+    publish(&store, "x", "0");
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let failed = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 1..200 {
+                publish(&store, "x", &n.to_string());
+                store.sweep().unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::SeqCst);
+        });
+        let mut failed = Vec::new();
+        while !done.load(std::sync::atomic::Ordering::SeqCst) {
+            failed.extend(store.get(&name("x")).err());
+        }
+        failed
+    });
+    assert!(failed.is_empty(), "{failed:?}");
 }
 
 #[test]

@@ -52,32 +52,40 @@ impl Inner {
     pub(super) async fn start(
         &self,
         machine: &mut Machine,
-        plan: Plan,
+        mut plan: Plan,
         origin: &Origin,
         request: &VmRequest,
         watch: &mut Stopwatch,
         gone: &CancellationToken,
     ) -> Result<Started, ProvisionError> {
-        let (base, point) = match origin {
-            Origin::Clone(template) => (template.disk(), Some(template.state())),
-            Origin::Moment(moment) => (moment.disk.clone(), None),
-            Origin::Boot | Origin::Recorded(_) => (plan.image.disk(), None),
+        let (images, image) = (self.images.clone(), plan.image.clone());
+        let base = match origin {
+            Origin::Clone(template) => Some((template.disk(), Some(template.state()))),
+            Origin::Moment(moment) => Some((moment.disk.clone(), None)),
+            Origin::Boot | Origin::Recorded(_) => None,
         };
         let path = machine.dir.overlay();
         let (size, limits, qemu) = (request.resources.disk, self.settings.space, plan.qemu);
-        let overlay = blocking::run(move || {
-            let overlay = match point {
-                None => Overlay::create_within(&base, &path, Some(size), &limits),
-                Some(state) => {
-                    Overlay::create_with_point(&base, &path, Some(size), &limits, (rewind::POINT, &state))
+        let made = blocking::run(move || {
+            let made = match base {
+                // What was looked up may be gone since: it is held from here on.
+                None => images.overlay(image, &path, Some(size), &limits),
+                Some((base, None)) => {
+                    Overlay::create_within(&base, &path, Some(size), &limits).map(|overlay| (overlay, image))
+                }
+                Some((base, Some(state))) => {
+                    let point = (rewind::POINT, state.as_path());
+                    Overlay::create_with_point(&base, &path, Some(size), &limits, point)
+                        .map(|overlay| (overlay, image))
                 }
             };
-            let overlay = overlay.map_err(DiskError::Overlay)?;
+            let (overlay, image) = made.map_err(DiskError::Overlay)?;
             chown(overlay.path(), Some(qemu.uid), Some(qemu.gid)).map_err(DiskError::Owner)?;
-            Ok::<_, DiskError>(overlay)
+            Ok::<_, DiskError>((overlay, image))
         });
         machine.cid = plan.cid;
-        machine.overlay = Some(overlay.await.map_err(step("making the disk"))?);
+        let (overlay, image) = made.await.map_err(step("making the disk"))?;
+        (machine.overlay, plan.image) = (Some(overlay), image);
         watch.step("disk");
         self.wanted(gone)?;
 
