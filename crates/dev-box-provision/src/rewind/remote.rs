@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::libc::{self, user_regs_struct};
 use nix::sys::ptrace::{self, Options};
@@ -23,9 +23,10 @@ use nix::unistd::Pid;
 
 /// `syscall`, in x86-64's machine code.
 const CALL: [u8; 2] = [0x0f, 0x05];
-/// The thread waits nearly always: how often, and how long apart, it is looked for there.
-const TRIES: usize = 200;
-const APART: Duration = Duration::from_millis(1);
+/// The thread waits nearly always: for how long it is looked for there. On a busy host it may get no turn for seconds.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// From one look to the next, which keeps it from its work: at first, and at most.
+const APART: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 /// Signals that a thread may be sent meanwhile, which is hardly ever one.
 const STOPS: usize = 1000;
 /// No system call, in the register that says which one a thread is in: the kernel then restarts none by itself.
@@ -36,8 +37,13 @@ const NONE: u64 = u64::MAX;
 /// # Errors
 /// Whatever ptrace(2) or madvise(2) says; `TimedOut` when the thread never waits.
 pub(super) fn discard(pid: u32, memory: &File, start: u64, length: u64) -> io::Result<()> {
+    discard_within(PATIENCE, pid, memory, start, length)
+}
+
+fn discard_within(patience: Duration, pid: u32, memory: &File, start: u64, length: u64) -> io::Result<()> {
     let mut traced = Traced::seize(Pid::from_raw(pid.cast_signed()))?;
-    for _ in 0..TRIES {
+    let (began, (mut apart, most)) = (Instant::now(), APART);
+    loop {
         let found = traced.stop()?;
         for place in places(&found) {
             if at(memory, place)? == CALL {
@@ -46,9 +52,12 @@ pub(super) fn discard(pid: u32, memory: &File, start: u64, length: u64) -> io::R
             }
         }
         traced.go_on()?;
-        sleep(APART);
+        if began.elapsed() >= patience {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "its first thread never waits"));
+        }
+        sleep(apart);
+        apart = (apart * 2).min(most);
     }
-    Err(io::Error::new(io::ErrorKind::TimedOut, "its first thread never waits"))
 }
 
 fn at(memory: &File, place: u64) -> io::Result<[u8; 2]> {
