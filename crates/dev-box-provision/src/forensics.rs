@@ -8,7 +8,8 @@
 
 mod bundle;
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use dev_box_image::Overlay;
 use dev_box_image::space::{self, SpaceError, SpaceLimits};
 use dev_box_net::VmNetwork;
 use dev_box_observe::audit::{self, AuditError, Filter};
+use rustix::fs::OFlags;
 
 use self::bundle::Bundle;
 use crate::blocking::{self, BlockingError};
@@ -168,7 +170,7 @@ async fn gather(
         let mut bundle = Bundle::create(&request.archive, manifest)?;
         bundle.text("domain.xml", &xml)?;
         match &memory {
-            Ok(dumped) => bundle.file("memory.kdump", &dumped.0)?,
+            Ok(dumped) => bundle.file("memory.kdump", &dumped.path)?,
             Err(why) => bundle.missing("memory.kdump", why),
         }
         drop(memory);
@@ -214,13 +216,17 @@ async fn gather(
     written.await
 }
 
-/// A file of QEMU's that goes when it is no longer needed.
-struct Dumped(PathBuf);
+/// A file of QEMU's that goes when it is no longer needed. Who makes it holds its lock: one that is left of a process that was killed is
+/// nobody's.
+struct Dumped {
+    path: PathBuf,
+    _lock: File,
+}
 
 impl Drop for Dumped {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "a memory dump is left");
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a memory dump is left");
         }
     }
 }
@@ -229,22 +235,58 @@ impl Drop for Dumped {
 async fn dump(vm: &Vm, overlay: &Path) -> Result<Dumped, String> {
     let file = overlay.with_file_name("memory.kdump");
     let dumped = prepare(&file, overlay).map_err(|error| format!("{}: {error}", file.display()))?;
-    monitor::dump_memory(vm, &dumped.0).await.map_err(|error| error.to_string())?;
+    monitor::dump_memory(vm, &dumped.path).await.map_err(|error| error.to_string())?;
     Ok(dumped)
 }
 
 /// Makes the file: QEMU's user may write this one, and make none.
-fn prepare(file: &Path, overlay: &Path) -> std::io::Result<Dumped> {
+fn prepare(path: &Path, overlay: &Path) -> io::Result<Dumped> {
     let owner = fs::metadata(overlay)?;
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(file)?;
-    let dumped = Dumped(file.to_owned());
-    chown(file, Some(owner.uid()), Some(owner.gid()))?;
-    fs::set_permissions(file, fs::Permissions::from_mode(0o600))?;
+    remove_stale(path)?;
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    // Whoever has its lock by now has taken it for a stale one.
+    take(&file)?;
+    let dumped = Dumped { path: path.to_owned(), _lock: file };
+    chown(path, Some(owner.uid()), Some(owner.gid()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     Ok(dumped)
 }
 
+fn take(file: &File) -> io::Result<()> {
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => {
+            io::Error::new(io::ErrorKind::WouldBlock, "another bundle of this VM is just being made")
+        }
+        TryLockError::Error(error) => error,
+    })
+}
+
+/// Removes what a process that was killed has left; `WouldBlock` where somebody is making one.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    loop {
+        let nofollow = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits();
+        let file = match OpenOptions::new().read(true).custom_flags(nofollow.cast_signed()).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // A link goes itself, and what it leads to stays.
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => return fs::remove_file(path),
+            Err(error) => return Err(error),
+        };
+        take(&file)?;
+        let (locked, named) = (file.metadata()?, fs::symlink_metadata(path));
+        match named {
+            // Only who has its lock removes it.
+            Ok(named) if (named.dev(), named.ino()) == (locked.dev(), locked.ino()) => {
+                return fs::remove_file(path);
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+}
+
 /// The kernel's connections of a VM.
-fn flows(address: Ipv4Addr, ipv6: Option<Ipv6Addr>) -> std::io::Result<String> {
+fn flows(address: Ipv4Addr, ipv6: Option<Ipv6Addr>) -> io::Result<String> {
     Ok(of_addresses(&fs::read_to_string("/proc/net/nf_conntrack")?, address, ipv6))
 }
 
@@ -276,5 +318,32 @@ mod tests {
         };
         assert_eq!(found(None), ["1"]);
         assert_eq!(found(Some("fd00:db8::2")), ["1", "3"]);
+    }
+
+    #[test]
+    fn a_dump_that_was_left_is_replaced_and_one_that_is_made_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (overlay, path) = (dir.path().join("overlay.qcow2"), dir.path().join("memory.kdump"));
+        fs::write(&overlay, "").unwrap();
+        // Of a process that was killed.
+        fs::write(&path, "old").unwrap();
+        let dumped = prepare(&path, &overlay).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        let second = prepare(&path, &overlay).map(drop).unwrap_err();
+        assert_eq!(second.kind(), io::ErrorKind::WouldBlock);
+        assert!(path.exists(), "it is the first one's");
+        drop(dumped);
+        assert!(!path.exists());
+        drop(prepare(&path, &overlay).unwrap());
+        // A link goes, and not what it leads to.
+        let other = dir.path().join("other");
+        fs::write(&other, "other").unwrap();
+        for to in [other.as_path(), Path::new("nowhere")] {
+            std::os::unix::fs::symlink(to, &path).unwrap();
+            drop(prepare(&path, &overlay).unwrap());
+            assert_eq!(fs::read(&other).unwrap(), b"other");
+        }
+        fs::create_dir(&path).unwrap();
+        assert!(prepare(&path, &overlay).is_err());
     }
 }
