@@ -18,6 +18,7 @@
 //! | the jobs' output | yes | output flood |
 //! | the agent | no | free memory, processes, forks, the guest's clock |
 
+mod awaited;
 mod network;
 mod rates;
 mod share;
@@ -47,6 +48,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore, broadcast};
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
+use self::awaited::{Awaited, Turn};
 use self::rates::Look;
 use self::share::ShareWatch;
 use self::still::Still;
@@ -54,7 +56,7 @@ use crate::blocking;
 
 /// How long a guest may take to say how it does.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a job may wait until its files were looked at.
+/// How long a job may wait until its files were looked at: that they are is not up to this.
 const JOB_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a look at a VM may take.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -95,7 +97,7 @@ struct Shared {
     parts: WatchParts,
     vms: Mutex<HashMap<VmName, Watched>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
-    /// Looks under way: one a VM at most.
+    /// Looks under way: of each VM one, one for which a job waits, and one that does not wait any more.
     looks: Mutex<JoinSet<()>>,
     seats: Semaphore,
 }
@@ -122,6 +124,8 @@ struct Watched {
     memory: Arc<AsyncMutex<Memory>>,
     /// The walk's through its files, while there is one.
     files: Arc<AsyncMutex<ShareWatch>>,
+    /// The walk for which jobs wait, while there is one.
+    awaited: Awaited,
 }
 
 impl Shared {
@@ -188,7 +192,8 @@ impl HostWatch {
             // It was aborted: that is no news.
             let _ = task.await;
         }
-        // Nobody begins another one by now.
+        // Nobody begins another one from here on.
+        self.0.seats.close();
         let mut looks = std::mem::take(&mut *whole(&self.0.looks));
         looks.shutdown().await;
     }
@@ -216,6 +221,7 @@ impl Watcher for HostWatch {
             stops: 0,
             memory: Arc::default(),
             files: Arc::default(),
+            awaited: Awaited::default(),
         };
         whole(&self.0.vms).insert(vm.name.clone(), watched);
     }
@@ -251,13 +257,14 @@ impl Watcher for HostWatch {
     fn look<'a>(&'a self, vm: &'a VmName) -> BoxFuture<'a, ()> {
         Box::pin(async move {
             let Some(watched) = whole(&self.0.vms).get(vm).cloned() else { return };
-            let look = async {
-                // What goes on was begun before what is to be seen had happened.
-                let files = Arc::clone(&watched.files).lock_owned().await;
-                look_at_files(&self.0, vm, &watched, files, false).await;
-            };
-            // A walk that has begun goes on, and tells what it finds.
-            let _ = timeout(JOB_PATIENCE, look).await;
+            let ended = watched.awaited.join(|turn| {
+                let mut looks = whole(&self.0.looks);
+                if !self.0.seats.is_closed() {
+                    looks.spawn(look_for_job(Arc::clone(&self.0), vm.clone(), watched.clone(), turn));
+                }
+            });
+            // It happens all the same, and tells what it finds.
+            let _ = timeout(JOB_PATIENCE, ended.wait()).await;
         })
     }
 }
@@ -376,16 +383,37 @@ async fn look_within(
     }
 }
 
+/// Looks at what a VM has changed on the host by now, however long that has to wait.
+async fn look_for_job(shared: Arc<Shared>, name: VmName, vm: Watched, turn: Turn) {
+    // What goes on was begun before what is to be seen had happened.
+    let files = Arc::clone(&vm.files).lock_owned().await;
+    let Ok(_seat) = shared.seats.acquire().await else { return };
+    turn.begin();
+    // Given back then: walks that hang keep nobody from theirs.
+    let _ = timeout(LIMIT, walk(&shared, &name, &vm, files, false)).await;
+}
+
 /// Looks at what a VM has changed on the host, and tells; gives what its QEMU weighs, if that is to be known.
 async fn look_at_files(
+    shared: &Arc<Shared>,
+    name: &VmName,
+    vm: &Watched,
+    files: OwnedMutexGuard<ShareWatch>,
+    weigh: bool,
+) -> Option<u64> {
+    // Given back when nobody waits any more, as above.
+    let _seat = shared.seats.acquire().await.ok()?;
+    walk(shared, name, vm, files, weigh).await
+}
+
+/// Goes on to its end once it has begun, and tells what it finds, whoever waits.
+async fn walk(
     shared: &Arc<Shared>,
     name: &VmName,
     vm: &Watched,
     mut files: OwnedMutexGuard<ShareWatch>,
     weigh: bool,
 ) -> Option<u64> {
-    // Given back when nobody waits any more: walks that hang keep nobody from theirs.
-    let _seat = shared.seats.acquire().await.ok()?;
     let (roots, since, name) = (vm.shares.clone(), vm.since, name.clone());
     // A walk that nobody waits for keeps nothing open that was stopped.
     let shared = Arc::downgrade(shared);
