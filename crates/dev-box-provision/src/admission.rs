@@ -1,13 +1,18 @@
 //! Whether the host has the memory for one more VM. (Its disk is asked for where the overlay is made.)
 //!
 //! A clone takes its memory page by page, long after it was let in: what was let in counts in full until it is gone, however
-//! little of it is used yet.
+//! little of it is used yet. All processes of a state root count together.
+
+mod ledger;
 
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dev_box_core::size::ByteSize;
+
+use self::ledger::{Deciding, Ledger};
 
 /// How much of the host's memory VMs may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,9 +113,20 @@ pub fn admit(
     Ok(())
 }
 
+/// Why memory was not promised.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PromiseError {
+    /// There is no room.
+    #[error(transparent)]
+    NoMemory(#[from] NoMemory),
+    /// What other processes have promised is not known.
+    #[error("cannot count what is promised to other processes' VMs: {0}")]
+    Ledger(#[source] io::Error),
+}
+
 /// What one provisioner has promised to its VMs.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Promises(Arc<Mutex<u64>>);
+#[derive(Debug, Clone)]
+pub(crate) struct Promises(Arc<Mutex<Ledger>>);
 
 /// The memory of one VM, promised until this is dropped.
 #[derive(Debug)]
@@ -120,21 +136,32 @@ pub(crate) struct Promise {
 }
 
 impl Promises {
-    fn with<T>(&self, change: impl FnOnce(&mut u64) -> T) -> T {
-        // A number is whole whatever panicked beside it.
+    /// None yet; those of the other processes are in the same state root.
+    pub(crate) fn in_root(state_root: &Path) -> Self {
+        Self(Arc::new(Mutex::new(Ledger::in_root(state_root))))
+    }
+
+    fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
+        // A number and its copy: what is not written says so.
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Promises it, or says why not: of two callers at a time, one sees what the other got.
+    /// Promises it, or says why not: of two callers at a time, in whatever process, one sees what the other got. Blocks for as long
+    /// as others decide.
     pub(crate) fn make(
         &self,
         host: HostMemory,
         wanted: ByteSize,
         limits: MemoryLimits,
-    ) -> Result<Promise, NoMemory> {
-        self.with(|promised| {
-            admit(host, ByteSize::bytes(*promised), wanted, limits)?;
-            *promised = promised.saturating_add(wanted.as_bytes());
+    ) -> Result<Promise, PromiseError> {
+        // Not with the number in hand: what is given back meanwhile does not wait for this.
+        let deciding = Deciding::begin(&self.with(|ledger| ledger.dir())).map_err(PromiseError::Ledger)?;
+        self.with(|ledger| {
+            let others = ledger.others(&deciding).map_err(PromiseError::Ledger)?;
+            let promised = ledger.own().saturating_add(others);
+            admit(host, ByteSize::bytes(promised), wanted, limits)?;
+            let now = ledger.own().saturating_add(wanted.as_bytes());
+            ledger.set(now, &deciding).map_err(PromiseError::Ledger)?;
             Ok(Promise { bytes: wanted.as_bytes(), of: self.clone() })
         })
     }
@@ -142,7 +169,7 @@ impl Promises {
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        self.of.with(|promised| *promised = promised.saturating_sub(self.bytes));
+        self.of.with(|ledger| ledger.release(self.bytes));
     }
 }
 
@@ -183,13 +210,89 @@ mod tests {
 
     #[test]
     fn what_has_gone_is_no_longer_promised() {
-        let (promises, limits) = (Promises::default(), MemoryLimits::default());
-        let make = || promises.make(host(1536, 1536), ByteSize::mib(1024), limits);
-        let first = make().unwrap();
-        assert!(matches!(make(), Err(NoMemory::Promised { .. })));
+        let root = tempfile::tempdir().unwrap();
+        let promises = Promises::in_root(root.path());
+        let first = make(&promises).unwrap();
+        assert!(is_promised(&make(&promises)));
         drop(first);
-        make().unwrap();
-        assert_eq!(promises.with(|promised| *promised), 0);
+        drop(make(&promises).unwrap());
+        assert_eq!(promises.with(|ledger| ledger.own()), 0);
+    }
+
+    /// A GiB of a GiB and a half, of which none is used.
+    fn make(promises: &Promises) -> Result<Promise, PromiseError> {
+        promises.make(host(1536, 1536), ByteSize::mib(1024), MemoryLimits::default())
+    }
+
+    fn is_promised(made: &Result<Promise, PromiseError>) -> bool {
+        let promised = ByteSize::mib(1024);
+        matches!(made, Err(PromiseError::NoMemory(NoMemory::Promised { promised: by, .. })) if *by == promised)
+    }
+
+    fn files(root: &Path) -> usize {
+        fs::read_dir(root.join("promises")).unwrap().count()
+    }
+
+    #[test]
+    fn what_another_process_promised_counts_as_long_as_that_lives() {
+        let root = tempfile::tempdir().unwrap();
+        let (one, other) = (Promises::in_root(root.path()), Promises::in_root(root.path()));
+        let first = make(&one).unwrap();
+        assert!(is_promised(&make(&other)));
+        assert_eq!(other.with(|ledger| ledger.own()), 0, "what was refused is not promised");
+        drop(first);
+        let second = make(&other).unwrap();
+        assert!(is_promised(&make(&one)));
+        // A provisioner that is gone holds what its VMs hold.
+        drop(other);
+        assert!(is_promised(&make(&one)));
+        drop(second);
+        drop(make(&one).unwrap());
+        assert_eq!(files(root.path()), 1, "the lock");
+        // Elsewhere is another host, for all that is known.
+        fs::create_dir(root.path().join("other")).unwrap();
+        let _elsewhere = make(&Promises::in_root(&root.path().join("other"))).unwrap();
+        make(&one).unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_process_promised_counts_no_more() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("promises");
+        fs::create_dir(&dir).unwrap();
+        // A GiB, in KiB; the kernel has dropped its lock with the process.
+        let left = fs::File::create(dir.join("0123456789abcdef")).unwrap();
+        left.set_len(1 << 20).unwrap();
+        left.lock().unwrap();
+        let living = Promises::in_root(root.path());
+        assert!(is_promised(&make(&living)), "it lives");
+        drop(left);
+        drop(make(&living).unwrap());
+        assert_eq!(files(root.path()), 1, "its file goes as well");
+        // And what is no promise harms nobody.
+        fs::create_dir(dir.join("odd")).unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
+        drop(make(&living).unwrap());
+        fs::write(root.path().join("file"), "").unwrap();
+        let nowhere = make(&Promises::in_root(&root.path().join("file")));
+        assert!(matches!(nowhere, Err(PromiseError::Ledger(_))));
+    }
+
+    #[test]
+    fn of_many_at_a_time_no_more_get_in_than_may() {
+        let root = tempfile::tempdir().unwrap();
+        let begin = std::sync::Barrier::new(8);
+        let let_in = std::thread::scope(|scope| {
+            let one = || {
+                let promises = Promises::in_root(root.path());
+                begin.wait();
+                let make = || promises.make(host(4096, 4096), ByteSize::mib(512), MemoryLimits::default());
+                (0..3).filter_map(|_| make().ok()).collect::<Vec<_>>()
+            };
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(one)).collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(let_in.len(), 7);
     }
 
     proptest! {
@@ -200,7 +303,8 @@ mod tests {
         ) {
             let limits = MemoryLimits { keep_free: ByteSize::mib(kept), promise_percent: percent };
             let host = host(total, available.min(total));
-            let promises = Promises::default();
+            let root = tempfile::tempdir().unwrap();
+            let promises = Promises::in_root(root.path());
             let let_in: Vec<Promise> = wanted
                 .into_iter()
                 .filter_map(|mib| promises.make(host, ByteSize::mib(mib), limits).ok())
@@ -212,7 +316,7 @@ mod tests {
                 prop_assert!((promise.bytes >> 20) + kept <= host.available.as_bytes() >> 20);
             }
             drop(let_in);
-            prop_assert_eq!(promises.with(|promised| *promised), 0);
+            prop_assert_eq!(promises.with(|ledger| ledger.own()), 0);
         }
     }
 }

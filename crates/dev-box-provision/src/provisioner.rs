@@ -178,6 +178,7 @@ impl LibvirtProvisioner {
         reach: Arc<dyn Reach>,
         clock: Arc<dyn Clock>,
     ) -> Self {
+        let promises = Promises::in_root(&settings.state_root);
         Self(
             Arc::new(Inner {
                 settings,
@@ -190,7 +191,7 @@ impl LibvirtProvisioner {
                 reach,
                 clock,
                 machines: Mutex::default(),
-                promises: Promises::default(),
+                promises,
                 shelf: Shelf::default(),
                 taps: TapShelf::default(),
                 holds: Holds::default(),
@@ -512,7 +513,9 @@ impl Inner {
         let plan = self.plan(request)?;
         let origin = self.origin(&plan, request, wanted).await?;
         let host = HostMemory::read().map_err(step("looking at the host's memory"))?;
-        let promise = self.promises.make(host, request.resources.memory, self.settings.memory);
+        let (promises, memory, limits) =
+            (self.promises.clone(), request.resources.memory, self.settings.memory);
+        let promise = blocking::run(move || promises.make(host, memory, limits)).await;
         let promise =
             promise.map_err(|why| ProvisionError::Exhausted { resource: "memory", what: why.to_string() })?;
         let dir = VmDir::create(&self.settings.state_root.join("vms"), &plan.name, plan.qemu)

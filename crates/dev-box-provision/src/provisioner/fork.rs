@@ -204,7 +204,7 @@ impl LibvirtProvisioner {
         }
         let request = request_of(&spec, &original, self.network_now(&original.vm, &spec).await?);
         let disk = self.overlay_of(&original.vm);
-        self.admit(&request, Overlay::allocated(&disk).unwrap_or(ByteSize::bytes(0)), count)?;
+        self.admit(&request, Overlay::allocated(&disk).unwrap_or(ByteSize::bytes(0)), count).await?;
         let usual = self.settings().qemu;
         let qemu = spec.run_as.map_or(usual, |user| QemuUser { uid: user.uid, gid: user.gid });
         let staged = self.stage(&request, qemu).await?;
@@ -246,14 +246,15 @@ impl LibvirtProvisioner {
     }
 
     /// Before anything is done to the original.
-    fn admit(&self, request: &VmRequest, disk: ByteSize, count: usize) -> Result<(), ForkError> {
+    async fn admit(&self, request: &VmRequest, disk: ByteSize, count: usize) -> Result<(), ForkError> {
         let memory = request.resources.memory.as_bytes();
         let clones = ByteSize::bytes(memory.saturating_mul(u64::try_from(count.max(1)).unwrap_or(u64::MAX)));
         let no_memory = |what: String| ForkError::Exhausted { resource: "memory", what };
         let host = HostMemory::read().map_err(|error| no_memory(error.to_string()))?;
         // Each takes its own when it is made.
-        let promised = self.0.promises.make(host, clones, self.settings().memory);
-        promised.map(drop).map_err(|why| no_memory(why.to_string()))?;
+        let (promises, limits) = (self.0.promises.clone(), self.settings().memory);
+        let promised = blocking::run(move || promises.make(host, clones, limits).map(drop)).await;
+        promised.map_err(|why| no_memory(why.to_string()))?;
         // The file that QEMU writes and the one that clones map are there together for a while.
         let needed = ByteSize::bytes(memory.saturating_mul(2).saturating_add(disk.as_bytes()));
         let room = space::require(&self.settings().state_root, needed, &self.settings().space);
