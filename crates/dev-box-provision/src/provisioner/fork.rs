@@ -266,7 +266,7 @@ impl LibvirtProvisioner {
         let name: ImageName = name.as_str().parse().map_err(|error| ForkError::Name(Box::new(error)))?;
         let (root, memory) = (self.settings().state_root.clone(), request.resources.memory.as_bytes());
         let staged = blocking::run(move || {
-            let staged = TemplateStore::forks(root)?.stage(&name, false)?;
+            let staged = TemplateStore::forks(root)?.stage_fork(&name)?;
             staged.prepare_fork(memory, qemu.uid, qemu.gid)?;
             Ok::<_, TemplateError>(staged)
         });
