@@ -35,6 +35,10 @@ pub use pooled::PooledProvisioner;
 /// Commands under way: senders wait when the driver does not keep up.
 const COMMANDS: usize = 64;
 
+/// How long a ready VM may be silent before it is given up. A VM that is dead ends its session, which is noticed at once;
+/// one that is silent is most often paused, or not scheduled on a busy host, which making another would not help.
+pub const SILENCE: Duration = Duration::from_secs(20);
+
 /// What becomes of a VM after its lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -73,8 +77,10 @@ pub struct PoolSettings {
     pub max_age: Duration,
     /// A VM above `min` that nobody wanted for this long goes (five minutes).
     pub idle: Duration,
-    /// Between two checks of a ready VM (one second); one that does not answer for as long is replaced.
+    /// Between two checks of a ready VM (one second); one that does not answer for as long is not handed out until it does.
     pub check: Duration,
+    /// A ready VM that does not answer for this long is replaced ([`SILENCE`]).
+    pub silence: Duration,
     /// The pause after making a VM failed (a second); it doubles with each failure in a row.
     pub backoff: Duration,
     /// The longest such pause (a minute).
@@ -97,6 +103,7 @@ impl PoolSettings {
             max_age: Duration::from_secs(3600),
             idle: Duration::from_secs(300),
             check: Duration::from_secs(1),
+            silence: SILENCE,
             backoff: Duration::from_secs(1),
             backoff_max: Duration::from_secs(60),
             breaker: 3,
@@ -137,7 +144,7 @@ pub struct PoolStatus {
     pub min: usize,
     /// VMs at most.
     pub max: usize,
-    /// Ready now.
+    /// Ready now, those included that do not answer at the moment.
     pub ready: usize,
     /// In somebody's hands.
     pub leased: usize,
@@ -161,7 +168,7 @@ pub struct PoolStatus {
     pub refused: u64,
     /// VMs that could not be made.
     pub failed: u64,
-    /// Ready VMs that died or did not answer.
+    /// Ready VMs that died, or did not answer for too long.
     pub unhealthy: u64,
     /// The longest that a caller waited who got one.
     pub longest_wait: Duration,

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
+use dev_box_comm::session::Session;
 use futures::FutureExt as _;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::machine::{Action, Event, Machine, Ticket, VmNumber};
@@ -35,6 +37,9 @@ enum Note {
     Returned(VmNumber, Option<Returned>),
     Reset(VmNumber, Option<ReadyVm>),
     Gone(VmNumber),
+    /// A ready one does not answer, and since when.
+    Silent(VmNumber, Instant),
+    Answered(VmNumber),
     Died(VmNumber),
     Abandoned(Ticket),
 }
@@ -159,6 +164,14 @@ impl Driver {
                 self.meter.gone(number);
                 Event::Gone(number)
             }
+            Note::Silent(number, since) => {
+                self.listen(number, since);
+                Event::Silent(number)
+            }
+            Note::Answered(number) => {
+                self.watch(number);
+                Event::Answered(number)
+            }
             Note::Died(number) => Event::Unhealthy(number),
             Note::Abandoned(ticket) => {
                 self.replies.remove(&ticket);
@@ -170,20 +183,23 @@ impl Driver {
     }
 
     fn keep(&mut self, number: VmNumber, vm: ReadyVm) {
-        let (session, check) = (vm.session.clone(), self.settings.check);
-        let look = self.tasks.spawn(async move {
-            loop {
-                tokio::select! {
-                    _ = session.closed() => break,
-                    () = sleep(check) => {}
-                }
-                if !matches!(timeout(check, session.ping()).await, Ok(Ok(_))) {
-                    break;
-                }
-            }
-            Note::Died(number)
-        });
+        let look = self.tasks.spawn(watched(number, vm.session.clone(), self.settings.check));
         self.idle.insert(number, (vm, look));
+    }
+
+    /// Looks after a VM that answers. One that was handed over meanwhile is its holder's business.
+    fn watch(&mut self, number: VmNumber) {
+        let Some((vm, look)) = self.idle.get_mut(&number) else { return };
+        look.abort();
+        *look = self.tasks.spawn(watched(number, vm.session.clone(), self.settings.check));
+    }
+
+    /// Looks after a VM that has been silent since then.
+    fn listen(&mut self, number: VmNumber, since: Instant) {
+        let Some((vm, look)) = self.idle.get_mut(&number) else { return };
+        tracing::info!(vm = %vm.name, "a ready VM does not answer: it is not handed out until it does");
+        look.abort();
+        *look = self.tasks.spawn(listened(number, vm.session.clone(), since + self.settings.silence));
     }
 
     fn feed(&mut self, event: Event) {
@@ -266,6 +282,30 @@ impl Driver {
             }
             Note::Gone(number)
         });
+    }
+}
+
+/// Until a VM dies, or does not answer.
+async fn watched(number: VmNumber, session: Session, check: Duration) -> Note {
+    loop {
+        tokio::select! {
+            _ = session.closed() => return Note::Died(number),
+            () = sleep(check) => {}
+        }
+        let asked = Instant::now();
+        match timeout(check, session.ping()).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => return Note::Died(number),
+            Err(_) => return Note::Silent(number, asked),
+        }
+    }
+}
+
+/// Until a VM answers, or has been silent for too long.
+async fn listened(number: VmNumber, session: Session, until: Instant) -> Note {
+    match timeout_at(until, session.ping()).await {
+        Ok(Ok(_)) => Note::Answered(number),
+        Ok(Err(_)) | Err(_) => Note::Died(number),
     }
 }
 

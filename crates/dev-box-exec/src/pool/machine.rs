@@ -16,7 +16,7 @@
 //! really gone. The driver feeds [`Event`]s with the time they happened at, and carries out the [`Action`]s; it owns the
 //! VMs, this only knows their numbers.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use super::{Ending, PoolError, PoolSettings, PoolStatus, ResetPolicy};
@@ -45,7 +45,11 @@ pub(super) enum Event {
     Reset(VmNumber),
     /// It could not be reset, and is gone.
     Lost(VmNumber),
-    /// A ready VM died, or failed its check.
+    /// A ready VM leaves a check unanswered: nobody is to get it until it answers.
+    Silent(VmNumber),
+    /// It answers again.
+    Answered(VmNumber),
+    /// A ready VM died, or was silent for too long.
     Unhealthy(VmNumber),
     /// A VM is gone.
     Gone(VmNumber),
@@ -122,6 +126,8 @@ pub(super) struct Machine {
     vms: BTreeMap<VmNumber, Stage>,
     /// Oldest first: what was ready longest is handed out first, so that none grows old.
     ready: VecDeque<VmNumber>,
+    /// Those of them that are not handed out, since they do not answer.
+    silent: BTreeSet<VmNumber>,
     waiting: VecDeque<Waiting>,
     trouble: Option<Trouble>,
     /// How many are to be ready though nobody asked: `min`, more after a fill, none after a drain.
@@ -139,6 +145,7 @@ impl Machine {
             next: 0,
             vms: BTreeMap::new(),
             ready: VecDeque::new(),
+            silent: BTreeSet::new(),
             waiting: VecDeque::new(),
             trouble: None,
             target,
@@ -176,6 +183,14 @@ impl Machine {
                         self.ready.push_front(vm);
                     }
                 }
+            }
+            Event::Silent(vm) => {
+                if matches!(self.vms.get(&vm), Some(Stage::Ready { .. })) {
+                    self.silent.insert(vm);
+                }
+            }
+            Event::Answered(vm) => {
+                self.silent.remove(&vm);
             }
             Event::Unhealthy(vm) => {
                 if matches!(self.vms.get(&vm), Some(Stage::Ready { .. })) {
@@ -233,7 +248,7 @@ impl Machine {
             Some(PoolError::ShuttingDown)
         } else if self.waiting.len() >= self.settings.max_waiting {
             Some(PoolError::Exhausted { waiting: self.waiting.len() })
-        } else if self.ready.is_empty() && self.is_broken() {
+        } else if self.fit() == 0 && self.is_broken() {
             self.trouble.as_ref().map(|trouble| PoolError::Unhealthy { why: trouble.why.clone() })
         } else {
             None
@@ -295,6 +310,7 @@ impl Machine {
 
     fn retire(&mut self, vm: VmNumber, actions: &mut Vec<Action>) {
         self.ready.retain(|&ready| ready != vm);
+        self.silent.remove(&vm);
         self.vms.insert(vm, Stage::Retiring);
         actions.push(Action::Retire(vm));
     }
@@ -319,7 +335,7 @@ impl Machine {
         let (now, broken) = (self.now, self.is_broken());
         let why = self.trouble.as_ref().map(|it| it.why.clone()).unwrap_or_default();
         // Nobody who can be served is turned away.
-        let served = self.ready.len();
+        let served = self.fit();
         let mut place = 0;
         let counts = &mut self.counts;
         self.waiting.retain(|waiting| {
@@ -340,7 +356,8 @@ impl Machine {
 
     fn grant(&mut self, actions: &mut Vec<Action>) {
         while !self.waiting.is_empty()
-            && let Some(vm) = self.ready.pop_front()
+            && let Some(at) = self.ready.iter().position(|vm| !self.silent.contains(vm))
+            && let Some(vm) = self.ready.remove(at)
         {
             // Too old to be handed out, though nobody has looked since.
             if self.is_old(vm) {
@@ -355,6 +372,11 @@ impl Machine {
                 actions.push(Action::Grant(waiting.ticket, vm));
             }
         }
+    }
+
+    /// How many can be handed out.
+    fn fit(&self) -> usize {
+        self.ready.len() - self.silent.len()
     }
 
     fn made_at(&self, vm: VmNumber) -> Duration {
@@ -391,7 +413,9 @@ impl Machine {
         let parallel = if self.trouble.is_some() { 1 } else { self.settings.parallel };
         // What is being reset is ready in a moment.
         let coming = making + self.count(|stage| matches!(stage, Stage::Resetting { unwanted: false, .. }));
-        let wanted = (self.target + self.waiting.len()).saturating_sub(self.ready.len() + coming);
+        // What is silent will mostly answer: it is not replaced, but who waits gets another where there is room.
+        let kept = (self.target + self.waiting.len()).saturating_sub(self.ready.len() + coming);
+        let wanted = kept.max(self.waiting.len().saturating_sub(self.fit() + coming));
         let room = self.settings.max.saturating_sub(self.vms.len());
         for _ in 0..wanted.min(room).min(parallel.saturating_sub(all_making)) {
             let vm = self.next;

@@ -150,6 +150,51 @@ async fn a_ready_vm_that_dies_is_replaced() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_ready_vm_that_is_silent_for_a_while_is_kept_and_only_not_handed_out() {
+    let bench = bench(PoolSettings::new(1, 2), 2);
+    bench.pool.initialize().await.unwrap();
+    let first = bench.provisioner.live_names().remove(0);
+    for _ in 0..2 {
+        bench.provisioner.pause(&first, true);
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        bench.provisioner.pause(&first, false);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    bench.provisioner.pause(&first, true);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(bench.provisioner.live(), 1, "none is made for it");
+    let other = bench.pool.acquire(LONG).await.unwrap();
+    assert_ne!(other.vm().name, first, "nobody gets one that hangs");
+    // There is no room for more: who comes now waits until it answers.
+    let (pool, began) = (bench.pool.clone(), Instant::now());
+    let waiting = tokio::spawn(async move { pool.acquire(LONG).await.unwrap() });
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(!waiting.is_finished());
+    bench.provisioner.pause(&first, false);
+    let lease = waiting.await.unwrap();
+    assert_eq!(lease.vm().name, first);
+    assert!(began.elapsed() < Duration::from_secs(6));
+    assert_eq!((bench.status().await.unhealthy, bench.provisioner.retired()), (0, Vec::new()));
+    drop((lease, other));
+    bench.provisioner.next(Script::new());
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ready_vm_that_stays_silent_is_replaced() {
+    let bench = bench(PoolSettings::new(1, 2), 2);
+    bench.pool.initialize().await.unwrap();
+    let first = bench.provisioner.live_names().remove(0);
+    bench.provisioner.pause(&first, true);
+    tokio::time::sleep(SILENCE - Duration::from_secs(1)).await;
+    assert_eq!(bench.provisioner.retired(), []);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(bench.provisioner.retired(), [first]);
+    assert_eq!((bench.status().await.unhealthy, bench.status().await.ready), (1, 1));
+    bench.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_cannot_be_made_is_said_and_tried_again() {
     let bench = bench(PoolSettings { breaker: 1, ..PoolSettings::new(0, 1) }, 0);
     bench.provisioner.fail_next(crate::ProvisionError::Unsatisfiable { what: "no such image".into() });

@@ -14,6 +14,7 @@ use dev_box_comm::{GuestHello, HostHello};
 use dev_box_core::accel::{Accelerator, AcceleratorPolicy};
 use dev_box_core::id::VmName;
 use dev_box_core::size::ByteSize;
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::guest::{Guest, Script, Violations};
@@ -48,6 +49,7 @@ enum Next {
 struct Parts {
     dir: PathBuf,
     wire: AbortHandle,
+    paused: watch::Sender<bool>,
     guest: Option<AbortHandle>,
     left: Arc<AtomicUsize>,
 }
@@ -152,6 +154,13 @@ impl FakeProvisioner {
         }
     }
 
+    /// A VM is paused, or goes on: nothing passes along its channel meanwhile, and nothing of it is lost.
+    pub fn pause(&self, vm: &VmName, paused: bool) {
+        if let Some(parts) = self.state().live.get(vm) {
+            parts.paused.send_replace(paused);
+        }
+    }
+
     /// How many VMs there are.
     #[must_use]
     pub fn live(&self) -> usize {
@@ -204,13 +213,23 @@ impl FakeProvisioner {
         let ours = ours.map_err(|error| step("dialling")(error.into()))?;
         let theirs = theirs.map_err(|error| step("accepting")(error.into()))?;
         let (near, mut far) = tokio::io::duplex(64 << 10);
+        let (paused, mut pausing) = watch::channel(false);
         let wire = tokio::spawn(async move {
             let mut theirs = theirs;
-            let _ = tokio::io::copy_bidirectional(&mut far, &mut theirs).await;
+            let passing = tokio::io::copy_bidirectional(&mut far, &mut theirs);
+            tokio::pin!(passing);
+            loop {
+                tokio::select! {
+                    biased;
+                    Ok(_) = pausing.wait_for(|paused| *paused) => {}
+                    _ = &mut passing => return,
+                }
+                let _ = pausing.wait_for(|paused| !paused).await;
+            }
         })
         .abort_handle();
         let left = Arc::new(AtomicUsize::new(script.len()));
-        let mut parts = Parts { dir, wire: wire.clone(), guest: None, left: Arc::clone(&left) };
+        let mut parts = Parts { dir, wire: wire.clone(), paused, guest: None, left: Arc::clone(&left) };
         let guest = Guest {
             script,
             share: share.clone(),

@@ -37,6 +37,8 @@ enum Step {
     Reset(usize),
     Lost(usize),
     Unclaimed(usize),
+    Silent(usize),
+    Answered(usize),
     Unhealthy(usize),
     Gone(usize),
     Stray(u64),
@@ -57,6 +59,8 @@ fn step() -> impl Strategy<Value = Step> {
         5 => pick().prop_map(Step::Reset),
         1 => pick().prop_map(Step::Lost),
         2 => pick().prop_map(Step::Unclaimed),
+        2 => pick().prop_map(Step::Silent),
+        2 => pick().prop_map(Step::Answered),
         2 => pick().prop_map(Step::Unhealthy),
         6 => pick().prop_map(Step::Gone),
         1 => (0..40_u64).prop_map(Step::Stray),
@@ -78,6 +82,7 @@ struct Model {
     now: Duration,
     making: BTreeSet<VmNumber>,
     ready: BTreeSet<VmNumber>,
+    silent: BTreeSet<VmNumber>,
     leased: BTreeSet<VmNumber>,
     resetting: BTreeSet<VmNumber>,
     /// Those whose lease ended in order, and which may therefore be reset.
@@ -111,6 +116,7 @@ impl Model {
                     prop_assert_eq!(first, *ticket, "in order of arrival");
                     prop_assert!(self.now <= deadline, "granted too late");
                     prop_assert!(self.ready.remove(vm), "not ready");
+                    prop_assert!(!self.silent.contains(vm), "it does not answer");
                     self.leased.insert(*vm);
                     self.in_order.remove(vm);
                     *self.granted.entry(*vm).or_default() += 1;
@@ -132,6 +138,7 @@ impl Model {
                 }
                 Action::Retire(vm) => {
                     let was = self.ready.remove(vm) || self.leased.remove(vm);
+                    self.silent.remove(vm);
                     prop_assert!(was, "retired what nobody had");
                     self.retiring.insert(*vm);
                 }
@@ -202,6 +209,14 @@ fn run(
                 }
                 Event::Unclaimed(vm)
             }),
+            Step::Silent(at) => nth(&model.ready, at).map(|vm| {
+                model.silent.insert(vm);
+                Event::Silent(vm)
+            }),
+            Step::Answered(at) => nth(&model.silent, at).map(|vm| {
+                model.silent.remove(&vm);
+                Event::Answered(vm)
+            }),
             Step::Unhealthy(at) => nth(&model.ready, at).map(Event::Unhealthy),
             Step::Gone(at) => nth(&model.retiring, at).map(|vm| {
                 model.retiring.remove(&vm);
@@ -210,6 +225,9 @@ fn run(
             // News of VMs that are elsewhere, or nowhere, change nothing.
             Step::Stray(vm) if !model.making.contains(&vm) && !model.leased.contains(&vm) => {
                 model.apply(&machine.on(model.now, Event::Made(vm)))?;
+                if !model.ready.contains(&vm) {
+                    model.apply(&machine.on(model.now, Event::Silent(vm)))?;
+                }
                 model.apply(&machine.on(model.now, Event::Failed(vm, "stray".into())))?;
                 model.apply(&machine.on(model.now, Event::Returned(vm, Ending::InOrder)))?;
                 if model.resetting.contains(&vm) {
@@ -245,7 +263,8 @@ fn run(
                 model.waiting.len()
             )
         );
-        prop_assert!(status.ready == 0 || status.waiting == 0, "someone waits beside a ready VM");
+        let fit = model.ready.len() - model.silent.len();
+        prop_assert!(fit == 0 || status.waiting == 0, "someone waits beside a ready VM");
     }
     Ok((machine, model))
 }
@@ -303,7 +322,9 @@ proptest! {
             steps.into_iter().filter(|step| !matches!(step, Step::Shutdown | Step::Drain | Step::Fill(_))).collect();
         let (mut machine, mut model) = run(min, min + more, reset, &steps)?;
         for _ in 0..200 {
-            let event = if let Some(&vm) = model.making.iter().next() {
+            let event = if let Some(vm) = model.silent.pop_first() {
+                Event::Answered(vm)
+            } else if let Some(&vm) = model.making.iter().next() {
                 model.making.remove(&vm);
                 model.ready.insert(vm);
                 Event::Made(vm)
