@@ -214,7 +214,7 @@ mod tests {
         let (request, stream) = guest.next().await.unwrap();
         assert_eq!(request, exec());
         let mut parts = stream.split();
-        parts.sender.send(Message::Started(Started { pid: 7, job: None })).await.unwrap();
+        parts.sender.send(Message::Started(Started { pid: 7, job: None, replay: None })).await.unwrap();
         parts
     }
 

@@ -1,13 +1,14 @@
 //! Jobs that go on without their client: started, attached to again, left, listed, signalled.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::future::pending;
+use std::sync::Arc;
 
 use dev_box_comm::message::{
-    Attach, ExecRequest, Exited, GuestError, JobEntry, Kill, Message, PtySize, Request,
+    Attach, ExecRequest, Exited, GuestError, JobEntry, Kill, Message, PtySize, Replay, Request,
 };
 use dev_box_comm::session::{CallError, LaneReader, Session, StreamError, StreamParts};
 use tokio::sync::watch;
-use tokio::time::{Duration, Instant, sleep_until};
+use tokio::time::{Duration, sleep, timeout};
 
 use crate::cancel::{Cancel, Urgency};
 use crate::executor::process::feed;
@@ -15,8 +16,12 @@ use crate::job::Stdin;
 use crate::sink::{OutputSink, OutputStream};
 use crate::terminal::one_line;
 
-/// What is kept comes at once: silence this long means that it has come. The protocol has no mark for it.
-const SILENCE: Duration = Duration::from_millis(300);
+/// An agent that does not say how much it has kept sends that at once: silence this long after it has shown that it runs means
+/// that it has come.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// How long the guest may be silent while something is due.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// More than an agent keeps, of both streams: what comes after it is new.
 const KEPT: u64 = 1 << 20;
@@ -31,6 +36,9 @@ pub enum BackgroundError {
     /// The stream or the session ended first.
     #[error("the connection to the VM ended")]
     Stream(#[from] StreamError),
+    /// What the guest has kept of a job's output did not come, or not all of it.
+    #[error("the guest was silent for {} s, and has not sent all of the job's output", .0.as_secs())]
+    Silent(Duration),
     /// The guest answered something else than it should.
     #[error("the guest broke the protocol: {0}")]
     Violation(&'static str),
@@ -167,13 +175,8 @@ pub async fn attach(
             pass_on(errors, OutputStream::Stderr, &*sink, &heard)
         )
     };
-    let recent = async {
-        if attachment.recent_only {
-            heard.silence().await;
-        } else {
-            std::future::pending::<()>().await;
-        }
-    };
+    let recent =
+        async { if attachment.recent_only { replayed(&heard, session).await } else { pending().await } };
     let resizing = async {
         let Some(mut sizes) = attachment.resizes else { return };
         // The first at once: the job may have been given another one's size.
@@ -193,7 +196,8 @@ pub async fn attach(
             biased;
             () = cancel.reached(Urgency::Graceful) => return Ok(Attended::Left),
             message = receiver.recv(), if last.is_none() => match message? {
-                Some(Message::Started(_) | Message::Unknown) => {}
+                Some(Message::Started(started)) => heard.started(started.replay),
+                Some(Message::Unknown) => {}
                 Some(Message::Exited(exited)) => last = Some(Attended::Exited(exited)),
                 Some(Message::Failed(error)) => return Err(error.into()),
                 _ => return Err(BackgroundError::Violation("it said something that has no place in a job's stream")),
@@ -203,7 +207,7 @@ pub async fn attach(
                 Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(Attended::Left),
                 Err(error) => return Err(BackgroundError::Sink(error)),
             },
-            () = &mut recent, if last.is_none() => return Ok(Attended::Left),
+            came = &mut recent, if last.is_none() => return came.map(|()| Attended::Left),
             () = &mut feeding, if !fed => fed = true,
             () = &mut resizing, if !resized => resized = true,
         }
@@ -211,35 +215,79 @@ pub async fn attach(
     Ok(last.unwrap_or(Attended::Left))
 }
 
-/// How much output came, and when the last of it.
-#[derive(Debug)]
-struct Heard(Mutex<(u64, Instant)>);
+/// What came of a job's output so far, in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Progress {
+    /// What the guest said of it when it attached, once it has.
+    started: Option<Option<Replay>>,
+    received: u64,
+    /// Passed on.
+    stdout: u64,
+    stderr: u64,
+}
 
-impl Default for Heard {
-    fn default() -> Self {
-        Self(Mutex::new((0, Instant::now())))
+impl Progress {
+    /// Whether all that was kept is here, as far as can be told without waiting.
+    fn is_complete(&self) -> bool {
+        let replay = self.started.flatten();
+        self.stdout + self.stderr > KEPT
+            || replay.is_some_and(|replay| self.stdout >= replay.stdout && self.stderr >= replay.stderr)
+    }
+
+    fn is_with_the_sink(&self) -> bool {
+        self.received > self.stdout + self.stderr
     }
 }
 
+#[derive(Debug, Default)]
+struct Heard(watch::Sender<Progress>);
+
 impl Heard {
-    fn state(&self) -> MutexGuard<'_, (u64, Instant)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn started(&self, replay: Option<Replay>) {
+        self.0.send_modify(|progress| progress.started = Some(replay));
     }
 
-    fn note(&self, bytes: u64) {
-        let mut state = self.state();
-        *state = (state.0 + bytes, Instant::now());
+    fn received(&self, bytes: u64) {
+        self.0.send_modify(|progress| progress.received += bytes);
     }
 
-    /// Waits until no more is to be expected of what was kept.
-    async fn silence(&self) {
-        loop {
-            let (bytes, last) = *self.state();
-            let due = last + SILENCE;
-            if bytes > KEPT || Instant::now() >= due {
-                return;
+    fn passed_on(&self, stream: OutputStream, bytes: u64) {
+        self.0.send_modify(|progress| match stream {
+            OutputStream::Stdout => progress.stdout += bytes,
+            OutputStream::Stderr => progress.stderr += bytes,
+        });
+    }
+}
+
+/// Waits until what the guest has kept of the output is here. Time counts only while it is the guest's turn.
+async fn replayed(heard: &Heard, session: &Session) -> Result<(), BackgroundError> {
+    let mut progress = heard.0.subscribe();
+    loop {
+        let now = *progress.borrow_and_update();
+        if now.is_complete() {
+            return Ok(());
+        }
+        let silence = async {
+            match now.started {
+                _ if now.is_with_the_sink() => pending().await,
+                // Not a ping: a daemon between would answer that.
+                Some(None) => match timeout(PATIENCE, list(session)).await {
+                    // Whoever reads the stream hears of that.
+                    Ok(Err(BackgroundError::Stream(StreamError::Closed(_)))) => pending().await,
+                    Ok(_) => sleep(SILENCE).await,
+                    Err(_) => return Err(BackgroundError::Silent(PATIENCE)),
+                },
+                _ => {
+                    sleep(PATIENCE).await;
+                    return Err(BackgroundError::Silent(PATIENCE));
+                }
             }
-            sleep_until(due).await;
+            Ok(())
+        };
+        tokio::select! {
+            biased;
+            _ = progress.changed() => {}
+            over = silence => return over,
         }
     }
 }
@@ -252,8 +300,9 @@ async fn pass_on(
 ) -> std::io::Result<()> {
     while let Some(bytes) = lane.next().await {
         let length = bytes.len() as u64;
+        heard.received(length);
         sink.write(stream, bytes).await?;
-        heard.note(length);
+        heard.passed_on(stream, length);
     }
     Ok(())
 }

@@ -177,7 +177,7 @@ fn messages() -> Vec<Message> {
         link: Some("target".into()),
     };
     vec![
-        Message::Started(Started { pid: 412, job: Some("job-1".into()) }),
+        Message::Started(Started { pid: 412, job: Some("job-1".into()), replay: None }),
         Message::Exited(exited.clone()),
         Message::Exited(Exited { status: ExitStatus::Signal(9), timed_out: true, ..exited.clone() }),
         Message::Failed(GuestError {
@@ -283,7 +283,7 @@ fn messages_are_as_frozen_and_read_back() {
 #[test]
 fn what_is_unknown_is_tolerated() {
     let line = br#"{"type":"started","pid":1,"colour":{"deep":[1,2]},"job":null}"#;
-    assert_eq!(message::decode(line), Ok(Message::Started(Started { pid: 1, job: None })));
+    assert_eq!(message::decode(line), Ok(Message::Started(Started { pid: 1, job: None, replay: None })));
     assert_eq!(message::decode(br#"{"type":"dance","a":[{}]}"#), Ok(Message::Unknown));
     assert_eq!(message::decode(br#"{"type":"dance","a":[{}]}"#), Ok(Request::Unknown));
     assert!(message::encode(&Message::Unknown).is_err() && message::encode(&Request::Unknown).is_err());

@@ -143,6 +143,19 @@ pub struct Started {
     /// The job's id: the host's, or one the agent made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<String>,
+    /// In answer to [`Attach`]: how much of its last output comes first. Older agents do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<Replay>,
+}
+
+/// How much of a background job's last output is replayed, in bytes. At least as much comes, were it newer output in the place of what
+/// was forgotten meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replay {
+    /// On lane 1.
+    pub stdout: u64,
+    /// On lane 2.
+    pub stderr: u64,
 }
 
 /// The process ended. The last message of its stream; all its output came before.

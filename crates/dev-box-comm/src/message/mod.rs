@@ -31,7 +31,8 @@ use serde::{Deserialize, Serialize};
 pub use bytes::{GuestText, WireBytes};
 pub use error::{GuestError, GuestErrorKind};
 pub use exec::{
-    Attach, ExecRequest, ExitStatus, Exited, JobEntry, Kill, Limits, PtySize, Started, Usage, valid_job_id,
+    Attach, ExecRequest, ExitStatus, Exited, JobEntry, Kill, Limits, PtySize, Replay, Started, Usage,
+    valid_job_id,
 };
 pub use files::{
     Change, ChangeKind, DirEntry, FileKind, FileStat, MakeDir, PathRequest, ReadFile, Remove, Rename, Tree,

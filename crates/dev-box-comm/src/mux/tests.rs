@@ -164,7 +164,9 @@ fn lanes_take_turns() {
             guest.write(id, lane, Bytes::from(vec![0; 8192])).unwrap();
         }
     }
-    guest.send(ids[2], encoded(&Message::Started(Started { pid: 1, job: None })), false).unwrap();
+    guest
+        .send(ids[2], encoded(&Message::Started(Started { pid: 1, job: None, replay: None })), false)
+        .unwrap();
     let order: Vec<_> = carry(&mut guest, &mut host)
         .into_iter()
         .map(|frame| match frame {

@@ -41,7 +41,7 @@ impl OutputSink for Broken {
 }
 
 fn started() -> Message {
-    Message::Started(Started { pid: 3, job: Some("job-1".into()) })
+    Message::Started(Started { pid: 3, job: Some("job-1".into()), replay: None })
 }
 
 fn exited() -> Exited {
@@ -186,7 +186,8 @@ async fn a_guest_at_rest_says_so_in_time() {
 async fn what_was_kept_is_enough() {
     let keep = Arc::new(Keep::default());
     let attachment = Attachment { recent_only: true, ..Attachment::default() };
-    let (task, mut stream, ..) = attending(keep.clone(), attachment, Cancel::never()).await;
+    let (task, mut stream, incoming, _guest) = attending(keep.clone(), attachment, Cancel::never()).await;
+    answers(incoming);
     stream.parts().output.write(Bytes::from_static(b"kept")).await.unwrap();
     assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
     assert_eq!(*keep.0.lock().unwrap(), b"kept");
@@ -197,6 +198,105 @@ async fn what_was_kept_is_enough() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
+}
+
+/// Keeps what it is given, and takes a minute and a half for it.
+#[derive(Debug, Default)]
+struct Slow(Keep);
+
+impl OutputSink for Slow {
+    fn write(&self, stream: OutputStream, bytes: Bytes) -> BoxFuture<'_, std::io::Result<()>> {
+        Box::pin(async move {
+            tokio::time::sleep(Duration::from_secs(90)).await;
+            self.0.write(stream, bytes).await
+        })
+    }
+}
+
+/// An agent that answers whatever it is asked, but slowly.
+fn answers(mut incoming: Incoming) {
+    tokio::spawn(async move {
+        while let Some((request, mut stream)) = incoming.next().await {
+            assert_eq!(request, Request::Jobs);
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            let _ = stream.send(Message::Done).await;
+        }
+    });
+}
+
+/// Asks for what was kept; the guest answers with `Started` after a while.
+async fn recent(
+    sink: Arc<dyn OutputSink>,
+    replay: Option<Replay>,
+) -> (tokio::task::JoinHandle<Result<Attended, BackgroundError>>, GuestStream, Incoming, Session) {
+    let (session, mut incoming, guest) = pair().await;
+    let attachment = Attachment { recent_only: true, ..Attachment::default() };
+    let task =
+        tokio::spawn(async move { attach(&session, request(), attachment, sink, &Cancel::never()).await });
+    let (_, mut stream) = incoming.next().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    stream.send(Message::Started(Started { pid: 3, job: None, replay })).await.unwrap();
+    (task, stream, incoming, guest)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_guest_is_waited_for_until_all_is_there_that_it_has_kept() {
+    let keep = Arc::new(Keep::default());
+    let (task, mut stream, ..) = recent(keep.clone(), Some(Replay { stdout: 6, stderr: 3 })).await;
+    for part in ["ke", "pt", "at"] {
+        tokio::time::sleep(Duration::from_secs(50)).await;
+        stream.parts().output.write(part.into()).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_secs(50)).await;
+    assert!(!task.is_finished(), "its errors have not come");
+    stream.parts().errors.write("err".into()).await.unwrap();
+    let began = tokio::time::Instant::now();
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
+    assert!(began.elapsed() < Duration::from_secs(1), "nothing else is waited for");
+    assert_eq!(*keep.0.lock().unwrap(), b"keptaterr");
+    let (task, _stream, ..) = recent(keep, Some(Replay { stdout: 0, stderr: 0 })).await;
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Left, "there is nothing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_reader_gets_all_of_it() {
+    for replay in [Some(Replay { stdout: 4, stderr: 0 }), None] {
+        let slow = Arc::new(Slow::default());
+        let (task, mut stream, incoming, _guest) = recent(slow.clone(), replay).await;
+        answers(incoming);
+        stream.parts().output.write("kept".into()).await.unwrap();
+        assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
+        assert_eq!(*slow.0.0.lock().unwrap(), b"kept");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_does_not_say_how_much_is_given_time() {
+    let keep = Arc::new(Keep::default());
+    let (task, mut stream, incoming, _guest) = recent(keep.clone(), None).await;
+    answers(incoming);
+    for part in ["ke", "pt"] {
+        tokio::time::sleep(Duration::from_secs(21)).await;
+        stream.parts().output.write(part.into()).await.unwrap();
+    }
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
+    assert_eq!(*keep.0.lock().unwrap(), b"kept");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_hangs_has_not_sent_everything() {
+    let keep = Arc::new(Keep::default());
+    let (task, mut stream, ..) = recent(keep, Some(Replay { stdout: 5, stderr: 0 })).await;
+    stream.parts().output.write("kept".into()).await.unwrap();
+    assert!(matches!(task.await.unwrap(), Err(BackgroundError::Silent(_))));
+    let (task, _stream, _incoming, _guest) = recent(Arc::new(Keep::default()), None).await;
+    assert!(matches!(task.await.unwrap(), Err(BackgroundError::Silent(_))), "an older agent");
+    let (session, mut incoming, _guest) = pair().await;
+    let attachment = Attachment { recent_only: true, ..Attachment::default() };
+    let never = Cancel::never();
+    let attached = attach(&session, request(), attachment, Arc::new(Keep::default()), &never);
+    let (attached, _stream) = tokio::join!(attached, incoming.next());
+    assert!(matches!(attached, Err(BackgroundError::Silent(_))), "it does not even say that it has started");
 }
 
 #[tokio::test]

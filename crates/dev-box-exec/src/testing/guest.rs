@@ -226,7 +226,7 @@ impl Guest {
         self.left.store(self.script.steps.len(), Ordering::SeqCst);
         match step {
             Some(Step::Run { argv, acts }) if argv == asked => {
-                let started = Started { pid: 100, job: exec.job.clone() };
+                let started = Started { pid: 100, job: exec.job.clone(), replay: None };
                 let _ = stream.send(Message::Started(started)).await;
                 Some((stream.split(), acts))
             }

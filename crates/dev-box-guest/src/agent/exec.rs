@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dev_box_comm::message::{
-    Attach, ExecRequest, ExitStatus, Exited, GuestError, GuestErrorKind, Message, PtySize, Started, Usage,
-    valid_job_id,
+    Attach, ExecRequest, ExitStatus, Exited, GuestError, GuestErrorKind, Message, PtySize, Replay, Started,
+    Usage, valid_job_id,
 };
 use dev_box_comm::session::{
     GuestStream, LaneReader, LaneWriter, MessageReceiver, MessageSender, StreamError,
@@ -102,7 +102,7 @@ pub(super) async fn exec(agent: &Agent, request: ExecRequest, mut stream: GuestS
             return conclude(&mut stream, Err(error)).await;
         }
     };
-    let started = Started { pid: running.job.pid, job: Some(running.job.id.clone()) };
+    let started = Started { pid: running.job.pid, job: Some(running.job.id.clone()), replay: None };
     // That nobody listens is noticed by whoever listens for messages.
     let _ = stream.send(Message::Started(started)).await;
     agent.told.tell(&running.job.id, format_args!("process {}", running.job.pid));
@@ -119,10 +119,12 @@ pub(super) async fn exec(agent: &Agent, request: ExecRequest, mut stream: GuestS
 pub(super) async fn attach(agent: &Agent, request: &Attach, mut stream: GuestStream) {
     match agent.jobs.find(&request.job) {
         Ok(job) if job.background => {
-            let _ = stream.send(Message::Started(Started { pid: job.pid, job: Some(job.id.clone()) })).await;
-            let place = job.output.place(request.replay_bytes);
-            let from = (place, job.errors.place(request.replay_bytes));
-            attend_from(&job, from, request.stdin, stream).await;
+            let (output, stdout) = job.output.tail(request.replay_bytes);
+            let (errors, stderr) = job.errors.tail(request.replay_bytes);
+            let replay = Some(Replay { stdout, stderr });
+            let started = Started { pid: job.pid, job: Some(job.id.clone()), replay };
+            let _ = stream.send(Message::Started(started)).await;
+            attend_from(&job, (output, errors), request.stdin, stream).await;
         }
         Ok(job) => {
             let text = format!("job {} runs in the foreground of another stream", job.id);

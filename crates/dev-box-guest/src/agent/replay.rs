@@ -59,8 +59,16 @@ impl Replay {
     /// The place of a reader that wants the last `bytes` first.
     #[must_use]
     pub fn place(&self, bytes: u64) -> u64 {
+        self.tail(bytes).0
+    }
+
+    /// The same, and how many bytes there are from it. A reader gets at least as many, whatever is forgotten meanwhile: there is
+    /// always as much that is newer.
+    #[must_use]
+    pub fn tail(&self, bytes: u64) -> (u64, u64) {
         let ring = self.ring();
-        ring.end.saturating_sub(bytes).max(ring.start())
+        let place = ring.end.saturating_sub(bytes).max(ring.start());
+        (place, ring.end - place)
     }
 
     /// The next bytes from `place`, which is moved on; none at the end. Waits for more when there is none yet.
@@ -112,6 +120,7 @@ mod tests {
         replay.push(b"0123456789");
         replay.finish();
         assert_eq!(rest(&replay, replay.place(3)).await, b"789");
+        assert_eq!((replay.tail(3), replay.tail(u64::MAX), replay.tail(0)), ((7, 3), (0, 10), (10, 0)));
         assert_eq!(rest(&replay, replay.place(u64::MAX)).await, b"0123456789");
         assert_eq!(rest(&replay, replay.place(0)).await, b"");
     }

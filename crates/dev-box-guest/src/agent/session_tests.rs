@@ -6,8 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use dev_box_comm::message::{
     Attach, ChangeKind, Configure, ExecRequest, ExitStatus, Exited, Forward, GuestErrorKind, Kill, Limits,
-    MakeDir, Message, Mount, PathRequest, PtySize, ReadFile, Remove, Rename, Request, Shutdown, Sync, Tree,
-    Unmount, Watch, WireBytes, WriteFile, WriteMode,
+    MakeDir, Message, Mount, PathRequest, PtySize, ReadFile, Remove, Rename, Replay, Request, Shutdown, Sync,
+    Tree, Unmount, Watch, WireBytes, WriteFile, WriteMode,
 };
 use dev_box_comm::session::{CallError, LaneEnd, LaneReader, Session, Stream, StreamParts};
 use dev_box_comm::{GuestHello, HostHello};
@@ -371,7 +371,9 @@ async fn a_background_job_is_attached_to_again() {
     tokio::time::sleep(Duration::from_millis(20)).await;
     let attach = Attach { job: "shop".into(), replay_bytes: 1000, stdin: true };
     let mut stream = host.session.open(Request::Attach(attach.clone())).await.unwrap();
-    started(&mut stream).await;
+    let first = stream.recv().await.unwrap().unwrap();
+    let Message::Started(again) = first else { panic!("{first:?}") };
+    assert_eq!(again.replay, Some(Replay { stdout: 6, stderr: 5 }));
     stream.parts().input.write(Bytes::from_static(b"milk\n")).await.unwrap();
     let (last, output, errors) = finish(stream).await;
     let Message::Exited(exited) = last else { panic!("{last:?}") };

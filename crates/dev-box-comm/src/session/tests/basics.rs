@@ -56,7 +56,7 @@ async fn exit_comes_after_all_output() {
         let (request, stream) = incoming.next().await.unwrap();
         assert!(matches!(request, Request::Exec(ref exec) if exec.argv.len() == 1));
         let mut parts = stream.split();
-        parts.sender.send(Message::Started(Started { pid: 4, job: None })).await.unwrap();
+        parts.sender.send(Message::Started(Started { pid: 4, job: None, replay: None })).await.unwrap();
         for _ in 0..20 {
             parts.output.write(Bytes::from(vec![b'o'; 10_000])).await.unwrap();
             parts.errors.write(Bytes::from(vec![b'e'; 1_000])).await.unwrap();

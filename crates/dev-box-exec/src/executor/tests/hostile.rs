@@ -64,7 +64,7 @@ async fn a_guest_that_breaks_the_protocol() {
         }))
     };
     for (acts, what) in [
-        (vec![Act::Send(Message::Started(Started { pid: 1, job: None }))], "no place"),
+        (vec![Act::Send(Message::Started(Started { pid: 1, job: None, replay: None }))], "no place"),
         (vec![Act::Send(Message::Done)], "no place"),
         (vec![Act::Send(Message::Signal { number: 9 })], "no place"),
         (vec![Act::Reset], "it reset the stream"),
