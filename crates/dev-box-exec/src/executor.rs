@@ -54,8 +54,7 @@ impl AgentExecutor {
     /// An executor that takes the time from `clock` and audits to `audit`, as an act of dev-box itself.
     #[must_use]
     pub fn new(clock: Arc<dyn Clock>, audit: Arc<dyn AuditSink>) -> Self {
-        let patience = Patience { start: Duration::from_secs(30), kill: Duration::from_secs(5) };
-        Self { clock, audit, actor: Actor::System, patience, watcher: None }
+        Self { clock, audit, actor: Actor::System, patience: Patience::default(), watcher: None }
     }
 
     /// Audits what it does as asked for by `actor`.
@@ -72,8 +71,8 @@ impl AgentExecutor {
         self
     }
 
-    /// How long the guest may take to start a process (30 s by default), and to report the end of one that was killed
-    /// (5 s): an overloaded host needs more.
+    /// How long the guest may take to start a process (120 s by default), and to report the end of one that was killed
+    /// (60 s).
     #[must_use]
     pub fn with_patience(mut self, start: Duration, kill: Duration) -> Self {
         self.patience = Patience { start, kill };
@@ -327,7 +326,13 @@ impl AgentExecutor {
         report: &mut Report,
     ) -> Result<(), Cause> {
         let complete = match state {
-            Outcome::Exited | Outcome::TimedOut => answers,
+            Outcome::Exited | Outcome::TimedOut => {
+                if !answers && injected.is_to_be_written_back() {
+                    let why = "the guest did not report the job's end: they may be half of something";
+                    report.warnings.push(format!("the job's files were not written back, since {why}"));
+                }
+                answers
+            }
             Outcome::Cancelled | Outcome::GuestLost => false,
             Outcome::Failed { .. } => return Ok(()),
         };

@@ -67,6 +67,13 @@ pub(super) struct Injected {
     destination: Option<Arc<Destination>>,
 }
 
+impl Injected {
+    /// Whether what the job leaves is to replace the user's own files.
+    pub(super) fn is_to_be_written_back(&self) -> bool {
+        matches!(self.workspace.collect, CollectTo::WriteBack { .. })
+    }
+}
+
 /// Finds mistakes in what is asked for before a VM is made for it.
 pub(super) async fn precheck(workspace: &WorkspaceIn, cancel: &Cancel) -> Result<(), Cause> {
     let workspace = workspace.clone();
@@ -217,8 +224,8 @@ pub(super) async fn collect(
         Ok(Err(error)) => return Err((results, Cause::Collect(error))),
         Err(cause) => return Err((results, cause)),
     }
-    let is_write_back = matches!(injected.workspace.collect, CollectTo::WriteBack { .. });
-    let Some(destination) = injected.destination.as_ref().filter(|_| write_back || !is_write_back) else {
+    let wanted = write_back || !injected.is_to_be_written_back();
+    let Some(destination) = injected.destination.as_ref().filter(|_| wanted) else {
         return Ok(results);
     };
     match bring_out(injected, Arc::clone(destination), who, cancel).await {

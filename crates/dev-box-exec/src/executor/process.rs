@@ -32,13 +32,27 @@ const SIGTERM: i32 = 15;
 /// One read of standard input.
 const INPUT_CHUNK: usize = 32 << 10;
 
+/// How long a message may wait for room in its stream's queue: only a guest that has taken none for long has filled that.
+const ROOM: Duration = Duration::from_secs(5);
+
+/// How long output that has come may take to get into the sink of a job that dev-box ended.
+const LAST_OUTPUT: Duration = Duration::from_secs(10);
+
 /// How long the guest may take for what takes no time.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
     /// From the request to `Started`.
     pub(super) start: Duration,
-    /// From KILL to `Exited`; for a message to be taken.
+    /// From KILL to `Exited`.
     pub(super) kill: Duration,
+}
+
+impl Default for Patience {
+    /// Far beyond what an emulated guest on a busy host needs: to give up too soon fails a job, or leaves its files behind.
+    /// A guest that is gone ends its session, and who interrupts is not kept waiting by these.
+    fn default() -> Self {
+        Self { start: Duration::from_secs(120), kill: Duration::from_secs(60) }
+    }
 }
 
 /// What is needed to run a process.
@@ -141,7 +155,7 @@ pub(super) async fn run(process: Process, plan: &Plan<'_>) -> End {
         None => {
             // What has come is still on its way to the sink: at the sink's pace after an orderly end, else for a while.
             let orderly = why.is_none() && exited.is_some();
-            let enough = if orderly { None } else { Instant::now().checked_add(plan.patience.kill) };
+            let enough = if orderly { None } else { Instant::now().checked_add(LAST_OUTPUT) };
             let wanted = if orderly { Urgency::Graceful } else { Urgency::Immediate };
             tokio::select! {
                 biased;
@@ -222,8 +236,7 @@ impl Control<'_> {
                 },
                 size = resized(&mut self.resizes) => {
                     // One that is lost looks odd until the next.
-                    let told = self.sender.send(Message::Resize(size));
-                    let _ = timeout(self.plan.patience.kill, told).await;
+                    self.tell(Message::Resize(size)).await;
                     continue;
                 }
                 Some(fault) = self.faults.recv() => match fault {
@@ -260,8 +273,17 @@ impl Control<'_> {
 
     async fn signal(&mut self, number: i32) {
         // A guest that takes no messages is dealt with by the next step.
-        let sent = timeout(self.plan.patience.kill, self.sender.send(Message::Signal { number })).await;
-        tracing::debug!(number, taken = matches!(sent, Ok(Ok(()))), "signalled the job");
+        let taken = self.tell(Message::Signal { number }).await;
+        tracing::debug!(number, taken, "signalled the job");
+    }
+
+    /// Whether there was room for the message. Nothing else is looked at meanwhile, but whoever wants to be gone at once.
+    async fn tell(&mut self, message: Message) -> bool {
+        tokio::select! {
+            biased;
+            () = self.plan.cancel.reached(Urgency::Immediate) => false,
+            sent = timeout(ROOM, self.sender.send(message)) => matches!(sent, Ok(Ok(()))),
+        }
     }
 }
 

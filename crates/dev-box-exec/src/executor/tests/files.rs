@@ -137,6 +137,8 @@ async fn a_guest_that_fell_silent_is_not_waited_for_and_nothing_of_it_is_written
     assert_eq!((result.outcome, result.exit_code), (Outcome::TimedOut, None), "{result:?}");
     assert_eq!(fs::read_to_string(bench.path("source/input")).unwrap(), "old");
     assert!(result.files.is_none_or(|files| files.changes.is_empty()));
+    let told = |words: &str| result.warnings.iter().any(|warning| warning.contains(words));
+    assert!(told("were not written back") && told("did not report the job's end"), "{:?}", result.warnings);
     bench.provisioner.retire(vm).await.unwrap();
     bench.clean();
 }

@@ -48,8 +48,36 @@ async fn a_guest_that_never_starts_it() {
     let before = Instant::now();
     let result = bench.execute(Script::new().is_silent(), job()).await;
     assert_eq!(result.outcome, Outcome::Failed { phase: Phase::Start });
-    assert!(result.error.unwrap().contains("did not answer within 30 s"));
-    assert_eq!(before.elapsed().as_secs(), 30);
+    assert!(result.error.unwrap().contains("did not answer within 120 s"));
+    assert_eq!(before.elapsed().as_secs(), 120);
+    bench.clean();
+}
+
+/// A guest that takes no messages: its stream's queue is full when the first interrupt comes.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_takes_no_messages_does_not_hold_up_who_asks_twice() {
+    let bench = Bench::new();
+    let vm = bench.vm(runs([Act::Sleep(Duration::from_secs(10_000))])).await;
+    let size = dev_box_comm::message::PtySize { rows: 1, cols: 1 };
+    let (sizes, resizes) = tokio::sync::watch::channel(size);
+    let terminal = crate::job::Terminal { size, resizes: Some(resizes) };
+    let job = Job { terminal: Some(terminal), grace: Duration::from_secs(1000), ..job() };
+    let run = bench.executor.execute(&vm, job, Arc::new(DiscardSink), bench.cancel.token());
+    let cancel = async {
+        for rows in 0..20_000 {
+            sizes.send_replace(dev_box_comm::message::PtySize { rows, cols: 1 });
+            tokio::task::yield_now().await;
+        }
+        bench.cancel.cancel();
+        let asked = Instant::now();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        bench.cancel.cancel();
+        asked
+    };
+    let (result, asked) = tokio::join!(run, cancel);
+    assert_eq!(result.outcome, Outcome::Cancelled);
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    bench.provisioner.retire(vm).await.unwrap();
     bench.clean();
 }
 
