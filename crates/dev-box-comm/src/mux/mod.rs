@@ -400,6 +400,11 @@ impl Mux {
         }
     }
 
+    /// Whether both sides have ended the stream: each has all that the other sent.
+    pub fn is_closed(&self, id: u32) -> bool {
+        self.streams.get(&id).is_none_or(|stream| stream.closed)
+    }
+
     /// Whether there is nothing to read on a lane.
     pub fn lane_empty(&mut self, id: u32, lane: u8) -> bool {
         self.streams.get_mut(&id).and_then(|stream| stream.recv_lane(lane)).is_none_or(|recv| recv.is_empty())

@@ -217,6 +217,21 @@ impl MessageSender {
         self.life.core.queue(Slot::Send, attempt).await
     }
 
+    /// After a last message: waits until the other side has confirmed the end, having everything that was sent, or the session
+    /// has closed. Set a time-out around it: a stopped one never does.
+    pub async fn closed(&mut self) {
+        poll_fn(|cx| {
+            self.life.core.with(|state, id| {
+                if state.closed.is_some() || state.mux.is_closed(id) {
+                    return Poll::Ready(());
+                }
+                state.wait(id, Slot::Send, cx);
+                Poll::Pending
+            })
+        })
+        .await;
+    }
+
     /// Resets the stream now, whatever other halves exist.
     pub fn reset(&mut self) {
         self.life.core.with(|state, id| state.mux.reset(id));

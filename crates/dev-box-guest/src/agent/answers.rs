@@ -11,8 +11,8 @@ use super::{Agent, Surroundings, configure, info, share};
 use crate::files;
 use crate::job::run::Command;
 
-/// Between the answer to a power-off and the power-off, so that the answer gets out.
-const LAST_WORDS: Duration = Duration::from_millis(30);
+/// How long the power stays on for a host that does not confirm that it has the answer: it may be gone.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Of a list in one message, on the wire: what is around it is shorter than the rest.
 const LIST_BYTES: usize = MAX_MESSAGE - 64;
 /// How long jobs are held at most.
@@ -148,7 +148,7 @@ pub(super) async fn shut_down(agent: &Agent, request: Shutdown, mut stream: Gues
         agent.jobs.command_all(Command::Kill);
     }
     conclude(&mut stream, Ok(())).await;
-    tokio::time::sleep(LAST_WORDS).await;
+    let _ = tokio::time::timeout(LAST_WORDS, stream.parts().sender.closed()).await;
     if let Err(error) = agent.surroundings.machine.power_off() {
         crate::console::say(format_args!("cannot power off: {error}"));
     }

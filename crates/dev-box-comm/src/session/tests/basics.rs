@@ -42,6 +42,35 @@ async fn echo_brings_back_every_byte() {
     assert_eq!(parts.errors.end(), Some(LaneEnd::Unfinished));
 }
 
+/// Whoever ends after its last words knows when they have been heard.
+#[tokio::test(start_paused = true)]
+async fn a_streams_end_is_confirmed() {
+    let (near, mut wire) = duplex(64 * 1024);
+    let (far, mut other) = duplex(64 * 1024);
+    let (go, stopped) = tokio::sync::oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let copying = async { tokio::io::copy_bidirectional(&mut wire, &mut other).await };
+        tokio::pin!(copying);
+        // Passes for a second, then waits to be told.
+        let _ = tokio::time::timeout(Duration::from_secs(1), &mut copying).await;
+        let _ = stopped.await;
+        let _ = copying.await;
+    });
+    let (host, guest) =
+        tokio::join!(Session::connect(near, host_hello()), Session::accept(far, guest_hello()));
+    let (host, _) = host.unwrap();
+    let (_guest, mut incoming, _) = guest.unwrap();
+    let call = tokio::spawn(async move { host.call(Request::Info).await });
+    let (_, mut stream) = incoming.next().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    stream.send(Message::Done).await.unwrap();
+    let sender = &mut stream.parts().sender;
+    assert!(tokio::time::timeout(Duration::from_secs(5), sender.closed()).await.is_err(), "not heard yet");
+    go.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(5), sender.closed()).await.unwrap();
+    assert_eq!(call.await.unwrap(), Ok(Vec::new()));
+}
+
 #[tokio::test]
 async fn exit_comes_after_all_output() {
     let (host, _guest, mut incoming) = pair().await;
