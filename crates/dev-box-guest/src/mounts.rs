@@ -98,6 +98,11 @@ pub(crate) mod fake {
             self.inner.lock().unwrap().busy.push(target.into());
         }
 
+        /// Nothing is in use any more.
+        pub(crate) fn make_idle(&self) {
+            self.inner.lock().unwrap().busy.clear();
+        }
+
         pub(crate) fn table(&self) -> Vec<MountSpec> {
             self.inner.lock().unwrap().table.clone()
         }

@@ -11,8 +11,12 @@ use super::Surroundings;
 use crate::files::{failed, owner_of, path_of};
 use crate::mounts::MountSpec;
 
-/// How long an unmount may wait for processes that are just ending.
-const BUSY_PATIENCE: Duration = Duration::from_millis(500);
+/// How long an unmount may wait for processes that are just ending: with much memory to give back, on a busy host, that takes seconds.
+const BUSY_PATIENCE: Duration = Duration::from_secs(8);
+/// Who asks for a lazy one has mostly been refused after the wait above.
+const LAZY_PATIENCE: Duration = Duration::from_millis(500);
+/// Between two tries.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Mounts the share of this tag, making the directory.
 ///
@@ -51,19 +55,27 @@ fn options() -> &'static str {
     "trans=virtio,version=9p2000.L,msize=512000,cache=none,access=client"
 }
 
-/// Unmounts. What is still busy is tried again for half a second, as processes that were killed may be on their way out.
+/// Unmounts. What is still busy is tried again for some seconds, as processes that were killed may be on their way out.
 ///
 /// # Errors
 /// `Busy` while something uses it and `lazy` was not asked for; `InvalidRequest` when nothing is mounted there.
 pub fn unmount(surroundings: &Surroundings, wanted: &Unmount) -> Result<(), GuestError> {
+    unmount_within(surroundings, wanted, if wanted.lazy { LAZY_PATIENCE } else { BUSY_PATIENCE })
+}
+
+fn unmount_within(
+    surroundings: &Surroundings,
+    wanted: &Unmount,
+    patience: Duration,
+) -> Result<(), GuestError> {
     let target = target(&wanted.target)?;
-    let deadline = Instant::now() + BUSY_PATIENCE;
+    let deadline = Instant::now() + patience;
     loop {
         match surroundings.mounts.unmount(&target, false) {
             Ok(()) => return Ok(()),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 if Instant::now() < deadline {
-                    std::thread::sleep(Duration::from_millis(5));
+                    std::thread::sleep(PAUSE);
                 } else if wanted.lazy {
                     let detached = surroundings.mounts.unmount(&target, true);
                     return detached.map_err(|error| failed("detach", &target, &error));
@@ -124,9 +136,29 @@ mod tests {
         mount(&surroundings, &wanted(target.clone())).unwrap();
         mounts.make_busy(&target);
         let away = Unmount { target: target.into(), lazy: false };
-        assert_eq!(unmount(&surroundings, &away).unwrap_err().kind, GuestErrorKind::Busy);
+        let refused = unmount_within(&surroundings, &away, Duration::from_millis(20));
+        assert_eq!(refused.unwrap_err().kind, GuestErrorKind::Busy);
         unmount(&surroundings, &Unmount { lazy: true, ..away }).unwrap();
         assert!(mounts.table().is_empty());
+    }
+
+    #[test]
+    fn a_share_that_is_busy_for_a_while_is_waited_for() {
+        let Doubles { surroundings, mounts, root, .. } = surroundings();
+        let target = root.path().join("w");
+        mount(&surroundings, &wanted(target.clone())).unwrap();
+        mounts.make_busy(&target);
+        let ending = std::thread::spawn({
+            let mounts = mounts.clone();
+            move || {
+                // Longer than a lazy one would wait.
+                std::thread::sleep(LAZY_PATIENCE * 2);
+                mounts.make_idle();
+            }
+        });
+        unmount(&surroundings, &Unmount { target: target.into(), lazy: false }).unwrap();
+        assert!(mounts.table().is_empty());
+        ending.join().unwrap();
     }
 
     #[test]
