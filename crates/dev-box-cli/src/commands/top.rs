@@ -149,7 +149,7 @@ impl Rates {
                     disk: rate(1),
                     sent: rate(2),
                     received: rate(3),
-                    jobs: vm.jobs.len(),
+                    jobs: (!vm.jobs_unknown).then_some(vm.jobs.len()),
                 }
             })
             .collect()

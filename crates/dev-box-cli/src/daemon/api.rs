@@ -174,6 +174,9 @@ pub(crate) struct VmUse {
     /// What runs in it, by its guest's word.
     #[serde(default)]
     pub(crate) jobs: Vec<JobUse>,
+    /// Its guest does not say: that there are none in `jobs` means nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) jobs_unknown: bool,
 }
 
 /// A job that runs.

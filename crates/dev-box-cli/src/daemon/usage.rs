@@ -12,9 +12,10 @@ use tokio::time::timeout;
 
 use super::api::{JobUse, Usage, VmInfo, VmUse};
 use super::state::Daemon;
+use super::vms::VmsError;
 
-/// How long a guest may take to say what runs in it: whoever looks waits for all of them.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// How long a guest may take to say what runs in it: enough for one on a busy host, and whoever looks waits for all of them.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Jobs of a VM that are told, and what of their command lines, in characters.
 const JOBS: usize = 32;
 const COMMAND: usize = 200;
@@ -26,7 +27,8 @@ impl Daemon {
         let vms = self.vms.list().into_iter().map(async |info: VmInfo| {
             let jobs = match self.vms.channel(&info.name) {
                 Ok((_, session)) => jobs(&session).await,
-                Err(_) => Vec::new(),
+                Err(VmsError::Paused(_)) => None,
+                Err(_) => Some(Vec::new()),
             };
             let of = |domain: &str| series.get(domain).copied();
             VmUse {
@@ -34,7 +36,8 @@ impl Daemon {
                 state: info.state.to_string(),
                 owner: info.owner,
                 usage: info.domain.and_then(|domain| of(domain.as_str())).unwrap_or_default(),
-                jobs,
+                jobs_unknown: jobs.is_none(),
+                jobs: jobs.unwrap_or_default(),
             }
         });
         let (vms, pools) = futures::join!(futures::future::join_all(vms), self.pools.status());
@@ -42,12 +45,12 @@ impl Daemon {
     }
 }
 
-/// Those that run, the latest last; one that does not answer has none.
-async fn jobs(session: &Session) -> Vec<JobUse> {
-    let Ok(Ok(mut known)) = timeout(PATIENCE, background::list(session)).await else { return Vec::new() };
+/// Those that run, the latest last; nobody knows of one that does not answer.
+async fn jobs(session: &Session) -> Option<Vec<JobUse>> {
+    let mut known = timeout(PATIENCE, background::list(session)).await.ok()?.ok()?;
     known.retain(|job| job.exited.is_none());
     known.sort_by_key(|job| std::cmp::Reverse(job.age_ms));
-    known.iter().take(JOBS).map(told).collect()
+    Some(known.iter().take(JOBS).map(told).collect())
 }
 
 /// All of it is the guest's: harmless to a terminal, and short.

@@ -25,7 +25,8 @@ pub(super) struct Row {
     pub(super) disk: Option<f64>,
     pub(super) sent: Option<f64>,
     pub(super) received: Option<f64>,
-    pub(super) jobs: usize,
+    /// `None` where the guest does not say.
+    pub(super) jobs: Option<usize>,
 }
 
 /// All that is shown.
@@ -96,7 +97,7 @@ fn table(view: &View) -> Table<'static> {
         let cells = [
             row.name.clone(),
             row.state.clone(),
-            row.jobs.to_string(),
+            row.jobs.map_or_else(|| "?".to_owned(), |jobs| jobs.to_string()),
             cpu,
             size(row.memory as f64),
             rate(row.disk),
@@ -180,7 +181,7 @@ mod tests {
             disk: None,
             sent: Some(2048.0),
             received: Some(0.0),
-            jobs: 1,
+            jobs: Some(1),
         };
         let job = JobUse { job: "7f1c".into(), command: "cargo test".into(), age_ms: 75_000 };
         let vm = VmUse {
@@ -189,7 +190,9 @@ mod tests {
             owner: "alice".into(),
             usage: VmUsage::default(),
             jobs: vec![job],
+            jobs_unknown: false,
         };
+        let silent = Row { name: "vm-2".into(), jobs: None, ..row.clone() };
         let pool = PoolInfo {
             template: "any".into(),
             image: "default".into(),
@@ -200,7 +203,7 @@ mod tests {
             Happening::Finding { vm: "vm-1".into(), rule: "mining".into(), score: 0.7, why: "busy".into() };
         let events = VecDeque::from([Told::of(&Event { at: SystemClock.now(), what: finding })]);
         let usage = Usage { at: SystemClock.now(), vms: vec![vm], pools: vec![pool], findings: 2 };
-        let view = View { usage, rows: vec![row], events };
+        let view = View { usage, rows: vec![row, silent], events };
         for (width, height) in [(100, 20), (20, 5), (1, 1)] {
             let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
             terminal.draw(|frame| draw(frame, &view)).unwrap();
@@ -209,6 +212,7 @@ mod tests {
             if width == 100 {
                 let jobs = ["1 jobs", "7f1c", "1m 15s  cargo test"];
                 let rest = ["50 %", "80.0 MiB", "2.0 KiB", "2 findings", "alice", "any: 3 ready", "mining"];
+                assert!(text.split_whitespace().any(|word| word == "?"), "vm-2's: {text}");
                 for shown in jobs.iter().chain(&rest) {
                     assert!(text.contains(shown), "{shown} in {text}");
                 }

@@ -106,6 +106,7 @@ impl Host {
                 owner: String::new(),
                 usage: watch::usage(&info.stats),
                 jobs: of_it.map(job).collect(),
+                jobs_unknown: false,
             });
         }
         Ok(Usage { at: SystemClock.now(), vms, pools: Vec::new(), findings: self.findings })
