@@ -188,7 +188,7 @@ impl FilterArgs {
 async fn domains(config: &Config, name: String) -> Result<Vec<String>, Failure> {
     let mut domains = audit::called(&config.audit_dir(), &name).map_err(Failure::new)?;
     if let Ok(name) = name.parse() {
-        domains.push(domain_of(config, name).await.to_string());
+        domains.push(domain_of(config, name).await.map_err(Failure::new)?.to_string());
     }
     domains.push(name);
     Ok(domains)

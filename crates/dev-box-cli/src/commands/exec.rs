@@ -90,7 +90,7 @@ pub(crate) async fn run(config: Config, args: ExecArgs) -> Result<ExitCode, Fail
     if let Outcome::GuestLost | Outcome::Failed { .. } = result.outcome
         && let Some(fate) = client.fate(&args.vm, &session).await
     {
-        result.error = Some(fate.of(&args.vm));
+        result.error = Some(fate.instead_of(result.error.take(), &args.vm));
         if let Fate::Lost { domain, .. } = fate {
             lost = domain;
         }

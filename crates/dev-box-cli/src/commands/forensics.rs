@@ -45,7 +45,7 @@ pub(crate) async fn run(config: Config, args: ForensicsArgs) -> Result<ExitCode,
 async fn collect(config: Config, args: ForensicsArgs) -> Result<ExitCode, Failure> {
     let archive = args.output.unwrap_or_else(|| PathBuf::from(format!("{}.tar", args.vm)));
     let vm = match args.vm.parse() {
-        Ok(name) => domain_of(&config, name).await.to_string(),
+        Ok(name) => domain_of(&config, name).await.map_err(Failure::new)?.to_string(),
         Err(_) => args.vm,
     };
     let request = ForensicsRequest {

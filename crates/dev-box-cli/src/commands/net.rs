@@ -99,7 +99,7 @@ impl NetCommand {
 
 pub(crate) async fn run(config: Config, mut command: NetCommand) -> Result<ExitCode, Failure> {
     if let Some(vm) = command.vm() {
-        *vm = domain_of(&config, vm.clone()).await;
+        *vm = domain_of(&config, vm.clone()).await.map_err(Failure::new)?;
     }
     let dev_box = DevBox::open(config).await.map_err(Failure::new)?;
     let done = perform(&dev_box, command).await;

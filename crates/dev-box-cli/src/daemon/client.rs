@@ -50,21 +50,29 @@ pub(crate) enum ClientError {
     Request(#[from] hyper::http::Error),
     #[error("no channel to the VM came to be")]
     Channel(#[from] HandshakeError),
+    #[error("the daemon at {} runs, and has not answered within {} s: what it calls VMs is not known", at.display(), within.as_secs())]
+    Silent { at: PathBuf, within: Duration },
     #[error("the daemon's answer broke off")]
     Body(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// How long a command that can do without the daemon waits for it.
-const ASKED_IN_PASSING: Duration = Duration::from_secs(2);
+/// How long a command that can do without a daemon waits for one that is there: one on a busy host takes its time.
+const ASKED_IN_PASSING: Duration = Duration::from_secs(15);
 
 /// How soon it is asked again what became of a VM.
 const ASKED_AGAIN: Duration = Duration::from_millis(50);
 
-/// The domain of the VM that the daemon calls so; the name itself where it has no such VM, or does not answer.
-pub(crate) async fn domain_of(config: &Config, name: VmName) -> VmName {
+/// The domain of the VM that the daemon calls so; the name itself where it has no such VM, or there is no daemon to be asked.
+pub(crate) async fn domain_of(config: &Config, name: VmName) -> Result<VmName, ClientError> {
     let client = Client::new(config);
-    let Ok(Ok(vms)) = timeout(ASKED_IN_PASSING, client.vms()).await else { return name };
-    vms.into_iter().find(|vm| vm.name == name).and_then(|vm| vm.domain).unwrap_or(name)
+    let vms = match timeout(ASKED_IN_PASSING, client.vms()).await {
+        Ok(Ok(vms)) => vms,
+        Ok(Err(ClientError::NotRunning(_) | ClientError::NotAllowed(_))) => return Ok(name),
+        Ok(Err(error)) => return Err(error),
+        // The name could be another VM's domain.
+        Err(_) => return Err(ClientError::Silent { at: client.socket, within: ASKED_IN_PASSING }),
+    };
+    Ok(vms.into_iter().find(|vm| vm.name == name).and_then(|vm| vm.domain).unwrap_or(name))
 }
 
 /// What became of a VM.
@@ -80,6 +88,8 @@ pub(crate) enum Fate {
     },
     /// Nothing: the daemon ended the connection.
     BrokenOff(VmState),
+    /// Nobody can tell: the daemon runs, and does not answer.
+    Unanswered(PathBuf),
 }
 
 impl Fate {
@@ -92,6 +102,20 @@ impl Fate {
                 VmsError::Lost { name: name.clone(), reason: reason.clone() }.to_string()
             }
             Self::BrokenOff(state) => format!("the daemon broke off; VM {name} is {state}: try again"),
+            Self::Unanswered(at) => {
+                let (at, within) = (at.display(), ASKED_IN_PASSING.as_secs());
+                format!(
+                    "the daemon at {at} has not answered within {within} s: what became of VM {name} is not known"
+                )
+            }
+        }
+    }
+
+    /// What is said in place of `error`, or beside it where that is all that is known.
+    pub(crate) fn instead_of(&self, error: Option<String>, name: &VmName) -> String {
+        match (self, error) {
+            (Self::Unanswered(_), Some(error)) => format!("{error}; {}", self.of(name)),
+            _ => self.of(name),
         }
     }
 }
@@ -137,10 +161,13 @@ impl Client {
 
     /// What became of the VM that a command failed on, where that says more than how it failed.
     pub(crate) async fn explain(&self, name: &VmName, session: &Session, failure: Failure) -> Failure {
-        self.fate(name, session).await.map_or(failure, |fate| Failure::new(fate.of(name)))
+        match self.fate(name, session).await {
+            Some(fate) => Failure::new(fate.instead_of(Some(failure.to_string()), name)),
+            None => failure,
+        }
     }
 
-    /// What became of a VM that failed; `None` where it runs on, or nobody can tell.
+    /// What became of a VM that failed; `None` where it runs on.
     pub(crate) async fn fate(&self, name: &VmName, session: &Session) -> Option<Fate> {
         let until = Instant::now() + ASKED_IN_PASSING;
         loop {
@@ -153,6 +180,7 @@ impl Client {
                     continue;
                 }
                 Ok(Err(ClientError::NotRunning(at))) => return Some(Fate::DaemonEnded(at)),
+                Err(_) if closed => return Some(Fate::Unanswered(self.socket.clone())),
                 _ => return None,
             };
             let Some(vm) = vms.into_iter().find(|vm| vm.name == *name) else { return Some(Fate::Removed) };
@@ -308,5 +336,89 @@ impl EventLines {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dev_box::core::clock::{Clock as _, SystemClock};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    fn name(name: &str) -> VmName {
+        name.parse().unwrap()
+    }
+
+    fn config(dir: &Path) -> Config {
+        let mut config = Config::default();
+        config.daemon.socket = Some(dir.join("daemon"));
+        config
+    }
+
+    /// Takes connections, and answers each after this time with a list of one VM.
+    fn daemon(config: &Config, after: Duration) {
+        let listener = UnixListener::bind(config.socket()).unwrap();
+        let vm = VmInfo {
+            name: name("work"),
+            domain: Some(name("domain-1")),
+            state: VmState::Lost { reason: "killed".into() },
+            owner: "alice".into(),
+            image: "default".into(),
+            options: crate::args::VmOptions::default(),
+            created_at: SystemClock.now(),
+        };
+        let list = serde_json::to_string(&[vm]).unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (mut connection, _) = listener.accept().await.unwrap();
+                let list = list.clone();
+                tokio::spawn(async move {
+                    let _ = connection.read(&mut [0; 4096]).await;
+                    sleep(after).await;
+                    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", list.len());
+                    let _ = connection.write_all((head + &list).as_bytes()).await;
+                });
+            }
+        });
+    }
+
+    /// A session that has ended.
+    async fn ended() -> Session {
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let (ours, theirs) = tokio::join!(
+            Session::connect(ours, HostHello::fresh().unwrap()),
+            Session::accept(theirs, dev_box::comm::GuestHello::new("boot"))
+        );
+        drop(theirs);
+        let (session, _) = ours.unwrap();
+        session.close();
+        session.closed().await;
+        session
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_daemon_that_is_slow_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path());
+        assert_eq!(domain_of(&config, name("work")).await.unwrap(), name("work"), "there is none");
+        daemon(&config, Duration::from_secs(10));
+        assert_eq!(domain_of(&config, name("work")).await.unwrap(), name("domain-1"));
+        assert_eq!(domain_of(&config, name("other")).await.unwrap(), name("other"));
+        let fate = Client::new(&config).fate(&name("work"), &ended().await).await;
+        assert!(matches!(fate, Some(Fate::Lost { .. })), "{fate:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_daemon_that_does_not_answer_is_no_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path());
+        daemon(&config, Duration::from_secs(1000));
+        let error = domain_of(&config, name("work")).await.unwrap_err().to_string();
+        assert!(error.contains("has not answered within 15 s"), "{error}");
+        let failure = Failure::new("it broke");
+        let told = Client::new(&config).explain(&name("work"), &ended().await, failure).await.to_string();
+        assert!(told.starts_with("it broke; the daemon at ") && told.contains("is not known"), "{told}");
     }
 }

@@ -86,8 +86,11 @@ impl Lent {
         if result.outcome == Outcome::GuestLost {
             // The connection that ended is the daemon's: what became of the VM, the daemon knows.
             let fate = client.fate(&name, &vm.session).await;
-            result.error = fate.as_ref().map(|fate| told(fate, &vm.name)).or(result.error);
-            lost = matches!(fate, Some(Fate::Lost { .. }) | None).then(|| vm.name.clone());
+            if let Some(fate) = &fate {
+                result.error = Some(told(fate, result.error.take(), &vm.name));
+            }
+            lost =
+                matches!(fate, Some(Fate::Lost { .. } | Fate::Unanswered(_)) | None).then(|| vm.name.clone());
         }
         let giving_back = Instant::now();
         // Of one that is lost there were files to collect. One that is not in order goes with the connection.
@@ -107,7 +110,7 @@ impl Lent {
 }
 
 /// What became of a VM of the pool, in words for who ran something in it.
-fn told(fate: &Fate, domain: &VmName) -> String {
+fn told(fate: &Fate, error: Option<String>, domain: &VmName) -> String {
     match fate {
         Fate::DaemonEnded(_) => {
             let words = fate.of(domain);
@@ -116,7 +119,7 @@ fn told(fate: &Fate, domain: &VmName) -> String {
             )
         }
         Fate::Lost { reason, .. } => format!("VM {domain}, of the daemon's pool, is lost: {reason}"),
-        _ => fate.of(domain),
+        _ => fate.instead_of(error, domain),
     }
 }
 
