@@ -39,10 +39,7 @@ impl Deciding {
     /// # Errors
     /// The file system's.
     pub(super) fn begin(dir: &Path) -> io::Result<Self> {
-        match DirBuilder::new().mode(0o700).create(dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let mut open = OpenOptions::new();
         let lock = open.write(true).create(true).truncate(false).mode(0o600).open(dir.join(LOCK))?;
         loop {
@@ -91,7 +88,8 @@ impl Ledger {
     /// The file system's: it is not promised then.
     pub(super) fn set(&mut self, bytes: u64, _: &Deciding) -> io::Result<()> {
         if self.file.is_none() {
-            let path = self.dir.join(format!("{:016x}", getrandom::u64()?));
+            let number = getrandom::u64().map_err(|error| io::Error::other(error.to_string()))?;
+            let path = self.dir.join(format!("{number:016x}"));
             let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             // Before anybody counts it.
             file.try_lock()?;
