@@ -73,7 +73,7 @@ pub async fn sweep(
         if orphans == Orphans::Stay && VmDir::kept_in(&root, &name).exists() {
             continue;
         }
-        let dir = match VmDir::adopt(&root, &name) {
+        let dir = match VmDir::adopt_abandoned(&root, &name) {
             Ok(dir) => dir,
             // Alive, or gone in the meantime.
             Err(VmDirError::Owned(_)) => continue,

@@ -386,7 +386,7 @@ pub(crate) fn root_in(state_root: &Path) -> PathBuf {
 
 /// Removes the directory of a VM that never came to be: one without a record whose maker is gone.
 pub(crate) fn remove_unrecorded(root: &Path, name: &VmName) {
-    if let Ok(dir) = VmDir::adopt(root, name)
+    if let Ok(dir) = VmDir::adopt_abandoned(root, name)
         && !dir.record().exists()
         && let Err(error) = dir.remove()
     {

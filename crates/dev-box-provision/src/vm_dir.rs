@@ -15,24 +15,27 @@
 //!
 //! The kernel drops the lock with the process, however it ends: a lock that can be had means that nobody owns the
 //! directory, and [`crate::sweep`] may remove what belongs to it. A directory appears under its name only once its
-//! lock is held: it is made as `.new-NAME` and renamed.
+//! lock is held: it is made as `.new-NAME` and renamed. Whoever removes one has its lock until nothing of it is left; where
+//! there is none, it is made for that, so that a maker who was only slow finds out.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dev_box_core::id::VmName;
 use rustix::fs::{FlockOperation, flock};
 
-/// How old a directory without a lock must be before it counts as abandoned: its maker needs microseconds.
+/// How old a directory must be that is unfinished, or without a lock, before it counts as abandoned: its maker needs
+/// microseconds.
 const UNLOCKED_GRACE: Duration = Duration::from_secs(60);
 /// How often a lock is tried: who only looks whether a VM has an owner has it for a moment.
 const TRIES: u32 = 3;
 /// From one try to the next.
 const BETWEEN_TRIES: Duration = Duration::from_millis(2);
 const NEW: &str = ".new-";
+const LOCK: &str = "lock";
 const OVERLAY: &str = "overlay.qcow2";
 const CONSOLE_LOG: &str = "console.log";
 const CONSOLE_SOCKET: &str = "console.sock";
@@ -126,7 +129,7 @@ impl VmDir {
     }
 
     fn fill(dir: &Path, qemu: QemuUser) -> Result<File, VmDirError> {
-        let lock = dir.join("lock");
+        let lock = dir.join(LOCK);
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -135,6 +138,10 @@ impl VmDir {
             .map_err(VmDirError::io("create the lock", &lock))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|errno| VmDirError::io("lock", &lock)(errno.into()))?;
+        // From here on nobody takes it for abandoned; whoever did before has removed it.
+        if !same_file(&file, &lock)? {
+            return Err(VmDirError::io("lock", &lock)(io::ErrorKind::NotFound.into()));
+        }
         let share = dir.join("share");
         DirBuilder::new().mode(0o700).create(&share).map_err(VmDirError::io("create the share", &share))?;
         chown(&share, Some(qemu.uid), Some(qemu.gid))
@@ -148,8 +155,22 @@ impl VmDir {
     /// Its owner lives, or the file system refuses.
     pub fn adopt(root: &Path, name: &VmName) -> Result<Self, VmDirError> {
         let path = root.join(name.as_str());
-        let lock = take_lock(&path, name)?;
+        let lock = take_lock(&path, name, Missing::Fails)?;
         Ok(Self { name: name.clone(), path, _lock: lock })
+    }
+
+    /// As [`VmDir::adopt`]; also one that has lost its lock, which nobody can own, once it is too old to be just being made.
+    pub(crate) fn adopt_abandoned(root: &Path, name: &VmName) -> Result<Self, VmDirError> {
+        let path = root.join(name.as_str());
+        match take_lock(&path, name, Missing::Fails) {
+            Err(VmDirError::Io { source, .. })
+                if source.kind() == io::ErrorKind::NotFound && is_old_directory(&path) =>
+            {
+                let lock = take_lock(&path, name, Missing::IsMade)?;
+                Ok(Self { name: name.clone(), path, _lock: lock })
+            }
+            other => Ok(Self { name: name.clone(), path, _lock: other? }),
+        }
     }
 
     /// The VM's name.
@@ -220,13 +241,30 @@ impl VmDir {
         // Out of sight first: whoever lists VMs never sees half of one.
         let gone = self.path.with_file_name(format!("{NEW}{}", self.name));
         let path = if fs::rename(&self.path, &gone).is_ok() { gone } else { self.path };
-        match fs::remove_dir_all(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(VmDirError::Io { action: "remove", path, source })
-            }
-            _ => Ok(()),
-        }
+        remove_locked(&path).map_err(VmDirError::io("remove", &path))
     }
+}
+
+/// Removes a directory whose lock the caller has; that goes last, so that nobody else begins before this has ended.
+fn remove_locked(dir: &Path) -> io::Result<()> {
+    let missing_is_fine = |result: io::Result<()>| match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name() == LOCK {
+            continue;
+        }
+        let is_dir = entry.file_type()?.is_dir();
+        let path = entry.path();
+        missing_is_fine(if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) })?;
+    }
+    missing_is_fine(fs::remove_dir_all(dir))
 }
 
 /// The VMs whose locks this process holds, by its open files: whoever asks may have no time to wait for those who know.
@@ -243,18 +281,59 @@ fn owned_by(file: &Path) -> Option<VmName> {
     dir.parent()?.ends_with("vms").then(|| dir.file_name()?.to_str()?.parse().ok())?
 }
 
-fn take_lock(dir: &Path, name: &VmName) -> Result<File, VmDirError> {
-    let lock = dir.join("lock");
-    let file = OpenOptions::new().write(true).open(&lock).map_err(VmDirError::io("open the lock", &lock))?;
+/// What a lock that is not there means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    /// That there is nothing to be had.
+    Fails,
+    /// That the directory is to be had by making it.
+    IsMade,
+}
+
+fn take_lock(dir: &Path, name: &VmName, missing: Missing) -> Result<File, VmDirError> {
     for left in (0..TRIES).rev() {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) if left > 0 => std::thread::sleep(BETWEEN_TRIES),
-            Err(rustix::io::Errno::WOULDBLOCK) => break,
-            Err(errno) => return Err(VmDirError::io("lock", &lock)(errno.into())),
+        match try_lock(dir, missing)? {
+            Some(lock) => return Ok(lock),
+            None if left > 0 => std::thread::sleep(BETWEEN_TRIES),
+            None => {}
         }
     }
     Err(VmDirError::Owned(name.clone()))
+}
+
+/// `None` while somebody else has it.
+fn try_lock(dir: &Path, missing: Missing) -> Result<Option<File>, VmDirError> {
+    let lock = dir.join(LOCK);
+    loop {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(missing == Missing::IsMade)
+            .truncate(false)
+            .mode(0o600)
+            .open(&lock)
+            .map_err(VmDirError::io("open the lock", &lock))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // Removed between the opening and the locking it is nobody's; there may be another.
+            Ok(()) if same_file(&file, &lock)? => return Ok(Some(file)),
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(errno) => return Err(VmDirError::io("lock", &lock)(errno.into())),
+        }
+    }
+}
+
+/// Whether `file` is what is there by that path.
+fn same_file(file: &File, path: &Path) -> Result<bool, VmDirError> {
+    let examined = VmDirError::io("examine", path);
+    let locked = match file.metadata() {
+        Ok(locked) => locked,
+        Err(error) => return Err(examined(error)),
+    };
+    match fs::metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (locked.dev(), locked.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(examined(error)),
+    }
 }
 
 /// The VMs beneath `root` by name, whoever owns them.
@@ -283,20 +362,27 @@ pub(crate) fn remove_unfinished(root: &Path) -> Vec<PathBuf> {
             continue;
         };
         let path = entry.path();
-        let abandoned = match take_lock(&path, &name) {
-            Ok(_lock) => true,
-            Err(VmDirError::Owned(_)) => false,
-            Err(_) => entry.metadata().and_then(|meta| meta.modified()).is_ok_and(older_than_grace),
-        };
-        if abandoned && fs::remove_dir_all(&path).is_ok() {
-            removed.push(path);
+        if !is_old_directory(&path) {
+            continue;
+        }
+        // Held until it is gone: a maker who was stopped for so long does not go on in it.
+        let Ok(_lock) = take_lock(&path, &name, Missing::IsMade) else { continue };
+        match remove_locked(&path) {
+            Ok(()) => removed.push(path),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "an unfinished VM's directory stays");
+            }
         }
     }
     removed
 }
 
-fn older_than_grace(modified: std::time::SystemTime) -> bool {
-    modified.elapsed().is_ok_and(|age| age > UNLOCKED_GRACE)
+/// Whether it is a directory in which nothing was made or removed for longer than a maker takes.
+fn is_old_directory(path: &Path) -> bool {
+    let examined = fs::symlink_metadata(path);
+    examined.is_ok_and(|meta| {
+        meta.is_dir() && meta.modified().is_ok_and(|at| at.elapsed().is_ok_and(|age| age > UNLOCKED_GRACE))
+    })
 }
 
 #[cfg(test)]
@@ -347,18 +433,83 @@ mod tests {
         drop(dir);
     }
 
+    fn age(path: &Path) {
+        let dir = File::open(path).unwrap();
+        let at = dir.metadata().unwrap().modified().unwrap() - UNLOCKED_GRACE * 2;
+        dir.set_modified(at).unwrap();
+    }
+
     #[test]
     fn unfinished_directories_go_once_their_maker_has() {
         let root = tempfile::tempdir().unwrap();
         let dir = VmDir::create(root.path(), &name("a"), me()).unwrap();
-        fs::rename(root.path().join("a"), root.path().join(".new-a")).unwrap();
+        let new = root.path().join(".new-a");
+        fs::rename(root.path().join("a"), &new).unwrap();
+        age(&new);
         assert!(remove_unfinished(root.path()).is_empty(), "its maker lives");
         drop(dir);
-        assert_eq!(remove_unfinished(root.path()).len(), 1);
-        fs::create_dir(root.path().join(".new-b")).unwrap();
+        fs::write(new.join("overlay.qcow2"), "").unwrap();
+        assert!(
+            remove_unfinished(root.path()).is_empty(),
+            "may have been made just now, its lock not taken yet"
+        );
+        age(&new);
+        assert_eq!(remove_unfinished(root.path()), [new]);
+        let new = root.path().join(".new-b");
+        fs::create_dir(&new).unwrap();
         assert!(remove_unfinished(root.path()).is_empty(), "may be about to be locked");
-        fs::create_dir(root.path().join("other")).unwrap();
+        age(&new);
+        assert_eq!(remove_unfinished(root.path()), [new]);
+        let other = root.path().join("other");
+        fs::create_dir(&other).unwrap();
+        age(&other);
         assert!(remove_unfinished(root.path()).is_empty(), "not ours");
+        assert!(other.is_dir());
+    }
+
+    #[test]
+    fn a_lock_that_was_removed_is_no_lock() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = VmDir::create(root.path(), &name("a"), me()).unwrap();
+        let path = root.path().join("a");
+        assert!(same_file(&dir._lock, &path.join(LOCK)).unwrap());
+        fs::remove_file(path.join(LOCK)).unwrap();
+        assert!(!same_file(&dir._lock, &path.join(LOCK)).unwrap());
+        // Another file of its name is nobody's.
+        drop(take_lock(&path, &name("a"), Missing::IsMade).unwrap());
+        assert!(!same_file(&dir._lock, &path.join(LOCK)).unwrap());
+        drop(VmDir::adopt(root.path(), &name("a")).unwrap());
+    }
+
+    #[test]
+    fn a_directory_without_a_lock_is_an_orphan_once_it_is_old() {
+        let root = tempfile::tempdir().unwrap();
+        let vm = name("a");
+        drop(VmDir::create(root.path(), &vm, me()).unwrap());
+        let path = root.path().join("a");
+        fs::remove_file(path.join(LOCK)).unwrap();
+        let missing = |result: Result<VmDir, VmDirError>| matches!(result, Err(VmDirError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound);
+        assert!(missing(VmDir::adopt_abandoned(root.path(), &vm)), "somebody may be about to");
+        age(&path);
+        assert!(missing(VmDir::adopt(root.path(), &vm)));
+        VmDir::adopt_abandoned(root.path(), &vm).unwrap().remove().unwrap();
+        assert!(missing(VmDir::adopt_abandoned(root.path(), &vm)));
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_lock_goes_last() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = VmDir::create(root.path(), &name("a"), me()).unwrap();
+        let path = root.path().join("a");
+        for sub in ["share/deep/er", "snapshots"] {
+            fs::create_dir_all(path.join(sub)).unwrap();
+        }
+        fs::write(path.join("share/deep/file"), "x").unwrap();
+        std::os::unix::fs::symlink("/nonexistent", path.join("link")).unwrap();
+        dir.remove().unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        remove_locked(&path).unwrap();
     }
 
     #[test]
