@@ -15,8 +15,9 @@
 //!
 //! The kernel drops the lock with the process, however it ends: a lock that can be had means that nobody owns the
 //! directory, and [`crate::sweep`] may remove what belongs to it. A directory appears under its name only once its
-//! lock is held: it is made as `.new-NAME` and renamed. Whoever removes one has its lock until nothing of it is left; where
-//! there is none, it is made for that, so that a maker who was only slow finds out.
+//! lock is held: it is made as `.new-...` and renamed, and is removed the other way round, each time by a name that nothing
+//! else has: what somebody who was killed left keeps no name in use. Whoever removes one has its lock until nothing of it is
+//! left; where there is none, it is made for that, so that a maker who was only slow finds out.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -26,6 +27,7 @@ use std::time::Duration;
 
 use dev_box_core::id::VmName;
 use rustix::fs::{FlockOperation, flock};
+use uuid::Uuid;
 
 /// How old a directory must be that is unfinished, or without a lock, before it counts as abandoned: its maker needs
 /// microseconds.
@@ -104,11 +106,8 @@ impl VmDir {
             .create(root)
             .map_err(VmDirError::io("create the directory", root))?;
         let path = root.join(name.as_str());
-        let new = root.join(format!("{NEW}{name}"));
-        DirBuilder::new().mode(0o711).create(&new).map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => VmDirError::Exists(name.clone()),
-            _ => VmDirError::Io { action: "create the directory", path: new.clone(), source },
-        })?;
+        let new = unfinished_in(root);
+        DirBuilder::new().mode(0o711).create(&new).map_err(VmDirError::io("create the directory", &new))?;
         let made = Self::fill(&new, qemu).and_then(|lock| {
             // rename(2) replaces an empty directory only, and a VM's is never empty.
             fs::rename(&new, &path).map_err(|source| match source.kind() {
@@ -239,10 +238,15 @@ impl VmDir {
     /// The file system refuses; what could be removed is gone then.
     pub fn remove(self) -> Result<(), VmDirError> {
         // Out of sight first: whoever lists VMs never sees half of one.
-        let gone = self.path.with_file_name(format!("{NEW}{}", self.name));
-        let path = if fs::rename(&self.path, &gone).is_ok() { gone } else { self.path };
+        let gone = self.path.parent().map(unfinished_in);
+        let path = gone.filter(|gone| fs::rename(&self.path, gone).is_ok()).unwrap_or(self.path);
         remove_locked(&path).map_err(VmDirError::io("remove", &path))
     }
+}
+
+/// What a directory beneath `root` is called before it is a VM's, and after it was.
+fn unfinished_in(root: &Path) -> PathBuf {
+    root.join(format!("{NEW}{}", Uuid::new_v4().simple()))
 }
 
 /// Removes a directory whose lock the caller has; that goes last, so that nobody else begins before this has ended.
@@ -494,6 +498,26 @@ mod tests {
         assert!(missing(VmDir::adopt(root.path(), &vm)));
         VmDir::adopt_abandoned(root.path(), &vm).unwrap().remove().unwrap();
         assert!(missing(VmDir::adopt_abandoned(root.path(), &vm)));
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_unfinished_keeps_no_name_in_use() {
+        let root = tempfile::tempdir().unwrap();
+        // Removed by one who was killed in it; earlier versions had its name in that.
+        drop(VmDir::create(root.path(), &name("a"), me()).unwrap());
+        fs::rename(root.path().join("a"), root.path().join(".new-a")).unwrap();
+        let again = VmDir::create(root.path(), &name("a"), me()).unwrap();
+        assert_eq!(list(root.path()).unwrap(), [name("a")]);
+        let (one, other) = (unfinished_in(root.path()), unfinished_in(root.path()));
+        assert_ne!(one, other);
+        // Whatever it is called, it is swept.
+        for path in [&one, &root.path().join(".new-a")] {
+            fs::create_dir_all(path).unwrap();
+            age(path);
+        }
+        assert_eq!(remove_unfinished(root.path()).len(), 2);
+        again.remove().unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 

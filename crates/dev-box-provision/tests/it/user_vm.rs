@@ -171,6 +171,14 @@ async fn one_name_is_one_vms() {
     // What a maker that was killed left is no VM.
     drop(VmDir::create(&bench.root.path().join("user-vms"), &name("b"), this_user()).unwrap());
     vms.create(new("b")).await.unwrap();
+    // Nor is what is left of one whose remover was killed.
+    let kept = bench.root.path().join("user-vms");
+    std::fs::rename(kept.join("b"), kept.join(".new-b")).unwrap();
+    bench
+        .libvirt
+        .undefine(bench.libvirt.find("b").unwrap().unwrap().id, UndefineMode::WithSnapshots)
+        .unwrap();
+    vms.create(new("b")).await.unwrap();
 }
 
 #[tokio::test]
