@@ -124,7 +124,7 @@ impl LibvirtProvisioner {
     pub fn orphans(&self) -> Result<Vec<VmName>, VmDirError> {
         let root = self.vms();
         let mut names = vm_dir::list(&root)?;
-        names.retain(|name| VmDir::kept_in(&root, name).exists() && VmDir::adopt(&root, name).is_ok());
+        names.retain(|name| VmDir::kept_in(&root, name).exists() && vm_dir::is_abandoned(&root, name));
         Ok(names)
     }
 

@@ -44,8 +44,7 @@ pub enum Orphans {
 pub fn find(state_root: &Path) -> Result<Vec<VmName>, VmDirError> {
     let root = state_root.join("vms");
     let mut names = vm_dir::list(&root)?;
-    // A lock that can be taken is let go at once: looking changes nothing.
-    names.retain(|name| VmDir::adopt(&root, name).is_ok());
+    names.retain(|name| vm_dir::is_abandoned(&root, name));
     Ok(names)
 }
 

@@ -39,6 +39,7 @@ use dev_box_net::{EgressPolicy, VmNetwork};
 use dev_box_observe::audit::{Accel, Actor, AuditEvent};
 use dev_box_observe::{Act, AuditSink, Entry, Outcome};
 use serde::Serialize;
+use tokio::time::{Instant, sleep};
 
 use crate::blocking;
 use crate::provisioner::Settings;
@@ -244,7 +245,7 @@ impl UserVms {
     /// # Errors
     /// [`UserVmError::Running`] without `force`; [`UserVmError::NotFound`], [`UserVmError::Busy`].
     pub async fn remove(&self, name: &VmName, force: bool) -> Result<(), UserVmError> {
-        let held = self.hold(name)?;
+        let held = self.hold(name).await?;
         let vm = self.domain(&held).await?;
         if let Some(vm) = &vm
             && !force
@@ -320,17 +321,21 @@ impl UserVms {
         VmRecord::read(&self.root().join(name.as_str())).map_err(|error| error.of(name))
     }
 
-    /// Takes the lock of a VM for one operation.
-    fn hold(&self, name: &VmName) -> Result<Held, UserVmError> {
+    /// Takes the lock of a VM for one operation. One that is under way may be about to end: it is waited for a little.
+    async fn hold(&self, name: &VmName) -> Result<Held, UserVmError> {
         let root = self.root();
         let missing = || UserVmError::NotFound { name: name.clone() };
-        let dir = match VmDir::adopt(&root, name) {
-            Ok(dir) => dir,
-            Err(VmDirError::Owned(_)) => return Err(UserVmError::Busy { name: name.clone() }),
-            Err(VmDirError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                return Err(missing());
+        let deadline = Instant::now() + OTHERS;
+        let dir = loop {
+            match VmDir::adopt(&root, name) {
+                Ok(dir) => break dir,
+                Err(VmDirError::Owned(_)) if Instant::now() < deadline => sleep(BETWEEN_TRIES).await,
+                Err(VmDirError::Owned(_)) => return Err(UserVmError::Busy { name: name.clone() }),
+                Err(VmDirError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(missing());
+                }
+                Err(error) => return Err(error.into()),
             }
-            Err(error) => return Err(error.into()),
         };
         // It may have been removed between the opening of its lock and the locking.
         let record = VmRecord::read(&root.join(name.as_str())).map_err(|error| error.of(name))?;
@@ -386,7 +391,10 @@ pub(crate) fn root_in(state_root: &Path) -> PathBuf {
 
 /// Removes the directory of a VM that never came to be: one without a record whose maker is gone.
 pub(crate) fn remove_unrecorded(root: &Path, name: &VmName) {
-    if let Ok(dir) = VmDir::adopt_abandoned(root, name)
+    // Nobody's lock is taken for a look: whoever wants to operate on the VM meanwhile would find it busy. Looked at again
+    // under the lock, since its maker may have been at it.
+    if !root.join(name.as_str()).join(vm_dir::RECORD).exists()
+        && let Ok(dir) = VmDir::adopt_abandoned(root, name)
         && !dir.record().exists()
         && let Err(error) = dir.remove()
     {
@@ -411,5 +419,39 @@ async fn concluded<T>(act: Act, result: Result<T, UserVmError>) -> Result<T, Use
     }
 }
 
+/// How long an operation waits for the one before it, which may take much longer.
+const OTHERS: Duration = Duration::from_secs(2);
+/// From one try to the next.
+const BETWEEN_TRIES: Duration = Duration::from_millis(20);
+
 /// How long a guest may take to answer when it runs already.
 const ANSWER: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm_dir::QemuUser;
+
+    #[test]
+    fn only_what_never_became_a_vm_and_has_no_maker_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let me =
+            QemuUser { uid: rustix::process::getuid().as_raw(), gid: rustix::process::getgid().as_raw() };
+        let make = |name: &str| VmDir::create(root.path(), &name.parse().unwrap(), me).unwrap();
+        let being_made = make("being-made");
+        drop(make("never"));
+        let recorded = make("recorded");
+        std::fs::write(recorded.record(), "{}").unwrap();
+        drop(recorded);
+        let unlocked = make("unlocked");
+        std::fs::write(unlocked.record(), "{}").unwrap();
+        drop(unlocked);
+        std::fs::remove_file(root.path().join("unlocked/lock")).unwrap();
+        for name in vm_dir::list(root.path()).unwrap() {
+            remove_unrecorded(root.path(), &name);
+        }
+        let left: Vec<String> = vm_dir::list(root.path()).unwrap().iter().map(ToString::to_string).collect();
+        assert_eq!(left, ["being-made", "recorded", "unlocked"]);
+        drop(being_made);
+    }
+}

@@ -23,7 +23,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dev_box_core::id::VmName;
 use rustix::fs::{FlockOperation, flock};
@@ -32,8 +32,8 @@ use uuid::Uuid;
 /// How old a directory must be that is unfinished, or without a lock, before it counts as abandoned: its maker needs
 /// microseconds.
 const UNLOCKED_GRACE: Duration = Duration::from_secs(60);
-/// How often a lock is tried: who only looks whether a VM has an owner has it for a moment.
-const TRIES: u32 = 3;
+/// How long a lock is tried for while nobody but lookers has it, who each let it go at once.
+const LOOKED_AT: Duration = Duration::from_secs(2);
 /// From one try to the next.
 const BETWEEN_TRIES: Duration = Duration::from_millis(2);
 const NEW: &str = ".new-";
@@ -295,18 +295,25 @@ enum Missing {
 }
 
 fn take_lock(dir: &Path, name: &VmName, missing: Missing) -> Result<File, VmDirError> {
-    for left in (0..TRIES).rev() {
-        match try_lock(dir, missing)? {
-            Some(lock) => return Ok(lock),
-            None if left > 0 => std::thread::sleep(BETWEEN_TRIES),
-            None => {}
+    let deadline = Instant::now() + LOOKED_AT;
+    loop {
+        if let Some(lock) = try_lock(dir, FlockOperation::NonBlockingLockExclusive, missing)? {
+            return Ok(lock);
         }
+        if is_locked(dir)? || Instant::now() >= deadline {
+            return Err(VmDirError::Owned(name.clone()));
+        }
+        std::thread::sleep(BETWEEN_TRIES);
     }
-    Err(VmDirError::Owned(name.clone()))
+}
+
+/// Whether somebody owns it. Lookers share the lock for that moment: none takes another for an owner.
+fn is_locked(dir: &Path) -> Result<bool, VmDirError> {
+    Ok(try_lock(dir, FlockOperation::NonBlockingLockShared, Missing::Fails)?.is_none())
 }
 
 /// `None` while somebody else has it.
-fn try_lock(dir: &Path, missing: Missing) -> Result<Option<File>, VmDirError> {
+fn try_lock(dir: &Path, how: FlockOperation, missing: Missing) -> Result<Option<File>, VmDirError> {
     let lock = dir.join(LOCK);
     loop {
         let file = OpenOptions::new()
@@ -316,7 +323,7 @@ fn try_lock(dir: &Path, missing: Missing) -> Result<Option<File>, VmDirError> {
             .mode(0o600)
             .open(&lock)
             .map_err(VmDirError::io("open the lock", &lock))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match flock(&file, how) {
             // Removed between the opening and the locking it is nobody's; there may be another.
             Ok(()) if same_file(&file, &lock)? => return Ok(Some(file)),
             Ok(()) => {}
@@ -354,6 +361,18 @@ pub fn list(root: &Path) -> Result<Vec<VmName>, VmDirError> {
         entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     names.sort();
     Ok(names)
+}
+
+/// Whether the VM of that name beneath `root` has a directory and no owner. Looking changes nothing, and is in nobody's way.
+pub(crate) fn is_abandoned(root: &Path, name: &VmName) -> bool {
+    let dir = root.join(name.as_str());
+    match is_locked(&dir) {
+        Ok(locked) => !locked,
+        Err(VmDirError::Io { source, .. }) => {
+            source.kind() == io::ErrorKind::NotFound && is_old_directory(&dir)
+        }
+        Err(_) => false,
+    }
 }
 
 /// Removes half-made and half-removed directories whose maker is gone.
@@ -469,6 +488,54 @@ mod tests {
         age(&other);
         assert!(remove_unfinished(root.path()).is_empty(), "not ours");
         assert!(other.is_dir());
+    }
+
+    #[test]
+    fn who_looks_is_no_owner_and_finds_one() {
+        let root = tempfile::tempdir().unwrap();
+        let (vm, path) = (name("a"), root.path().join("a"));
+        let look = || try_lock(&path, FlockOperation::NonBlockingLockShared, Missing::Fails).unwrap();
+        assert!(!is_abandoned(root.path(), &vm), "there is none");
+        let dir = VmDir::create(root.path(), &vm, me()).unwrap();
+        assert!(!is_abandoned(root.path(), &vm));
+        assert!(look().is_none());
+        drop(dir);
+        let looker = look().unwrap();
+        assert!(is_abandoned(root.path(), &vm), "another looks, too");
+        let looks = std::thread::spawn(move || {
+            std::thread::sleep(BETWEEN_TRIES * 50);
+            drop(looker);
+        });
+        let dir = VmDir::adopt(root.path(), &vm).unwrap();
+        looks.join().unwrap();
+        assert!(!is_abandoned(root.path(), &vm));
+        drop(dir);
+        fs::remove_file(path.join(LOCK)).unwrap();
+        assert!(!is_abandoned(root.path(), &vm), "may be just being made");
+        age(&path);
+        assert!(is_abandoned(root.path(), &vm));
+        assert!(!path.join(LOCK).exists(), "looking changes nothing");
+    }
+
+    #[test]
+    fn lookers_by_the_dozen_keep_nobody_out() {
+        let root = tempfile::tempdir().unwrap();
+        let vm = name("a");
+        drop(VmDir::create(root.path(), &vm, me()).unwrap());
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|threads| {
+            for _ in 0..4 {
+                threads.spawn(|| {
+                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                        is_abandoned(root.path(), &vm);
+                        std::thread::yield_now();
+                    }
+                });
+            }
+            let adopted: Vec<_> = (0..20).map(|_| VmDir::adopt(root.path(), &vm).map(drop)).collect();
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(adopted.iter().all(Result::is_ok), "{adopted:?}");
+        });
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl UserVms {
     /// # Errors
     /// [`UserVmError::Paused`], [`UserVmError::NoAnswer`] and others; it does not run then, and has no address.
     pub async fn start(&self, name: &VmName) -> Result<Change, UserVmError> {
-        let mut held = self.hold(name)?;
+        let mut held = self.hold(name).await?;
         if let Some(vm) = self.domain(&held).await? {
             match vm.state().await?.state {
                 VmState::Paused => return Err(UserVmError::Paused { name: name.clone() }),
@@ -120,7 +120,7 @@ impl UserVms {
     /// # Errors
     /// Libvirt's, the network's.
     pub async fn stop(&self, name: &VmName, grace: Duration) -> Result<Stop, UserVmError> {
-        let mut held = self.hold(name)?;
+        let mut held = self.hold(name).await?;
         let vm = match self.active(&held).await {
             Ok(vm) => vm,
             Err(UserVmError::NotRunning { .. }) => {
@@ -173,7 +173,7 @@ impl UserVms {
     /// # Errors
     /// [`UserVmError::NotRunning`]; libvirt's, the network's.
     pub async fn destroy(&self, name: &VmName) -> Result<Change, UserVmError> {
-        let mut held = self.hold(name)?;
+        let mut held = self.hold(name).await?;
         let vm = match self.active(&held).await {
             Err(UserVmError::NotRunning { .. }) => return Ok(Change::Already),
             active => active?,
@@ -197,7 +197,7 @@ impl UserVms {
     /// # Errors
     /// [`UserVmError::NotRunning`]; libvirt's.
     pub async fn pause(&self, name: &VmName) -> Result<Change, UserVmError> {
-        let held = self.hold(name)?;
+        let held = self.hold(name).await?;
         let vm = self.active(&held).await?;
         if vm.state().await?.state == VmState::Paused {
             return Ok(Change::Already);
@@ -211,7 +211,7 @@ impl UserVms {
     /// # Errors
     /// [`UserVmError::NotRunning`]; libvirt's.
     pub async fn resume(&self, name: &VmName) -> Result<Change, UserVmError> {
-        let held = self.hold(name)?;
+        let held = self.hold(name).await?;
         let vm = self.active(&held).await?;
         if vm.state().await?.state == VmState::Running {
             return Ok(Change::Already);

@@ -48,7 +48,7 @@ impl UserVms {
     /// # Errors
     /// [`UserVmError::Snapshot`], [`UserVmError::NotFound`], [`UserVmError::Busy`].
     pub async fn create_snapshot(&self, name: &VmName, new: NewSnapshot) -> Result<Snapshot, UserVmError> {
-        let held = self.hold(name)?;
+        let held = self.hold(name).await?;
         let vm = self.known(&held).await?;
         let act = self.begin(name, AuditEvent::SnapshotCreate { name: new.name.to_string().into() }).await?;
         let taken = take(&vm, new).await.map_err(UserVmError::from);
@@ -69,7 +69,7 @@ impl UserVms {
         snapshot: &SnapshotName,
         options: RestoreOptions,
     ) -> Result<Restored, UserVmError> {
-        let mut held = self.hold(name)?;
+        let mut held = self.hold(name).await?;
         let vm = self.known(&held).await?;
         let act = self.begin(name, AuditEvent::SnapshotRestore { name: snapshot.to_string().into() }).await?;
         let restored = self.take_back(&mut held, &vm, snapshot, options).await;
@@ -168,7 +168,7 @@ impl UserVms {
         snapshot: &SnapshotName,
         scope: DeleteScope,
     ) -> Result<(), UserVmError> {
-        let held = self.hold(name)?;
+        let held = self.hold(name).await?;
         let vm = self.known(&held).await?;
         let act = self.begin(name, AuditEvent::SnapshotDelete { name: snapshot.to_string().into() }).await?;
         let deleted = SnapshotManager::new(&vm).delete(snapshot, scope).await;
