@@ -140,7 +140,7 @@ impl LibvirtProvisioner {
                 self.0.machines().insert(name.clone(), machine);
                 Ok(adopted)
             }
-            Err(error) => match machine.tear_down(&self.0.connection, &self.0.network).await {
+            Err(error) => match self.0.give_up(machine).await {
                 Ok(()) => Err(error),
                 Err(source) => Err(AdoptError::Left { why: error.to_string(), source }),
             },

@@ -57,6 +57,14 @@ pub enum TearDownError {
         /// Why.
         source: VmError,
     },
+    /// Its domain, which is tried again in the background: its owner keeps it until then.
+    #[error("the domain {name} is still there, and is tried again in the background")]
+    GoesOn {
+        /// The VM.
+        name: String,
+        /// Why.
+        source: VmError,
+    },
     /// Its filter, guard or address.
     #[error("the network still knows {name}")]
     Network {
@@ -68,6 +76,16 @@ pub enum TearDownError {
     /// Its files.
     #[error(transparent)]
     Files(#[from] BlockingError<VmDirError>),
+}
+
+impl TearDownError {
+    /// The same, of what is tried again.
+    pub(crate) fn goes_on(self) -> Self {
+        match self {
+            Self::Domain { name, source } => Self::GoesOn { name, source },
+            other => other,
+        }
+    }
 }
 
 impl Machine {

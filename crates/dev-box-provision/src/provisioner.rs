@@ -14,6 +14,7 @@
 //! A VM is made on a task of its own, so that a caller who goes away half-way leaves nothing behind: the task notices
 //! between two steps, and takes down what there is.
 
+mod ending;
 mod fork;
 mod power;
 mod raise;
@@ -61,6 +62,7 @@ use crate::stopwatch::Stopwatch;
 use crate::template::{self, TemplateUse};
 use crate::vm_dir::{QemuUser, VmDir};
 
+use ending::Use;
 use shells::{Kind, Shelf};
 use taps::TapShelf;
 
@@ -525,12 +527,11 @@ impl Inner {
     }
 
     /// Takes down what nobody is to have.
-    async fn abandon(&self, machine: Machine) {
+    async fn abandon(self: &Arc<Self>, machine: Machine) {
         let name = machine.dir.name().clone();
-        if let Err(left) = machine.tear_down(&self.connection, &self.network).await {
+        if let Err(left) = self.end(machine, Use::GivenUp).await {
             tracing::warn!(vm = %name, error = &left as &dyn std::error::Error, "not all of it could be removed; `dev-box gc` tries again");
         }
-        self.forget_forks().await;
     }
 
     async fn origin(
@@ -569,12 +570,8 @@ impl Inner {
     }
 
     async fn take_down(self: &Arc<Self>, name: &VmName) -> Result<(), ProvisionError> {
-        let Some(mut machine) = self.machines().remove(name) else { return Ok(()) };
-        machine.remove_domain(&self.connection).await.map_err(step("removing the VM"))?;
-        self.take_back(&mut machine).await;
-        machine.tear_down(&self.connection, &self.network).await.map_err(step("removing the VM"))?;
-        self.forget_forks().await;
-        Ok(())
+        let Some(machine) = self.machines().remove(name) else { return Ok(()) };
+        self.end(machine, Use::Ended).await.map_err(step("removing the VM"))
     }
 
     fn plan(&self, request: &VmRequest) -> Result<Plan, ProvisionError> {

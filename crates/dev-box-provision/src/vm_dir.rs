@@ -227,6 +227,17 @@ impl VmDir {
         root.join(name.as_str()).join(KEPT)
     }
 
+    /// Takes that away: nobody is to own it next.
+    pub(crate) fn forget_kept(&self) {
+        let kept = self.path.join(KEPT);
+        match fs::remove_file(&kept) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %kept.display(), %error, "what is on record of a VM that goes stays");
+            }
+            _ => {}
+        }
+    }
+
     /// What a user's VM is.
     pub(crate) fn record(&self) -> PathBuf {
         self.path.join(RECORD)

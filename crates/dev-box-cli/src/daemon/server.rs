@@ -8,9 +8,9 @@ use dev_box::image::Digest;
 use dev_box::observe::audit::Text;
 use dev_box::observe::metrics::Exporter;
 use dev_box::observe::{AuditEvent, Entry};
-use dev_box::provision::sweep::Orphans;
+use dev_box::provision::sweep::{Leftover, Orphans};
 use dev_box::{Config, DevBox};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::socket::{DaemonSocket, Peer};
 use super::state::Daemon;
@@ -21,6 +21,9 @@ use crate::output;
 
 /// How long requests that are under way may take when the daemon is to end; what would go on for ever is told to.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
+
+/// How often what owners that died meanwhile have left is looked for: nobody else may do it for days.
+const SWEEPS: Duration = Duration::from_secs(300);
 
 /// Serves until SIGTERM, SIGINT or SIGHUP; then takes down every VM.
 pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
@@ -35,14 +38,8 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
     let daemon = Arc::new(Daemon::new(dev_box).await);
     // What a predecessor left: first what can be taken over, then the rest is removed.
     daemon.adopt_all().await.map_err(Failure::new)?;
-    for leftover in daemon.dev_box.sweep(Orphans::Go).await.map_err(Failure::new)? {
-        match leftover.error {
-            None => tracing::info!(vm = %leftover.name, "removed what a dead owner had left"),
-            Some(error) => {
-                tracing::warn!(vm = %leftover.name, error, "cannot remove what a dead owner has left");
-            }
-        }
-    }
+    tell(daemon.dev_box.sweep(Orphans::Go).await.map_err(Failure::new)?);
+    daemon.tasks.spawn(sweep_on(Arc::clone(&daemon)));
     let stopping = daemon.stopping.clone();
     metrics::start(exporter, metrics_listen, stopping.clone()).await?;
     let service = routes::all(Arc::clone(&daemon)).into_make_service_with_connect_info::<Peer>();
@@ -70,6 +67,32 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
         Some(Ok(Err(error))) => Err(Failure::new(error)),
         Some(Err(join)) => Err(Failure::new(join)),
         _ => Ok(()),
+    }
+}
+
+/// Removes what owners that die from now on leave, until the daemon is to end.
+async fn sweep_on(daemon: Arc<Daemon>) {
+    loop {
+        tokio::select! {
+            () = sleep(SWEEPS) => {}
+            () = daemon.stopping.cancelled() => return,
+        }
+        // What was kept is for another daemon's successor: this one took over what it could.
+        match daemon.dev_box.sweep(Orphans::Stay).await {
+            Ok(leftovers) => tell(leftovers),
+            Err(error) => {
+                tracing::warn!(error = %Failure::new(error), "what dead owners have left was not looked for");
+            }
+        }
+    }
+}
+
+fn tell(leftovers: Vec<Leftover>) {
+    for Leftover { name, error } in leftovers {
+        match error {
+            None => tracing::info!(vm = %name, "removed what a dead owner had left"),
+            Some(error) => tracing::warn!(vm = %name, error, "cannot remove what a dead owner has left"),
+        }
     }
 }
 

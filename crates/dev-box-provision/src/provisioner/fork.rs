@@ -39,6 +39,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
+use super::ending::Use;
 use super::{Inner, LibvirtProvisioner, Moment, ResumeError, Wanted, step};
 use crate::admission::HostMemory;
 use crate::blocking::{self, BlockingError};
@@ -366,7 +367,7 @@ impl LibvirtProvisioner {
         };
         let done = done.await;
         // Its files are nobody's only when its QEMU is gone.
-        let gone = machine.tear_down(&inner.connection, &inner.network).await;
+        let gone = inner.end(machine, Use::GivenUp).await;
         done.map_err(ForkError::Template)?;
         gone.map_err(|left| ForkError::Template(step("removing the moment's VM")(left)))
     }

@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 impl Inner {
     /// Rewinds a clone whose use ended in order, tells it who it is now, and gives it back. Otherwise it is gone.
-    pub(super) async fn reset(&self, vm: ReadyVm) -> Result<ReadyVm, ProvisionError> {
+    pub(super) async fn reset(self: &Arc<Self>, vm: ReadyVm) -> Result<ReadyVm, ProvisionError> {
         let name = vm.name.clone();
         // Out of the map: nobody else has it meanwhile.
         let Some(mut machine) = self.machines().remove(&name) else {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dev_box_exec::{ProvisionError, ReadyVm, VmRequest};
 use tokio_util::sync::CancellationToken;
 
+use super::ending::Use;
 use super::raise::Started;
 use super::{Inner, Origin, Wanted};
 use crate::machine::Machine;
@@ -138,7 +139,7 @@ impl Inner {
         });
     }
 
-    async fn shell(&self, kind: &Kind) -> Result<Shell, ProvisionError> {
+    async fn shell(self: &Arc<Self>, kind: &Kind) -> Result<Shell, ProvisionError> {
         let mut watch = Stopwatch::start();
         let never = CancellationToken::new();
         let (mut machine, plan, origin) =
@@ -198,12 +199,12 @@ impl Inner {
     }
 
     async fn drop_shells(self: &Arc<Self>, shells: impl IntoIterator<Item = Shell>) {
-        for Shell { mut machine, .. } in shells {
+        for Shell { machine, .. } in shells {
             // Nothing is wrong with it: its tap serves another.
-            if machine.remove_domain(&self.connection).await.is_ok() {
-                self.take_back(&mut machine).await;
+            let name = machine.dir.name().clone();
+            if let Err(left) = self.end(machine, Use::Ended).await {
+                tracing::warn!(vm = %name, error = &left as &dyn std::error::Error, "not all of a shell could be removed; `dev-box gc` tries again");
             }
-            self.abandon(machine).await;
         }
     }
 }
