@@ -38,8 +38,8 @@ pub enum Stop {
 }
 
 impl UserVms {
-    /// Starts it: network, definition, boot, identity. It runs on when this process ends. One that runs gets back the limits
-    /// that an operation which was cut off has left it without.
+    /// Starts it: network, definition, boot, identity. It runs on when this process ends. One that runs gets what an operation
+    /// which was cut off has left it without: its limits; its address, its name and the shell on its console.
     ///
     /// # Errors
     /// [`UserVmError::Paused`], [`UserVmError::NoAnswer`] and others; it does not run then, and has no address.
@@ -50,6 +50,7 @@ impl UserVms {
                 VmState::Paused => return Err(UserVmError::Paused { name: name.clone() }),
                 state if state.is_active() => {
                     vm.renew_limits().await?;
+                    self.remind_within(&held, self.answers_within(&held)).await;
                     return Ok(Change::Already);
                 }
                 _ => {}
@@ -224,17 +225,27 @@ impl UserVms {
         concluded(act, resumed).await
     }
 
+    /// How long the guest of a VM that runs may take to answer: it may be booting still.
+    fn answers_within(&self, held: &Held) -> Duration {
+        let since = held.record.started.map_or(Duration::MAX, |started| self.clock.now().since(&started));
+        self.settings.boot_timeout.saturating_sub(since).max(ANSWER)
+    }
+
     /// Introduces a guest that goes on, as far as it listens.
     pub(super) async fn remind(&self, held: &Held) {
+        self.remind_within(held, ANSWER).await;
+    }
+
+    async fn remind_within(&self, held: &Held, patience: Duration) {
         let reminded = async {
             let lease = self.lease_of(held).await?;
-            self.introduce(held, lease.as_ref(), ANSWER).await
+            self.introduce(held, lease.as_ref(), patience).await
         };
         if let Err(error) = reminded.await {
             tracing::warn!(
                 vm = %held.record.name,
                 error = &error as &dyn std::error::Error,
-                "the guest was not told the time"
+                "the guest was not told who it is, and what time"
             );
         }
     }

@@ -91,6 +91,21 @@ async fn a_vm_is_made_runs_stops_and_goes() {
 }
 
 #[tokio::test]
+async fn a_start_that_was_cut_off_is_made_good_by_the_next() {
+    let bench = Bench::new(Guest::Obeys).await;
+    let (vms, web) = (&bench.user_vms, name("web"));
+    vms.create(new("web")).await.unwrap();
+    vms.start(&web).await.unwrap();
+    // As if nobody had told it anything.
+    bench.configured.lock().unwrap().clear();
+    assert_eq!(vms.start(&web).await.unwrap(), Change::Already);
+    let told = bench.configured.lock().unwrap().pop().expect("it was told who it is");
+    assert_eq!(told.hostname.as_deref(), Some("web"));
+    assert_eq!(told.network.map(|network| network.address), spec_of(&bench, "web").interface.unwrap().ip);
+    assert!(told.unix_time_ns.is_some());
+}
+
+#[tokio::test]
 async fn a_qemu_without_io_uring_is_served_by_threads() {
     let bench = Bench::new(Guest::Obeys).await;
     let unsupported =
