@@ -16,13 +16,15 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use dev_box_core::connection::LibvirtConnection;
 use dev_box_core::id::VmName;
+use dev_box_core::libvirt::StateReport;
 use dev_box_core::state::VmState;
 use dev_box_core::vm::{Vm, VmError};
 use dev_box_exec::{Owner, ReadyVm, TransportChoice, VmFacts};
 use dev_box_net::{NetError, NetLease};
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use crate::blocking::{self, BlockingError};
 use crate::machine::{Machine, TearDownError};
@@ -32,8 +34,12 @@ use crate::reach::{self, Address, ReachError};
 use crate::record_file;
 use crate::vm_dir::{self, QemuUser, VmDir, VmDirError};
 
-/// How long the agent of a VM that runs may take to answer a new host.
+/// How long the agent of a VM that runs may take to answer a new host, at least: it may have been booting still.
 const ANSWER: Duration = Duration::from_secs(20);
+/// How long libvirt and the network are asked again: whoever is killed with the host's services finds them just starting.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// From one time to the next.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// The form of records.
 const VERSION: u32 = 1;
@@ -156,12 +162,13 @@ impl LibvirtProvisioner {
         let record = read.map_err(|error| unusable(path.clone(), error.to_string()))?;
         check(&record, name, self.settings().qemu).map_err(|why| unusable(path, why.to_owned()))?;
 
-        let domain = Vm::find(&self.0.connection, name.as_str()).await.map_err(AdoptError::Domain)?;
-        match domain.state().await.map_err(AdoptError::Domain)?.state {
+        let state = patiently(is_final, || state_of(&self.0.connection, name));
+        match state.await.map_err(AdoptError::Domain)?.state {
             VmState::Running => {}
             other => return Err(AdoptError::NotRunning(other)),
         }
-        machine.lease = self.lease_again(name).await.map_err(AdoptError::Network)?;
+        let lease = patiently(|_| false, || self.lease_again(name));
+        machine.lease = lease.await.map_err(AdoptError::Network)?;
         let on_record = record.facts.network.as_ref().map(|network| network.address);
         if machine.lease.as_ref().map(|lease| lease.address) != on_record {
             return Err(AdoptError::OtherNetwork);
@@ -174,7 +181,8 @@ impl LibvirtProvisioner {
 
         let socket = machine.dir.channel();
         let address = record.cid.map_or(Address::Serial(&socket), Address::Vsock);
-        let answered = reach::connect(&*self.0.dial(address), Instant::now() + ANSWER).await;
+        let deadline = Instant::now() + self.settings().boot_timeout.max(ANSWER);
+        let answered = reach::connect(&*self.0.dial(address), deadline).await;
         let (session, hello) = answered.map_err(|error: ReachError| AdoptError::Agent(error.into()))?;
         let facts = VmFacts { agent_version: hello.version, timings: Vec::new(), ..record.facts };
         let vm = ReadyVm {
@@ -196,6 +204,36 @@ impl LibvirtProvisioner {
             Ok(Some(lease))
         })
         .await
+    }
+}
+
+/// Asks until there is an answer, or one that is not going to change.
+async fn patiently<T, E: std::error::Error + 'static, F: Future<Output = Result<T, E>>>(
+    is_final: impl Fn(&E) -> bool,
+    mut ask: impl FnMut() -> F,
+) -> Result<T, E> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask().await {
+            Err(error) if !is_final(&error) && Instant::now() + AGAIN < deadline => {
+                tracing::info!(error = &error as &dyn std::error::Error, "a VM is not taken over yet");
+                sleep(AGAIN).await;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+async fn state_of(connection: &LibvirtConnection, name: &VmName) -> Result<StateReport, VmError> {
+    Vm::find(connection, name.as_str()).await?.state().await
+}
+
+/// That there is no such VM is an answer.
+fn is_final(error: &VmError) -> bool {
+    match error {
+        VmError::NotFound { .. } | VmError::Foreign { .. } => true,
+        VmError::Libvirt(error) => error.is_not_found(),
+        _ => false,
     }
 }
 
@@ -224,6 +262,7 @@ fn check(record: &Record, name: &VmName, usual: QemuUser) -> Result<(), &'static
 #[cfg(test)]
 mod tests {
     use dev_box_core::accel::Accelerator;
+    use dev_box_core::libvirt::LibvirtError;
 
     use super::*;
 
@@ -249,6 +288,30 @@ mod tests {
             facts,
             note: serde_json::json!({"a": 1}),
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_fails_for_a_moment_is_asked_again() {
+        let gone = || VmError::NotFound { name: "a".to_owned() };
+        let lost = || VmError::Libvirt(LibvirtError::ConnectionLost { message: "x".to_owned() });
+        let mut asked = 0;
+        let answer = patiently(is_final, || {
+            asked += 1;
+            std::future::ready(if asked < 4 { Err(lost()) } else { Ok(asked) })
+        });
+        assert_eq!(answer.await, Ok(4));
+
+        let (mut asked, began) = (0, Instant::now());
+        let answer = patiently(is_final, || {
+            asked += 1;
+            std::future::ready(Err::<(), _>(gone()))
+        });
+        assert_eq!(answer.await, Err(gone()));
+        assert_eq!((asked, began.elapsed()), (1, Duration::ZERO), "an answer");
+
+        let answer = patiently(is_final, || std::future::ready(Err::<(), _>(lost())));
+        assert_eq!(answer.await, Err(lost()));
+        assert!(began.elapsed() > PATIENCE / 2 && began.elapsed() <= PATIENCE, "{:?}", began.elapsed());
     }
 
     #[test]

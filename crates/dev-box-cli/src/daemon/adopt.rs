@@ -10,7 +10,7 @@ use dev_box::net::policy::PolicyStoreError;
 use dev_box::observe::audit::{self, Unended};
 use dev_box::provision::kept::{AdoptError, Adopted};
 use dev_box::provision::vm_dir::VmDirError;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 
 use super::api::{Happening, VmInfo, VmState};
 use super::state::Daemon;
@@ -31,17 +31,27 @@ enum NoteError {
 }
 
 impl Daemon {
-    /// Takes over what can be, one after the other; the rest is gone then, or left to the sweep.
+    /// Takes over what can be, all at once, since one that does not answer is waited for; the rest is gone then, or left to the
+    /// sweep.
     ///
     /// # Errors
     /// The state root cannot be read.
     pub(super) async fn adopt_all(self: &Arc<Self>) -> Result<(), VmDirError> {
+        let mut adopting = JoinSet::new();
         for domain in self.dev_box.provisioner().orphans()? {
-            match self.dev_box.provisioner().adopt(&domain).await {
-                Ok(adopted) => self.take_in(adopted).await,
+            let provisioner = self.dev_box.provisioner().clone();
+            adopting.spawn(async move {
+                let adopted = provisioner.adopt(&domain).await;
+                (domain, adopted)
+            });
+        }
+        // A panic in there is logged by the runtime.
+        while let Some(joined) = adopting.join_next().await {
+            match joined {
+                Ok((_, Ok(adopted))) => self.take_in(adopted).await,
                 // Somebody else was faster.
-                Err(AdoptError::Dir(_)) => {}
-                Err(error) => {
+                Ok((_, Err(AdoptError::Dir(_)))) | Err(_) => {}
+                Ok((domain, Err(error))) => {
                     let error = Failure::new(error);
                     tracing::warn!(%domain, %error, "a VM of a killed daemon was not taken over");
                 }
