@@ -65,13 +65,12 @@ fn pair(rule: &str, response: &str) -> (String, String) {
 #[track_caller]
 fn wait_for_rule(host: &Host, rule: &str, done: EasternTime) {
     let found = || {
-        let records = records(host, "anomaly.finding").into_iter();
-        records.filter(|record| record["details"]["rule"] == rule).next_back()
+        let mut records = records(host, "anomaly.finding").into_iter();
+        records.rfind(|record| record["details"]["rule"] == rule)
     };
     wait_until(rule, LIMIT, || found().is_some());
     let at = found().expect("it is there")["utc_ns"].as_i64().expect("a time");
     let late = Duration::from_nanos(u64::try_from(at - done.unix_nanos()).unwrap_or_default());
-    eprintln!("{rule} was found within {late:?} of having been done");
     assert!(late < Duration::from_secs(10), "{rule}: {late:?}");
 }
 

@@ -140,7 +140,7 @@ fn a_filter_that_libvirt_is_just_making_is_not_found_gone() {
 
     world.firewall.flush_filters();
     assert_eq!(verify(ever)[&name("a")].filter_in_force, Some(false), "at once where nothing moves");
-    world.firewall.make_filter(lease.address, rules.clone(), u32::MAX);
+    world.firewall.make_filter(lease.address, rules, u32::MAX);
     let began = Instant::now();
     let found = verify(Duration::from_secs(2)).remove(&name("a")).unwrap();
     assert_eq!(found.filter_in_force, Some(false), "nobody hides it for ever");
