@@ -71,8 +71,8 @@ impl AgentExecutor {
         self
     }
 
-    /// How long the guest may take to start a process (120 s by default), and to report the end of one that was killed
-    /// (60 s).
+    /// How long the guest may take to start a process (60 s by default), and to report the end of one that was killed
+    /// (20 s).
     #[must_use]
     pub fn with_patience(mut self, start: Duration, kill: Duration) -> Self {
         self.patience = Patience { start, kill };

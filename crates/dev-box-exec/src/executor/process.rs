@@ -48,10 +48,11 @@ pub(super) struct Patience {
 }
 
 impl Default for Patience {
-    /// Far beyond what an emulated guest on a busy host needs: to give up too soon fails a job, or leaves its files behind.
-    /// A guest that is gone ends its session, and who interrupts is not kept waiting by these.
+    /// Beyond what an emulated guest on a busy host needs: to give up too soon fails a job, or leaves its files behind. A guest
+    /// that is gone ends its session, and who interrupts is not kept waiting; but of one that stands still this is how long it
+    /// takes to say so.
     fn default() -> Self {
-        Self { start: Duration::from_secs(120), kill: Duration::from_secs(60) }
+        Self { start: Duration::from_secs(60), kill: Duration::from_secs(20) }
     }
 }
 
