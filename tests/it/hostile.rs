@@ -117,7 +117,7 @@ fn a_console_flood_is_bounded(host: &Host) {
 
 fn no_memory_left(host: &Host) {
     let eats = "x = []\nwhile True: x.append(bytearray(8 << 20))";
-    let done = host.dev_box(["exec", "h", "--timeout", "100s", "--", "python3", "-c", eats]);
+    let done = host.dev_box(["exec", "h", "--timeout", "60s", "--", "python3", "-c", eats]);
     assert!(matches!(done.code(), 1 | 137 | 125), "{}: {}", done.code(), done.stderr);
     wait_until("the VM answers again, or is told to be lost", SOON, || {
         let done = host.dev_box(["exec", "h", "--timeout", "20s", "--", "true"]);

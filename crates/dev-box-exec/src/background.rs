@@ -8,7 +8,7 @@ use dev_box_comm::message::{
 };
 use dev_box_comm::session::{CallError, LaneReader, Session, StreamError, StreamParts};
 use tokio::sync::watch;
-use tokio::time::{Duration, sleep, timeout};
+use tokio::time::{Duration, Instant, sleep, timeout};
 
 use crate::cancel::{Cancel, Urgency};
 use crate::executor::process::feed;
@@ -23,6 +23,12 @@ const SILENCE: Duration = Duration::from_secs(2);
 /// How long the guest may be silent while something is due.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long all of it may take of the guest's time: one that says next to nothing now and then is not waited for without end.
+const LONGEST: Duration = Duration::from_secs(600);
+
+/// The same, once an agent that does not say how much there is has shown that it runs: the job may write on for ever.
+const LONGEST_UNTOLD: Duration = Duration::from_secs(10);
+
 /// More than an agent keeps, of both streams: what comes after it is new.
 const KEPT: u64 = 1 << 20;
 
@@ -36,8 +42,8 @@ pub enum BackgroundError {
     /// The stream or the session ended first.
     #[error("the connection to the VM ended")]
     Stream(#[from] StreamError),
-    /// What the guest has kept of a job's output did not come, or not all of it.
-    #[error("the guest was silent for {} s, and has not sent all of the job's output", .0.as_secs())]
+    /// Its jobs, or what it has kept of the output of one, did not come, or not all of it.
+    #[error("the guest has not sent what was asked for within {} s", .0.as_secs())]
     Silent(Duration),
     /// The guest answered something else than it should.
     #[error("the guest broke the protocol: {0}")]
@@ -105,7 +111,8 @@ pub async fn list(session: &Session) -> Result<Vec<JobEntry>, BackgroundError> {
 /// # Errors
 /// [`BackgroundError`]; [`Ambiguous`](BackgroundError::Ambiguous) when it could be several.
 pub async fn find(session: &Session, beginning: &str) -> Result<String, BackgroundError> {
-    let known = list(session).await?.into_iter().map(|job| job.job);
+    let listed = timeout(PATIENCE, list(session)).await.map_err(|_| BackgroundError::Silent(PATIENCE))?;
+    let known = listed?.into_iter().map(|job| job.job);
     let mut matching: Vec<String> = known.filter(|id| id.starts_with(beginning)).collect();
     if beginning.is_empty() || matching.iter().any(|id| id == beginning) {
         return Ok(beginning.to_owned());
@@ -244,7 +251,12 @@ struct Heard(watch::Sender<Progress>);
 
 impl Heard {
     fn started(&self, replay: Option<Replay>) {
-        self.0.send_modify(|progress| progress.started = Some(replay));
+        // Who says it again says nothing new.
+        self.0.send_if_modified(|progress| {
+            let first = progress.started.is_none();
+            progress.started.get_or_insert(replay);
+            first
+        });
     }
 
     fn received(&self, bytes: u64) {
@@ -262,32 +274,32 @@ impl Heard {
 /// Waits until what the guest has kept of the output is here. Time counts only while it is the guest's turn.
 async fn replayed(heard: &Heard, session: &Session) -> Result<(), BackgroundError> {
     let mut progress = heard.0.subscribe();
+    // Of an older agent, which does not say how much there is. Not a ping: a daemon between would answer that.
+    let answer = timeout(PATIENCE, list(session));
+    tokio::pin!(answer);
+    let (mut answered, mut left) = (false, LONGEST);
     loop {
         let now = *progress.borrow_and_update();
         if now.is_complete() {
             return Ok(());
         }
-        let silence = async {
-            match now.started {
-                _ if now.is_with_the_sink() => pending().await,
-                // Not a ping: a daemon between would answer that.
-                Some(None) => match timeout(PATIENCE, list(session)).await {
-                    // Whoever reads the stream hears of that.
-                    Ok(Err(BackgroundError::Stream(StreamError::Closed(_)))) => pending().await,
-                    Ok(_) => sleep(SILENCE).await,
-                    Err(_) => return Err(BackgroundError::Silent(PATIENCE)),
-                },
-                _ => {
-                    sleep(PATIENCE).await;
-                    return Err(BackgroundError::Silent(PATIENCE));
-                }
-            }
-            Ok(())
-        };
+        let (is_theirs, began) = (!now.is_with_the_sink(), Instant::now());
+        let silence = if answered { SILENCE } else { PATIENCE };
         tokio::select! {
             biased;
             _ = progress.changed() => {}
-            over = silence => return over,
+            answer = &mut answer, if is_theirs && !answered && matches!(now.started, Some(None)) => match answer {
+                // Whoever reads the stream hears of that.
+                Ok(Err(BackgroundError::Stream(StreamError::Closed(_)))) => pending().await,
+                Ok(_) => (answered, left) = (true, LONGEST_UNTOLD),
+                Err(_) => return Err(BackgroundError::Silent(PATIENCE)),
+            },
+            () = sleep(silence.min(left)), if is_theirs => {
+                return if answered { Ok(()) } else { Err(BackgroundError::Silent(silence.min(left))) };
+            }
+        }
+        if is_theirs {
+            left = left.saturating_sub(began.elapsed());
         }
     }
 }

@@ -154,15 +154,37 @@ impl Promises {
         wanted: ByteSize,
         limits: MemoryLimits,
     ) -> Result<Promise, PromiseError> {
+        self.decide(host, wanted, limits, |ledger, deciding| {
+            let now = ledger.own().saturating_add(wanted.as_bytes());
+            ledger.set(now, deciding).map_err(PromiseError::Ledger)?;
+            Ok(Promise { bytes: wanted.as_bytes(), of: self.clone() })
+        })
+    }
+
+    /// Whether it could be promised now. Blocks as well.
+    pub(crate) fn check(
+        &self,
+        host: HostMemory,
+        wanted: ByteSize,
+        limits: MemoryLimits,
+    ) -> Result<(), PromiseError> {
+        self.decide(host, wanted, limits, |_, _| Ok(()))
+    }
+
+    fn decide<T>(
+        &self,
+        host: HostMemory,
+        wanted: ByteSize,
+        limits: MemoryLimits,
+        then: impl FnOnce(&mut Ledger, &Deciding) -> Result<T, PromiseError>,
+    ) -> Result<T, PromiseError> {
         // Not with the number in hand: what is given back meanwhile does not wait for this.
         let deciding = Deciding::begin(&self.with(|ledger| ledger.dir())).map_err(PromiseError::Ledger)?;
         self.with(|ledger| {
             let others = ledger.others(&deciding).map_err(PromiseError::Ledger)?;
             let promised = ledger.own().saturating_add(others);
             admit(host, ByteSize::bytes(promised), wanted, limits)?;
-            let now = ledger.own().saturating_add(wanted.as_bytes());
-            ledger.set(now, &deciding).map_err(PromiseError::Ledger)?;
-            Ok(Promise { bytes: wanted.as_bytes(), of: self.clone() })
+            then(ledger, &deciding)
         })
     }
 }

@@ -34,8 +34,8 @@ use crate::reach::{self, Address, ReachError};
 use crate::record_file;
 use crate::vm_dir::{self, QemuUser, VmDir, VmDirError};
 
-/// How long the agent of a VM that runs may take to answer a new host, at least: it may have been booting still.
-const ANSWER: Duration = Duration::from_secs(20);
+/// How long the agent of a VM that runs may take to answer a new host.
+const ANSWER: Duration = Duration::from_secs(30);
 /// How long libvirt and the network are asked again: whoever is killed with the host's services finds them just starting.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// From one time to the next.
@@ -181,7 +181,7 @@ impl LibvirtProvisioner {
 
         let socket = machine.dir.channel();
         let address = record.cid.map_or(Address::Serial(&socket), Address::Vsock);
-        let deadline = Instant::now() + self.settings().boot_timeout.max(ANSWER);
+        let deadline = Instant::now() + ANSWER;
         let answered = reach::connect(&*self.0.dial(address), deadline).await;
         let (session, hello) = answered.map_err(|error: ReachError| AdoptError::Agent(error.into()))?;
         let facts = VmFacts { agent_version: hello.version, timings: Vec::new(), ..record.facts };

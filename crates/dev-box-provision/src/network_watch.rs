@@ -295,14 +295,15 @@ pub(crate) enum Unverified {
 }
 
 impl Custody for Inner {
-    fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
+    fn verify<'a>(&'a self, passed_over: &'a BTreeSet<VmName>) -> BoxFuture<'a, BTreeMap<VmName, Finding>> {
         Box::pin(async move {
             let vms = self.networked();
             self.holds.keep(|vm| self.machines().contains_key(vm));
             if vms.is_empty() {
                 return BTreeMap::new();
             }
-            let (network, own) = (self.network.clone(), vms.iter().cloned().collect::<BTreeSet<_>>());
+            let looked_at = vms.iter().filter(|vm| !passed_over.contains(*vm)).cloned();
+            let (network, own) = (self.network.clone(), looked_at.collect::<BTreeSet<_>>());
             let mut link = self.connection.link();
             let away = async { link.wait_for(|link| matches!(link, Link::Down { .. })).await.is_ok() };
             let verified = tokio::select! {
@@ -314,6 +315,7 @@ impl Custody for Inner {
             };
             let Some(verified) = verified else { return self.without_libvirt(vms).await };
             let finding = |vm: &VmName| match &verified {
+                _ if passed_over.contains(vm) => Finding::Unknown("it is just being put back".to_owned()),
                 Err(error) => Finding::Unknown(error.to_string()),
                 Ok(found) => match found.get(vm).map(|found| (found.finding(), found.hindrance())) {
                     Some((Some(finding), _)) => Finding::Unsound(finding),

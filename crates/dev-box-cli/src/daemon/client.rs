@@ -67,9 +67,10 @@ pub(crate) async fn domain_of(config: &Config, name: VmName) -> Result<VmName, C
     let client = Client::new(config);
     let vms = match timeout(ASKED_IN_PASSING, client.vms()).await {
         Ok(Ok(vms)) => vms,
-        Ok(Err(ClientError::NotRunning(_) | ClientError::NotAllowed(_))) => return Ok(name),
-        Ok(Err(error)) => return Err(error),
-        // The name could be another VM's domain.
+        // None that could be asked.
+        Ok(Err(_)) => return Ok(name),
+        // What has a directory here is a domain. Any other name may be one's that the daemon knows.
+        Err(_) if config.host.state_root.join("vms").join(name.as_str()).is_dir() => return Ok(name),
         Err(_) => return Err(ClientError::Silent { at: client.socket, within: ASKED_IN_PASSING }),
     };
     Ok(vms.into_iter().find(|vm| vm.name == name).and_then(|vm| vm.domain).unwrap_or(name))

@@ -73,12 +73,17 @@ pub(crate) async fn serve(config: Config) -> Result<(), Failure> {
 /// Removes what owners that die from now on leave, until the daemon is to end.
 async fn sweep_on(daemon: Arc<Daemon>) {
     loop {
-        tokio::select! {
-            () = sleep(SWEEPS) => {}
+        let sweep = async {
+            sleep(SWEEPS).await;
+            // What was kept is for another daemon's successor: this one took over what it could.
+            daemon.dev_box.sweep(Orphans::Stay).await
+        };
+        let swept = tokio::select! {
+            swept = sweep => swept,
+            // What is half removed is for the next sweep.
             () = daemon.stopping.cancelled() => return,
-        }
-        // What was kept is for another daemon's successor: this one took over what it could.
-        match daemon.dev_box.sweep(Orphans::Stay).await {
+        };
+        match swept {
             Ok(leftovers) => tell(leftovers),
             Err(error) => {
                 tracing::warn!(error = %Failure::new(error), "what dead owners have left was not looked for");

@@ -7,14 +7,14 @@ use super::Result;
 
 /// How long it is tried. On a host that starts many VMs, or reloads its firewall, rules change for seconds, and libvirt takes one or
 /// more for a filter. A conflict without end has another cause.
-const WITHIN: Duration = Duration::from_secs(10);
+const WITHIN: Duration = Duration::from_secs(4);
 /// How often it is tried at least, however long each takes.
 const AT_LEAST: u32 = 4;
 /// The first pause, and the longest: each is twice the one before.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
-/// Asks libvirt to put a filter in force, again as long as that [meets others' rules](super::LibvirtError::is_rule_conflict), for some ten
-/// seconds. Blocks.
+/// Asks libvirt to put a filter in force, again as long as that [meets others' rules](super::LibvirtError::is_rule_conflict), for some
+/// seconds. Blocks, and its caller may hold a lock meanwhile: not for longer.
 ///
 /// # Errors
 /// What `ask` gives last.

@@ -35,6 +35,9 @@ const INPUT_CHUNK: usize = 32 << 10;
 /// How long a message may wait for room in its stream's queue: only a guest that has taken none for long has filled that.
 const ROOM: Duration = Duration::from_secs(5);
 
+/// How long the end of a job that was cancelled is waited for after KILL.
+const UNWANTED: Duration = Duration::from_secs(5);
+
 /// How long output that has come may take to get into the sink of a job that dev-box ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(10);
 
@@ -227,7 +230,12 @@ impl Control<'_> {
                         // Unread output holds up the news of the end: from here on it is dropped.
                         self.hurry.cancel_now();
                         self.signal(SIGKILL).await;
-                        ending = Ending::Killed(Instant::now() + self.plan.patience.kill);
+                        let patience = match why {
+                            Some(Why::TimedOut) => self.plan.patience.kill,
+                            // Its files are not collected.
+                            _ => self.plan.patience.kill.min(UNWANTED),
+                        };
+                        ending = Ending::Killed(Instant::now() + patience);
                         continue;
                     }
                     Ending::Killed(_) => {

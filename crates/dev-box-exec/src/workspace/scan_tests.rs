@@ -297,7 +297,11 @@ fn a_hundred_thousand_files_are_counted_and_bounded() {
     let noticed = noticed.min().unwrap();
     let before = Instant::now();
     let found = fixture.scan(&staged);
-    assert!(noticed < before.elapsed(), "noticed while listing: {noticed:?} of {:?}", before.elapsed());
+    assert!(
+        noticed * 3 < before.elapsed() * 2,
+        "noticed while listing: {noticed:?} of {:?}",
+        before.elapsed()
+    );
     assert_eq!(found.changes.len(), 100_001);
 }
 

@@ -1,7 +1,7 @@
 //! What is done to the network of a VM that runs, by whom it may be: verification, repair, another policy. All by what is
 //! on record of its lease, so that the process that owns the VM need not be asked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -68,6 +68,7 @@ impl VmNetwork {
         wanted: impl Fn(&VmName) -> bool,
     ) -> Result<BTreeMap<VmName, Verification>, NetError> {
         let began = Instant::now();
+        let mut without: Option<BTreeSet<VmName>> = None;
         loop {
             let mut mark = None;
             let found = self.look(libvirt, &wanted, LOOKS, &mut mark)?;
@@ -91,6 +92,13 @@ impl VmNetwork {
             if settled.values().any(others) || !settled.values().any(no_filter) || began.elapsed() >= limit {
                 return Ok(settled);
             }
+            // Whose filter went since is not kept waiting by those whose comes.
+            let now: BTreeSet<_> =
+                settled.iter().filter(|(_, found)| no_filter(found)).map(|(vm, _)| vm.clone()).collect();
+            if without.as_ref().is_some_and(|then| !now.is_subset(then)) {
+                return Ok(settled);
+            }
+            without.get_or_insert(now);
             // A filter alone, and libvirt may just be making it, with those of other VMs before it.
             let now = self.firewall.filters_mark()?;
             if now.is_none() || now == mark {

@@ -162,7 +162,7 @@ struct HostState {
 }
 
 impl Custody for Host {
-    fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
+    fn verify<'a>(&'a self, _: &'a BTreeSet<VmName>) -> BoxFuture<'a, BTreeMap<VmName, Finding>> {
         let mut state = self.state.lock().unwrap();
         state.looked_at_paused += usize::from(!state.running && std::mem::take(&mut state.forgotten));
         let sound = state.sound;
@@ -328,7 +328,7 @@ impl Slow {
 }
 
 impl Custody for Slow {
-    fn verify(&self) -> BoxFuture<'_, BTreeMap<VmName, Finding>> {
+    fn verify<'a>(&'a self, _: &'a BTreeSet<VmName>) -> BoxFuture<'a, BTreeMap<VmName, Finding>> {
         let gone = self.unsound.lock().unwrap().clone();
         let found = |vm: VmName| if gone.contains(&vm) { (vm, unsound()) } else { (vm, Finding::Sound) };
         let found = [vm("dev-box-a"), vm("dev-box-b")].map(found);

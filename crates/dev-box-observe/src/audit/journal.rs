@@ -54,6 +54,8 @@ use super::{
 const POLL: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(5));
 /// How long what can be done later waits for the lock: entries queue behind it.
 const LATER: Duration = Duration::from_secs(1);
+/// How long a log that is being closed waits for it in all: a process that is to end is waited for by somebody.
+const LAST: Duration = Duration::from_secs(10);
 /// A clock that goes back by less is noise (NTP slews by milliseconds).
 const CLOCK_BACK: Duration = Duration::from_secs(1);
 
@@ -155,7 +157,7 @@ impl Journal {
 
     /// From now on there is one time for the lock, however many groups are left: whoever closes the log waits for them.
     pub(crate) fn end_soon(&mut self) {
-        self.ends.get_or_insert_with(|| Instant::now() + self.options.lock_timeout);
+        self.ends.get_or_insert_with(|| Instant::now() + self.options.lock_timeout.min(LAST));
     }
 
     /// Waits for the lock. The guard lets go.
@@ -294,7 +296,8 @@ impl Journal {
 
     /// Exports a signed head, if there is anything new. A head that cannot be written is an error for the log only.
     pub(crate) fn export_head(&mut self) {
-        let head = self.locked().and_then(|_guard| {
+        // Entries queue behind this.
+        let head = self.locked_within(LATER.min(self.options.lock_timeout)).and_then(|_guard| {
             let state = self.load()?;
             Ok((state.seq != self.head_seq).then(|| Head::of(&state, self.clock.now().to_string())))
         });

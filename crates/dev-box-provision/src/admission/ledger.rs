@@ -12,11 +12,17 @@ use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
 const PROMISES: &str = "promises";
 const LOCK: &str = "lock";
+/// How long others may take for their decisions.
+const DECIDED_WITHIN: Duration = Duration::from_secs(20);
+/// From one try for the lock to the next.
+const AGAIN: Duration = Duration::from_millis(1);
 /// Bytes of memory for which a file has one.
 const UNIT: u64 = 1024;
 
@@ -34,18 +40,22 @@ pub(super) struct Ledger {
 pub(super) struct Deciding(#[expect(dead_code, reason = "held open for its lock")] File);
 
 impl Deciding {
-    /// Waits until nobody else decides.
+    /// Waits until nobody else decides, which takes nobody longer than to read a few files. Polls: a thread that the kernel
+    /// queues for a lock could not be called off where its holder was stopped.
     ///
     /// # Errors
-    /// The file system's.
+    /// The file system's; `TimedOut`.
     pub(super) fn begin(dir: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let mut open = OpenOptions::new();
         let lock = open.write(true).create(true).truncate(false).mode(0o600).open(dir.join(LOCK))?;
+        let began = Instant::now();
         loop {
-            match lock.lock() {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                locked => return locked.map(|()| Self(lock)),
+            match lock.try_lock() {
+                Ok(()) => return Ok(Self(lock)),
+                Err(TryLockError::WouldBlock) if began.elapsed() < DECIDED_WITHIN => thread::sleep(AGAIN),
+                Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::TimedOut.into()),
+                Err(TryLockError::Error(error)) => return Err(error),
             }
         }
     }

@@ -14,13 +14,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dev_box_core::id::VmName;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Inner;
 use crate::machine::{Machine, TearDownError};
 
 /// Between the tries that a caller waits for.
 const FIRST: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(1)];
+/// A try that took longer is not followed by another while the caller waits.
+const AT_ONCE: Duration = Duration::from_secs(2);
 /// Between the later ones, at first and at last.
 const AGAIN: Duration = Duration::from_secs(2);
 const AGAIN_MOST: Duration = Duration::from_secs(30);
@@ -63,13 +65,14 @@ impl Inner {
     }
 
     async fn try_removal(&self, machine: &mut Machine) -> Result<(), TearDownError> {
+        let began = Instant::now();
         for pause in FIRST {
             match machine.remove_domain(&self.connection).await {
-                Ok(()) => return Ok(()),
-                Err(error) => {
+                Err(error) if began.elapsed() < AT_ONCE => {
                     let (vm, error) = (machine.dir.name(), &error as &dyn std::error::Error);
                     tracing::info!(%vm, error, "a VM is not gone yet");
                 }
+                tried => return tried,
             }
             sleep(pause).await;
         }
@@ -94,10 +97,15 @@ impl Inner {
             }
             // Whoever took it out meanwhile has seen to it.
             let Some(mut machine) = self.machines().remove(&name) else { return };
-            let removal = machine.remove_domain(&self.connection);
-            let removed = match deadline {
-                Some(deadline) => timeout_at(deadline, removal).await.ok(),
-                None => Some(removal.await),
+            let last = async {
+                if deadline.is_none() {
+                    self.closing.cancelled().await;
+                }
+                sleep_until(deadline.unwrap_or_else(|| Instant::now() + LAST)).await;
+            };
+            let removed = tokio::select! {
+                removed = machine.remove_domain(&self.connection) => Some(removed),
+                () = last => None,
             };
             match removed {
                 Some(Ok(())) => {

@@ -254,7 +254,7 @@ impl LibvirtProvisioner {
         let host = HostMemory::read().map_err(|error| no_memory(error.to_string()))?;
         // Each takes its own when it is made.
         let (promises, limits) = (self.0.promises.clone(), self.settings().memory);
-        let promised = blocking::run(move || promises.make(host, clones, limits).map(drop)).await;
+        let promised = blocking::run(move || promises.check(host, clones, limits)).await;
         promised.map_err(|why| no_memory(why.to_string()))?;
         // The file that QEMU writes and the one that clones map are there together for a while.
         let needed = ByteSize::bytes(memory.saturating_mul(2).saturating_add(disk.as_bytes()));
