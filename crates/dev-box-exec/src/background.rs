@@ -275,7 +275,7 @@ impl Heard {
 async fn replayed(heard: &Heard, session: &Session) -> Result<(), BackgroundError> {
     let mut progress = heard.0.subscribe();
     // Of an older agent, which does not say how much there is. Not a ping: a daemon between would answer that.
-    let answer = timeout(PATIENCE, list(session));
+    let answer = async { timeout(PATIENCE, list(session)).await };
     tokio::pin!(answer);
     let (mut answered, mut left) = (false, LONGEST);
     loop {
@@ -291,7 +291,10 @@ async fn replayed(heard: &Heard, session: &Session) -> Result<(), BackgroundErro
             answer = &mut answer, if is_theirs && !answered && matches!(now.started, Some(None)) => match answer {
                 // Whoever reads the stream hears of that.
                 Ok(Err(BackgroundError::Stream(StreamError::Closed(_)))) => pending().await,
-                Ok(_) => (answered, left) = (true, LONGEST_UNTOLD),
+                Ok(_) => {
+                    (answered, left) = (true, LONGEST_UNTOLD);
+                    continue;
+                }
                 Err(_) => return Err(BackgroundError::Silent(PATIENCE)),
             },
             () = sleep(silence.min(left)), if is_theirs => {

@@ -275,12 +275,40 @@ async fn an_agent_that_does_not_say_how_much_is_given_time() {
     let keep = Arc::new(Keep::default());
     let (task, mut stream, incoming, _guest) = recent(keep.clone(), None).await;
     answers(incoming);
-    for part in ["ke", "pt"] {
-        tokio::time::sleep(Duration::from_secs(21)).await;
+    for (after, part) in [(21, "ke"), (1, "pt")] {
+        tokio::time::sleep(Duration::from_secs(after)).await;
         stream.parts().output.write(part.into()).await.unwrap();
     }
     assert_eq!(task.await.unwrap().unwrap(), Attended::Left);
     assert_eq!(*keep.0.lock().unwrap(), b"kept");
+}
+
+/// A line a second, for as long as anybody listens.
+fn chatters(mut stream: GuestStream, every: Duration) {
+    tokio::spawn(async move {
+        while stream.parts().output.write("x".into()).await.is_ok() {
+            // Who says it again says nothing new.
+            let _ = stream.send(Message::Started(Started { pid: 3, job: None, replay: None })).await;
+            tokio::time::sleep(every).await;
+        }
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_never_is_silent_keeps_nobody() {
+    let (task, stream, incoming, _guest) = recent(Arc::new(Keep::default()), None).await;
+    answers(incoming);
+    chatters(stream, Duration::from_secs(1));
+    let began = tokio::time::Instant::now();
+    assert_eq!(task.await.unwrap().unwrap(), Attended::Left, "of an older agent");
+    assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+
+    let endless = Some(Replay { stdout: u64::MAX, stderr: u64::MAX });
+    let (task, stream, _incoming, _guest) = recent(Arc::new(Keep::default()), endless).await;
+    chatters(stream, PATIENCE - Duration::from_secs(1));
+    let began = tokio::time::Instant::now();
+    assert!(matches!(task.await.unwrap(), Err(BackgroundError::Silent(_))), "nor one that lies");
+    assert!(began.elapsed() <= LONGEST + PATIENCE, "{:?}", began.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
