@@ -539,7 +539,7 @@ mod tests {
                 threads.spawn(|| {
                     while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                         is_abandoned(root.path(), &vm);
-                        std::thread::yield_now();
+                        std::thread::sleep(BETWEEN_TRIES);
                     }
                 });
             }
