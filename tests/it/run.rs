@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::process::Stdio;
 use std::time::Duration;
 
-use dev_box_tests::{Host, wait_until};
+use dev_box_tests::{Host, Running, wait_until};
 use nix::sys::signal::Signal;
 
 #[test]
@@ -234,12 +234,20 @@ fn killed_with_9_the_next_run_takes_what_is_left_away() {
     host.assert_clean();
 }
 
+/// A guest that its job is about to end by that key of sysrq, and when it was up. What it says just before would end with it.
+fn ends_by(host: &Host, key: char) -> (Running, Duration) {
+    use std::io::Write as _;
+    let job = format!("echo up; read -r go; echo {key} > /proc/sysrq-trigger; sleep 1000");
+    let mut running = host.start(["run", "-i", "--timeout", "600s", "--", "sh", "-c", &job]);
+    let up = running.wait_for_output("up");
+    running.stdin().write_all(b"go\n").expect("the job reads");
+    (running, up)
+}
+
 #[test]
 fn a_guest_that_powers_off_is_noticed_at_once() {
     let Some(host) = Host::new("a_guest_that_powers_off_is_noticed_at_once") else { return };
-    let job = "echo up; echo o > /proc/sysrq-trigger; sleep 1000";
-    let mut running = host.start(["run", "--timeout", "600s", "--", "sh", "-c", job]);
-    let up = running.wait_for_output("up");
+    let (running, up) = ends_by(&host, 'o');
     let done = running.finish().expect_code(125);
     assert!(done.elapsed - up < Duration::from_secs(45), "{:?} after {up:?}", done.elapsed);
     host.assert_clean();
@@ -248,9 +256,7 @@ fn a_guest_that_powers_off_is_noticed_at_once() {
 #[test]
 fn a_guest_whose_kernel_panics_is_noticed() {
     let Some(host) = Host::new("a_guest_whose_kernel_panics_is_noticed") else { return };
-    let job = "echo up; echo c > /proc/sysrq-trigger; sleep 1000";
-    let mut running = host.start(["run", "--timeout", "600s", "--", "sh", "-c", job]);
-    let up = running.wait_for_output("up");
+    let (running, up) = ends_by(&host, 'c');
     let done = running.finish().expect_code(125);
     assert!(done.elapsed - up < Duration::from_secs(45), "{:?} after {up:?}", done.elapsed);
     assert!(done.stderr.contains("panic") || done.stderr.contains("VM"), "{}", done.stderr);
