@@ -3,6 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`clock`], [`id`], [`size`], [`accel`] | the vocabulary: Eastern time, names and identities, amounts, accelerators |
+//! | [`file_lock`] | when a lock on a file that its holders remove counts |
 //! | [`io_uring`] | whether disks may use it on this host |
 //! | [`spec`], [`template`] | a VM as a typed value, and as libvirt's XML (both ways) |
 //! | [`state`] | the states of a VM and the legal transitions |
@@ -18,6 +19,7 @@ pub mod accel;
 pub mod agent;
 pub mod clock;
 pub mod connection;
+pub mod file_lock;
 pub mod id;
 pub mod io_uring;
 pub mod libvirt;

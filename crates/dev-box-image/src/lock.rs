@@ -3,11 +3,12 @@
 //! Some of these files are removed by whoever holds their lock. What is opened before that and locked after it is a file without a
 //! name, which the next one does not find: so each lock is looked at again once it is had.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use dev_box_core::file_lock::has_name;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
@@ -62,18 +63,10 @@ impl Lock {
     }
 }
 
-/// Whether this is still the file of that name.
-fn has_name(file: &File, path: &Path) -> io::Result<bool> {
-    let locked = file.metadata()?;
-    match fs::metadata(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == (locked.dev(), locked.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

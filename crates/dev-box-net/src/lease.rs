@@ -17,9 +17,10 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use dev_box_core::file_lock::has_name;
 use dev_box_core::id::VmName;
 use serde::{Deserialize, Serialize};
 
@@ -273,7 +274,9 @@ impl AddressLeases {
             };
             // Shared: who else lists at this moment is no owner.
             match file.try_lock_shared() {
-                Ok(()) if same_file(&file, &path)? => return Ok((Owner::Dead, Some(file))),
+                Ok(()) if has_name(&file, &path).map_err(failed(&path, "examined"))? => {
+                    return Ok((Owner::Dead, Some(file)));
+                }
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok((Owner::Alive, None)),
                 Err(TryLockError::Error(error)) => return Err(failed(&path, "locked")(error)),
@@ -293,19 +296,10 @@ impl AddressLeases {
                 Err(TryLockError::Error(error)) => return Err(failed(&lock_path, "locked")(error)),
             }
             // Released between our open and our lock: the name now belongs to nobody, or to another file.
-            if same_file(&file, &lock_path)? {
+            if has_name(&file, &lock_path).map_err(failed(&lock_path, "examined"))? {
                 return Ok(Some(AddressLease { _lock: file, lock_path, path: self.path(address), address }));
             }
         }
-    }
-}
-
-fn same_file(file: &File, path: &Path) -> Result<bool, LeaseError> {
-    let locked = file.metadata().map_err(failed(path, "examined"))?;
-    match fs::metadata(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == (locked.dev(), locked.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(failed(path, "examined")(error)),
     }
 }
 

@@ -21,10 +21,11 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use dev_box_core::file_lock::has_name;
 use dev_box_core::id::VmName;
 use rustix::fs::{FlockOperation, flock};
 use uuid::Uuid;
@@ -138,7 +139,7 @@ impl VmDir {
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|errno| VmDirError::io("lock", &lock)(errno.into()))?;
         // From here on nobody takes it for abandoned; whoever did before has removed it.
-        if !same_file(&file, &lock)? {
+        if !has_name(&file, &lock).map_err(VmDirError::io("examine", &lock))? {
             return Err(VmDirError::io("lock", &lock)(io::ErrorKind::NotFound.into()));
         }
         let share = dir.join("share");
@@ -336,25 +337,13 @@ fn try_lock(dir: &Path, how: FlockOperation, missing: Missing) -> Result<Option<
             .map_err(VmDirError::io("open the lock", &lock))?;
         match flock(&file, how) {
             // Removed between the opening and the locking it is nobody's; there may be another.
-            Ok(()) if same_file(&file, &lock)? => return Ok(Some(file)),
+            Ok(()) if has_name(&file, &lock).map_err(VmDirError::io("examine", &lock))? => {
+                return Ok(Some(file));
+            }
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
             Err(errno) => return Err(VmDirError::io("lock", &lock)(errno.into())),
         }
-    }
-}
-
-/// Whether `file` is what is there by that path.
-fn same_file(file: &File, path: &Path) -> Result<bool, VmDirError> {
-    let examined = VmDirError::io("examine", path);
-    let locked = match file.metadata() {
-        Ok(locked) => locked,
-        Err(error) => return Err(examined(error)),
-    };
-    match fs::metadata(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == (locked.dev(), locked.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(examined(error)),
     }
 }
 
@@ -554,12 +543,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = VmDir::create(root.path(), &name("a"), me()).unwrap();
         let path = root.path().join("a");
-        assert!(same_file(&dir._lock, &path.join(LOCK)).unwrap());
+        assert!(has_name(&dir._lock, &path.join(LOCK)).unwrap());
         fs::remove_file(path.join(LOCK)).unwrap();
-        assert!(!same_file(&dir._lock, &path.join(LOCK)).unwrap());
+        assert!(!has_name(&dir._lock, &path.join(LOCK)).unwrap());
         // Another file of its name is nobody's.
         drop(take_lock(&path, &name("a"), Missing::IsMade).unwrap());
-        assert!(!same_file(&dir._lock, &path.join(LOCK)).unwrap());
+        assert!(!has_name(&dir._lock, &path.join(LOCK)).unwrap());
         drop(VmDir::adopt(root.path(), &name("a")).unwrap());
     }
 
